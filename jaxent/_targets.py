@@ -1,0 +1,132 @@
+"""The arguments of a softmax loss beside its logits: checked on the way in, then brought into the form of `_rows`."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxent import _arrays
+from jaxent._rows import IGNORED, INVALID, LossOptions, RowTargets, label_codes
+from jaxent._sharding import ClassAxis
+
+
+class SoftmaxArguments(NamedTuple):
+    """What a caller may say beside the logits, as arrays; None is an option left out."""
+
+    targets: jax.Array
+    where: jax.Array | None = None
+    weights: jax.Array | None = None
+    class_weights: jax.Array | None = None
+    smoothing: jax.Array | None = None
+    z_loss: jax.Array | None = None
+
+
+def check_softmax_arguments(
+    function: str,
+    shape: tuple[int, ...],
+    axis: int,
+    targets: ArrayLike,
+    *,
+    where: ArrayLike | None,
+    weights: ArrayLike | None,
+    class_weights: ArrayLike | None,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+) -> SoftmaxArguments:
+    """`shape` is that of the logits, with the classes at `axis` (negative)."""
+    rows = rows_shape(shape, axis)
+    where, weights = check_row_arguments(function, rows, where, weights)
+    return SoftmaxArguments(
+        check_targets(function, targets, shape, axis),
+        where,
+        weights,
+        check_class_weights(function, class_weights, shape[axis]),
+        _arrays.scalar(function, "label_smoothing", label_smoothing, low=0.0, high=1.0, neutral=0.0),
+        _arrays.scalar(function, "z_loss", z_loss, low=0.0, neutral=0.0),
+    )
+
+
+def rows_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """The shape without its class axis."""
+    at = len(shape) + axis
+    return shape[:at] + shape[at + 1 :]
+
+
+def check_classes(function: str, argument: str, shape: tuple[int, ...], axis: int) -> None:
+    if shape[axis] == 0:
+        raise ValueError(f"jaxent.{function}: `{argument}` must have at least one class, got shape {shape}")
+
+
+def check_row_arguments(
+    function: str, rows: tuple[int, ...], where: ArrayLike | None, weights: ArrayLike | None
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """`where` as bool, `weights` as a floating array that is nan where it is negative."""
+    if where is not None:
+        where = _arrays.boolean(function, "where", where)
+        _arrays.check_shape(function, "where", where, rows, "one entry for each row")
+    if weights is not None:
+        weights = _arrays.real(function, "weights", weights)
+        _arrays.check_shape(function, "weights", weights, rows, "one entry for each row")
+        weights = jnp.where(weights < 0, jnp.nan, weights)
+    return where, weights
+
+
+def check_targets(function: str, targets: ArrayLike, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """Class indices of any integer dtype, or class probabilities."""
+    kind = getattr(targets, "dtype", None) or np.asarray(targets).dtype
+    if jnp.issubdtype(kind, jnp.integer):
+        return check_labels(function, "targets", targets, rows_shape(shape, axis))
+    if not jnp.issubdtype(kind, jnp.floating):
+        expected = "be integer class indices or floating class probabilities"
+        raise _arrays.dtype_error(function, "targets", expected, targets)
+    probabilities = _arrays.floating(function, "targets", targets)
+    _arrays.check_shape(function, "targets", probabilities, shape, "class probabilities are shaped like the logits")
+    return probabilities
+
+
+def check_labels(function: str, argument: str, labels: ArrayLike, rows: tuple[int, ...]) -> jax.Array:
+    labels = _arrays.integer(function, argument, labels)
+    _arrays.check_shape(function, argument, labels, rows, "one class index for each row")
+    return labels
+
+
+def check_class_weights(function: str, class_weights: ArrayLike | None, count: int) -> jax.Array | None:
+    if class_weights is None:
+        return None
+    class_weights = _arrays.real(function, "class_weights", class_weights)
+    _arrays.check_shape(function, "class_weights", class_weights, (count,), "one weight for each class")
+    return class_weights
+
+
+def check_ignore_index(function: str, ignore_index: Any) -> int | None:
+    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, np.integer))):
+        raise _arrays.dtype_error(function, "ignore_index", "be an int or None", ignore_index)
+    return None if ignore_index is None else int(ignore_index)
+
+
+def row_targets(
+    arguments: SoftmaxArguments, z: jax.Array, classes: ClassAxis, ignore_index: int | None
+) -> tuple[RowTargets, LossOptions]:
+    """The arguments in the logits' dtype, with the class axis in place; `z` gives dtype and number of classes."""
+
+    def per_row(x: jax.Array | None) -> jax.Array | None:
+        return None if x is None else jnp.expand_dims(x if x.dtype == bool else x.astype(z.dtype), classes.axis)
+
+    class_weights = None if arguments.class_weights is None else arguments.class_weights.astype(z.dtype)
+    smoothing, z_loss = (None if x is None else x.astype(z.dtype) for x in (arguments.smoothing, arguments.z_loss))
+    where, weights = per_row(arguments.where), per_row(arguments.weights)
+    probabilities = label_weights = None
+    if jnp.issubdtype(arguments.targets.dtype, jnp.integer):
+        labels = jnp.expand_dims(arguments.targets, classes.axis)
+        codes = label_codes(labels, classes.size(z), ignore_index, where)
+        if class_weights is not None:
+            label_weights = jnp.where(codes == INVALID, jnp.nan, classes.look_up(class_weights, codes))
+    else:
+        probabilities = arguments.targets.astype(z.dtype)
+        rows = jnp.sum(jnp.zeros_like(probabilities, jnp.int32), axis=classes.axis, keepdims=True)
+        codes = rows if where is None else jnp.where(where, rows, IGNORED)
+    if class_weights is not None:
+        class_weights = class_weights.reshape([-1 if i - z.ndim == classes.axis else 1 for i in range(z.ndim)])
+    return RowTargets(codes, probabilities, weights, label_weights), LossOptions(class_weights, smoothing, z_loss)
