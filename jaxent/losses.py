@@ -1,7 +1,7 @@
 """Losses on logits: each is a row loss and the shared reduction."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -64,33 +64,48 @@ def softmax_cross_entropy(
 
     **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape, axis or option.
 
-    >>> logits = jnp.log(jnp.array([[0.3, 0.3, 0.4]]))
-    >>> softmax_cross_entropy(logits, jnp.array([2]))
-    Array(0.9162907, dtype=float32)
+    >>> logits = jnp.array([[0.0, 0.0, 1.0], [2.0, 0.0, 0.0]])
+    >>> softmax_cross_entropy(logits, jnp.array([2, -100])).round(4)
+    Array(0.5514, dtype=float32)
     """
-    name = "softmax_cross_entropy"
-    z, axis = _check_logits(name, "logits", logits, axis)
-    arguments = _targets.check_softmax_arguments(
-        name,
-        z.shape,
-        axis,
+    arrays, static = check_softmax_call(
+        "softmax_cross_entropy",
+        logits,
         targets,
+        axis=axis,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        denominator=denominator,
+        vocab_axis=vocab_axis,
         where=where,
         weights=weights,
         class_weights=class_weights,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
-    divisor = _reduction.check(name, reduction, denominator)
-    check_vocab_axis(name, vocab_axis)
-    return _softmax_cross_entropy(
-        z,
-        arguments,
-        divisor,
-        classes=ClassAxis(axis, vocab_axis),
-        ignore_index=_targets.check_ignore_index(name, ignore_index),
-        reduction=reduction,
-    )
+    return _softmax_cross_entropy(*arrays, **static)
+
+
+def check_softmax_call(
+    function: str,
+    logits: ArrayLike,
+    targets: ArrayLike,
+    *,
+    axis: int,
+    ignore_index: int | None,
+    reduction: Reduction,
+    denominator: ArrayLike | None,
+    vocab_axis: str | None,
+    **options: Any,
+) -> tuple[tuple[jax.Array, SoftmaxArguments, jax.Array | None], dict[str, Any]]:
+    """The checked arguments of a softmax loss, traced ones and static ones, for the loss and for its gradient."""
+    z, axis = _check_logits(function, "logits", logits, axis)
+    arguments = _targets.check_softmax_arguments(function, z.shape, axis, targets, **options)
+    divisor = _reduction.check(function, reduction, denominator)
+    check_vocab_axis(function, vocab_axis)
+    ignore_index = _targets.check_ignore_index(function, ignore_index)
+    static = {"classes": ClassAxis(axis, vocab_axis), "ignore_index": ignore_index, "reduction": reduction}
+    return (z, arguments, divisor), static
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "ignore_index", "reduction"), inline=True)
@@ -151,9 +166,7 @@ def nll_loss(
     )
     divisor = _reduction.check(name, reduction, denominator)
     ignore_index = _targets.check_ignore_index(name, ignore_index)
-    return _nll_loss(
-        log_p, arguments, divisor, classes=ClassAxis(axis), ignore_index=ignore_index, reduction=reduction
-    )
+    return _nll_loss(log_p, arguments, divisor, classes=ClassAxis(axis), ignore_index=ignore_index, reduction=reduction)
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "ignore_index", "reduction"), inline=True)
@@ -186,8 +199,8 @@ def sigmoid_cross_entropy(
 
     $$\ell = w\,[\,c\, t\, \mathrm{softplus}(-z) + (1 - t)\, \mathrm{softplus}(z)\,]$$
 
-    Equal to `torch.nn.BCEWithLogitsLoss`, but for the mean, which divides by the sum of the weights `w`; the gradient is
-    `sigmoid(z) - t` in the plain case.
+    Equal to `torch.nn.BCEWithLogitsLoss`, but for the mean, which divides by the sum of the weights `w`. The gradient
+    is `sigmoid(z) - t` in the plain case.
 
     **Arguments:**
 

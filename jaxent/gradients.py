@@ -1,0 +1,95 @@
+"""Gradients of the losses in closed form."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxent import _arrays, _rows, _targets
+from jaxent._reduction import Reduction
+from jaxent._sharding import ClassAxis
+from jaxent._targets import SoftmaxArguments
+from jaxent.losses import check_softmax_call
+from jaxent.risk import WeightedSum
+
+
+def softmax_cross_entropy_gradient(
+    logits: ArrayLike,
+    targets: ArrayLike,
+    *,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    class_weights: ArrayLike | None = None,
+    ignore_index: int | None = -100,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    reduction: Reduction = "mean",
+    denominator: ArrayLike | None = None,
+    vocab_axis: str | None = None,
+) -> jax.Array:
+    r"""Derivative of `softmax_cross_entropy` by its logits, in closed form, in nats per unit of logit.
+
+    $$\frac{\partial \ell_n}{\partial z_{nk}} = w_n \Big[(1-\epsilon)\, c_{y_n} (p_{nk} - [k = y_n])
+    + \frac{\epsilon}{C} (p_{nk} \textstyle\sum_j c_j - c_k) + 2 \zeta\, \mathrm{lse}(z_n)\, p_{nk}\Big],
+    \qquad p_n = \mathrm{softmax}(z_n)$$
+
+    for class indices, which is `softmax(z) - onehot(y)` without options. For class probabilities $t$ the first two
+    terms are $p_{nk} \sum_j s_j - s_k$ with $s_k = c_k ((1-\epsilon) t_{nk} + \epsilon / C)$. Equal to
+    `jax.grad(softmax_cross_entropy)`; the plain case is Bishop (2006), equation 4.109.
+
+    **Arguments:** those of `softmax_cross_entropy`.
+
+    - `reduction`: `"mean"` divides the formula by the loss's divisor, and gives 0 when nothing is counted; `"sum"` is
+      the formula, and so are `"sum_and_weight"`, whose total is that sum, and `"none"`, where each row has its own
+      loss's derivative: the loss of a row depends on the logits of no other.
+
+    **Returns:** the shape and the dtype of `logits`; computed in float64 for float64 logits, else in float32.
+
+    At the edges: dropped rows are exactly 0, whatever they hold. A row with a label out of range, or with nan, +inf or
+    only -inf, is nan throughout. A logit of -inf has derivative 0, or -1 at the label. The entry at the label is
+    `-(1 - p_y)`, with its relative accuracy: at logits (0, -20, -25) it is -2.0750e-9, where `p_y - 1` would be 0.
+
+    **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape, axis or option.
+
+    >>> logits = jnp.log(jnp.array([0.25, 0.25, 0.5]))
+    >>> softmax_cross_entropy_gradient(logits, jnp.array(2)).round(4)
+    Array([ 0.25,  0.25, -0.5 ], dtype=float32)
+    """
+    arrays, static = check_softmax_call(
+        "softmax_cross_entropy_gradient",
+        logits,
+        targets,
+        axis=axis,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        denominator=denominator,
+        vocab_axis=vocab_axis,
+        where=where,
+        weights=weights,
+        class_weights=class_weights,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+    )
+    return _softmax_cross_entropy_gradient(*arrays, **static)
+
+
+@functools.partial(jax.jit, static_argnames=("classes", "ignore_index", "reduction"), inline=True)
+def _softmax_cross_entropy_gradient(
+    logits: jax.Array,
+    arguments: SoftmaxArguments,
+    divisor: jax.Array | None,
+    *,
+    classes: ClassAxis,
+    ignore_index: int | None,
+    reduction: Reduction,
+) -> jax.Array:
+    (z,) = _arrays.accumulated(logits)
+    rows, options = _targets.row_targets(arguments, z, classes, ignore_index)
+    gradient = _rows.softmax_loss_gradient(z, rows, options, classes)
+    if reduction == "mean":
+        weight = jnp.sum(rows.total_weights()) if divisor is None else divisor.astype(z.dtype)
+        # A mean of total 1 is the derivative of a mean by its total: 1 / weight, and 0 for an empty one.
+        gradient *= WeightedSum(jnp.ones_like(weight), weight).mean()
+    return gradient.astype(logits.dtype)
