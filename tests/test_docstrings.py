@@ -11,20 +11,15 @@ import pytest
 
 import jaxent
 
-
-def _examples() -> list[doctest.DocTest]:
-    finder = doctest.DocTestFinder(exclude_empty=True)
-    examples = []
-    for name in ["jaxent", *(m.name for m in pkgutil.walk_packages(jaxent.__path__, "jaxent."))]:
-        if not name.endswith("__main__"):
-            module = importlib.import_module(name)
-            scope = {"jax": jax, "jnp": jnp, "np": np, "jaxent": jaxent, **vars(jaxent), **vars(module)}
-            examples += [t for t in finder.find(module, name, globs=scope) if t.examples]
-    return examples
+MODULES = ["jaxent", *(m.name for m in pkgutil.walk_packages(jaxent.__path__, "jaxent."))]
 
 
-@pytest.mark.parametrize("example", _examples(), ids=lambda e: e.name)
-def test_example(example: doctest.DocTest):
+@pytest.mark.parametrize("name", [n for n in MODULES if not n.endswith("__main__")])
+def test_examples(name: str):
+    module = importlib.import_module(name)
+    scope = {"jax": jax, "jnp": jnp, "np": np, "jaxent": jaxent, **vars(jaxent), **vars(module)}
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
     report: list[str] = []
-    result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example, out=report.append)
-    assert result.failed == 0, "".join(report)
+    for example in doctest.DocTestFinder(exclude_empty=True).find(module, name, globs=scope):
+        runner.run(example, out=report.append)
+    assert runner.failures == 0, "".join(report)
