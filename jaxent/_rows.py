@@ -406,8 +406,8 @@ def softmax_loss_gradient(z: jax.Array, rows: RowTargets, options: LossOptions, 
 
 
 def weighted(weights: jax.Array, losses: jax.Array) -> jax.Array:
-    """`weights * losses`, where a weight of 0 also silences an infinite loss."""
-    return weights * jnp.where((weights == 0) & ~jnp.isfinite(losses), 0, losses)
+    """`weights * losses`, where a weight of 0 also silences an infinite loss, but not nan, whose gradient is nan."""
+    return weights * jnp.where((weights == 0) & jnp.isinf(losses), 0, losses)
 
 
 def _smoothed(targets: jax.Array, options: LossOptions, count: int) -> jax.Array:
