@@ -39,4 +39,6 @@ def reduce_sum(summed: WeightedSum, reduction: Reduction, denominator: jax.Array
         return summed
     if reduction == "sum":
         return summed.total
-    return summed.mean() if denominator is None else WeightedSum(summed.total, denominator).mean()
+    if denominator is None:
+        return summed.mean()
+    return WeightedSum(summed.total, denominator.astype(summed.total.dtype)).mean()
