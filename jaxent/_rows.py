@@ -263,7 +263,7 @@ def _entropy_jvp(classes, primals, tangents):
     (z,), (dz,) = primals, tangents
     row = normalizer(z, classes)
     mean_gap = _mean_gap(z, row, classes)
-    gradient = softmax(z, classes) * (mean_gap - _gaps(z, row))
+    gradient = softmax(z, classes) * (_gaps(z, row) - mean_gap)
     return row.log_total + mean_gap, classes.sum(gradient * dz)
 
 
