@@ -128,14 +128,15 @@ def scalar(
     array = real(function, argument, value)
     if array.shape != ():
         raise shape_error(function, argument, "be a scalar", array)
-    inside = (array > low if open_low else array >= low) & (array <= high)
     try:
-        known_bad = not bool(inside)
-    except jax.errors.ConcretizationTypeError:
+        # Of the argument, not of `array`: while jit traces, jnp turns even a Python float into a tracer.
+        known = float(np.asarray(value))
+    except jax.errors.TracerArrayConversionError:
+        inside = (array > low if open_low else array >= low) & (array <= high)
         return jnp.where(inside, array, jnp.nan)
-    if known_bad:
+    if not ((known > low if open_low else known >= low) and known <= high):
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if high == np.inf else ']'}"
         raise ValueError(f"jaxent.{function}: `{argument}` must lie in {interval}, got {value}")
-    if neutral is not None and not isinstance(value, jax.Array) and float(array) == neutral:
+    if neutral is not None and not isinstance(value, jax.Array) and known == neutral:
         return None
     return array
