@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxent._sharding import ClassAxis
@@ -53,7 +54,7 @@ def label_codes(labels: jax.Array, count: int, ignore_index: int | None, kept: j
         inside &= labels >= 0
     codes = jnp.where(inside, labels.astype(jnp.int32), INVALID)
     if ignore_index is not None and bounds.min <= ignore_index <= bounds.max:
-        codes = jnp.where(labels == ignore_index, IGNORED, codes)
+        codes = jnp.where(labels == np.array(ignore_index, labels.dtype), IGNORED, codes)
     return codes if kept is None else jnp.where(kept, codes, IGNORED)
 
 
