@@ -1,10 +1,10 @@
 """What the losses should return: their definitions in mpmath, with so many digits that no care is needed.
 
-Nothing here imports jax or the library. Arguments are NumPy arrays as the library sees them, rounded to the tested dtype;
-every finite floating number is an exact `mpf`. Results are NumPy arrays of float64, rounded once at the end.
+Nothing here imports jax or the library. Arguments are NumPy arrays as the library sees them, rounded to the tested
+dtype; every finite floating number is an exact `mpf`. Results are NumPy arrays of float64, rounded once at the end.
 
-The edges follow the table of conventions: a logit of -inf deletes its class, a dropped row is 0 whatever it holds, a row
-without a softmax (nan, +inf, only -inf) and a label out of range are nan.
+The edges follow the table of conventions: a logit of -inf deletes its class, a dropped row is 0 whatever it holds, a
+row without a softmax (nan, +inf, only -inf) and a label out of range are nan.
 """
 
 import dataclasses

@@ -1,0 +1,526 @@
+"""Values of the losses on logits, against the oracles and against the formulas of the design."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from cases import DTYPES, OPTIONS, REDUCTIONS, draw_labels, draw_logits, precision
+from oracles import assert_close
+
+import jaxent
+from jaxent import WeightedSum
+from jaxent.gradients import softmax_cross_entropy_gradient
+
+
+def losses_under(logits: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Every reduction that the arguments allow, in one program."""
+    reductions = ("mean",) if "denominator" in arguments else REDUCTIONS
+    static = {k: arguments[k] for k in ("ignore_index", "axis", "label_smoothing", "z_loss") if k in arguments}
+    traced = {k: v for k, v in arguments.items() if k not in static}
+
+    @jax.jit
+    def all_of_them(z, traced):
+        return {r: jaxent.softmax_cross_entropy(z, **traced, **static, reduction=r) for r in reductions}
+
+    return all_of_them(logits, traced)
+
+
+def check_losses(logits: np.ndarray, arguments: dict[str, Any], *, ulp: float, dtype: Any) -> None:
+    want = oracles.softmax_cross_entropy(logits, **arguments)
+    for reduction, got in losses_under(logits, arguments).items():
+        expected = want.reduced(reduction)
+        if isinstance(got, WeightedSum):
+            assert_close(got.weight, expected[1], ulp=ulp, dtype=dtype)
+            got, expected = got.total, expected[0]
+        assert got.dtype == dtype
+        assert_close(got, expected, ulp=ulp, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_and_reduction(option: str, dtype: str, rng: np.random.Generator):
+    kind, result, ulp, _ = DTYPES[dtype]
+    with precision(kind):
+        check_losses(draw_logits(rng, (7, 5), kind), OPTIONS[option](rng, (7, 5)), ulp=ulp, dtype=result)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((0, 5), -1), ((3, 1), -1), ((1, 1), -1), ((7,), -1), ((2, 3, 5), -1), ((2, 5, 3, 4), 1), ((5, 3), 0), ((5,), 0)]
+    + [((2, 0, 3), -1), ((1, 5, 1), -2), ((6, 2), -1)],
+)
+@pytest.mark.parametrize("option", ["plain", "everything", "probabilities_everything"])
+def test_shapes(option: str, shape: tuple[int, ...], axis: int, rng: np.random.Generator):
+    last = (*np.delete(shape, axis), shape[axis])
+    arguments = OPTIONS[option](rng, last)
+    if np.issubdtype(arguments["targets"].dtype, np.floating):
+        arguments["targets"] = np.moveaxis(arguments["targets"], -1, axis)
+    check_losses(draw_logits(rng, shape), {**arguments, "axis": axis}, ulp=4, dtype=np.float32)
+
+
+# 256 and 2**15: the row sum changes its form there; above 2**15 it runs over blocks of rows.
+@pytest.mark.parametrize("count", [1, 2, 10, 255, 256, 257, 1000, 2049])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_class_counts(count: int, rows: int, rng: np.random.Generator):
+    check_long_rows(rng, rows, count)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(1, 32768), (3, 32768), (1, 32769), (3, 32769), (34, 32769), (2, 50257)])
+def test_class_counts_beyond_the_blocks(rows: int, count: int, rng: np.random.Generator):
+    check_long_rows(rng, rows, count)
+
+
+def check_long_rows(rng: np.random.Generator, rows: int, count: int) -> None:
+    z, labels = draw_logits(rng, (rows, count)), draw_labels(rng, (rows,), count)
+    z[-1, labels[-1]] = 12.0  # the label holds the maximum
+    labels[0] = count - 1
+    got, gradient = jax.jit(
+        lambda z: jax.value_and_grad(
+            lambda z: (lambda losses: (losses.sum(), losses))(
+                jaxent.softmax_cross_entropy(z, labels, reduction="none")
+            ),
+            has_aux=True,
+        )(z)
+    )(z)
+    want = [oracles.long_row_nll(z[n], labels[n]) for n in range(rows)]
+    # A pairwise float32 sum over n terms of one sign is off by at most log2(n) / 2 ulp, and `exp` by 1 or 2.
+    ulp = 4 + np.log2(count) / 2
+    assert_close(got[1], [value for value, _ in want], ulp=ulp, dtype=np.float32)
+    assert_close(gradient, np.stack([g for _, g in want]), ulp=ulp, dtype=np.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 31, 33])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_at_many_sizes(option: str, count: int, dtype: str, rng: np.random.Generator):
+    kind, result, ulp, _ = DTYPES[dtype]
+    with precision(kind):
+        for rows in (1, 2, 9):
+            shape = (rows, count)
+            check_losses(draw_logits(rng, shape, kind), OPTIONS[option](rng, shape), ulp=ulp, dtype=result)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shifts and magnitudes
+
+
+@pytest.mark.parametrize("shift", [-50.0, 1e4, -1e4, 1e30, -1e30])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_common_shift_changes_nothing(shift: float, dtype: Any, rng: np.random.Generator):
+    with precision(dtype):
+        z = (draw_logits(rng, (6, 5), dtype) + dtype(shift)).astype(dtype)
+        check_losses(z, {"targets": draw_labels(rng, (6,), 5)}, ulp=4, dtype=dtype)
+
+
+def test_logits_near_ten_thousand():
+    # logsumexp(z) - z_y gives 2.40723.
+    z = np.array([[10000.0, 10001.0, 10002.0]], np.float32)
+    got = jaxent.softmax_cross_entropy(z, np.array([0]))
+    assert_close(got, np.log(1 + np.exp(1.0) + np.exp(2.0)), ulp=2, dtype=np.float32)
+
+
+def test_fractions_that_are_not_binary():
+    # 0.1 is rounded to float32 before it is used.
+    z = np.array([[0.5, -1.5, 2.0]], np.float32)
+    targets = np.array([1])
+    options = {"label_smoothing": 0.1, "z_loss": 1e-4}
+    want = oracles.softmax_cross_entropy(z, targets, **{k: float(np.float32(v)) for k, v in options.items()})
+    assert_close(jaxent.softmax_cross_entropy(z, targets, **options), want.mean, ulp=4, dtype=np.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Labels
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"])
+@pytest.mark.parametrize("count", [100, 300, 1000])
+@pytest.mark.parametrize("host", [True, False])
+def test_labels_of_every_width(dtype: str, count: int, host: bool, rng: np.random.Generator):
+    z = draw_logits(rng, (4, count))
+    largest = int(min(count - 1, np.iinfo(dtype).max))
+    labels = np.array([0, 1, largest - 1, largest], dtype)
+    given = labels if host else jnp.asarray(labels.astype(jax.dtypes.canonicalize_dtype(dtype)))
+    got = jaxent.softmax_cross_entropy(z, given, reduction="none")
+    assert_close(got, [oracles.long_row_nll(z[n], int(labels[n]))[0] for n in range(4)], ulp=8, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        np.uint32(2**32 - 100),  # would be -100, which is ignored
+        np.int64(2**32 + 1),  # would be class 1
+        np.int64(2**32 - 100),
+        np.int64(-(2**32) + 1),
+        np.uint64(2**64 - 100),
+        np.uint64(2**63),
+        np.uint8(156),  # -100 in eight bits
+        np.uint8(255),
+        np.int8(-1),
+        np.int32(-101),
+        np.int32(5),
+        np.int64(5),
+    ],
+    ids=lambda v: f"{v.dtype}:{v}",
+)
+def test_a_label_out_of_range_is_nan(label: Any):
+    z = np.zeros((2, 5), np.float32)
+    labels = np.array([label, 0], label.dtype)
+    for apply in (lambda f: f, jax.jit):
+        got = apply(lambda z: jaxent.softmax_cross_entropy(z, labels, reduction="none"))(z)
+        assert_close(got, [np.nan, np.log(5)], ulp=2, dtype=np.float32)
+    with jax.enable_x64(True):
+        got = jaxent.softmax_cross_entropy(z, labels, reduction="none")
+        assert_close(got, [np.nan, np.log(5)], ulp=2, dtype=np.float32)
+
+
+@pytest.mark.parametrize(
+    ("labels", "ignore_index", "kept"),
+    [
+        (np.array([0, -100, 2], np.int32), -100, [True, False, True]),
+        (np.array([0, -100, 2], np.int8), -100, [True, False, True]),
+        (np.array([0, -100, 2], np.int64), -100, [True, False, True]),
+        (np.array([0, -1, 2], np.int8), -1, [True, False, True]),
+        (np.array([0, 1, 2], np.int32), 2, [True, True, False]),
+        (np.array([0, 1, 2], np.uint8), 2, [True, True, False]),
+        (np.array([0, 1, 255], np.uint8), 255, [True, True, False]),
+        (np.array([0, 1, 2**32 - 100], np.uint32), 2**32 - 100, [True, True, False]),
+        (np.array([0, 1, 2], np.int32), None, [True, True, True]),
+        (np.array([0, 1, 2], np.uint8), -100, [True, True, True]),
+        (np.array([0, 1, 2], np.int8), 256, [True, True, True]),  # 256 is 0 in eight bits
+        (np.array([0, 1, 2], np.int32), 2**32, [True, True, True]),
+    ],
+)
+def test_ignore_index(labels: np.ndarray, ignore_index: int | None, kept: list[bool]):
+    z = np.arange(9, dtype=np.float32).reshape(3, 3)
+    per_row = [np.log(1 + np.exp(1.0) + np.exp(2.0)) - y for y in range(3)]
+    got = jaxent.softmax_cross_entropy(z, labels, ignore_index=ignore_index, reduction="none")
+    assert_close(got, np.where(kept, per_row, 0.0), ulp=4, dtype=np.float32)
+    mean = jaxent.softmax_cross_entropy(z, labels, ignore_index=ignore_index)
+    assert_close(mean, np.mean(np.array(per_row)[kept]), ulp=4, dtype=np.float32)
+
+
+def test_without_ignore_index_minus_100_is_out_of_range():
+    got = jaxent.softmax_cross_entropy(np.zeros((1, 3), np.float32), np.array([-100]), ignore_index=None)
+    assert np.isnan(got)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Denominators and empty means
+
+
+def test_the_denominator_replaces_the_divisor():
+    z, labels = np.zeros((4, 3), np.float32), np.array([0, 1, 2, -100])
+    for denominator in (8, 8.0, np.float64(8), np.float32(8), jnp.float32(8), jnp.bfloat16(8), jnp.int32(8)):
+        got = jaxent.softmax_cross_entropy(z, labels, denominator=denominator)
+        assert_close(got, 3 * np.log(3) / 8, ulp=2, dtype=np.float32)
+        with jax.enable_x64(True):
+            got = jaxent.softmax_cross_entropy(z, labels, denominator=denominator)
+            assert_close(got, 3 * np.log(3) / 8, ulp=2, dtype=np.float32)
+    assert jaxent.softmax_cross_entropy(z, labels, denominator=0.0) == 0
+
+
+def test_a_traced_negative_denominator_is_nan():
+    z, labels = np.zeros((1, 3), np.float32), np.array([0])
+    assert np.isnan(jax.jit(lambda d: jaxent.softmax_cross_entropy(z, labels, denominator=d))(-1.0))
+
+
+@pytest.mark.parametrize(
+    ("logits", "arguments"),
+    [
+        (np.zeros((0, 3), np.float32), {"targets": np.zeros(0, np.int32)}),
+        (np.zeros((0, 3), np.float32), {"targets": np.zeros((0, 3), np.float32)}),
+        (np.zeros((2, 3), np.float32), {"targets": np.full(2, -100)}),
+        (np.zeros((2, 3), np.float32), {"targets": np.array([0, 1]), "where": np.zeros(2, bool)}),
+        (np.zeros((2, 3), np.float32), {"targets": np.array([0, 1]), "weights": np.zeros(2)}),
+        (np.full((2, 3), np.nan, np.float32), {"targets": np.array([0, 9]), "weights": np.zeros(2)}),
+        (np.full((2, 3), np.inf, np.float32), {"targets": np.full(2, -100)}),
+        (np.zeros((2, 3), np.float32), {"targets": np.full((2, 3), 0.25, np.float32), "where": np.zeros(2, bool)}),
+        (np.zeros((2, 3), np.float32), {"targets": np.array([0, 1]), "class_weights": np.zeros(3)}),
+    ],
+)
+def test_the_mean_of_nothing_is_zero(logits: np.ndarray, arguments: dict[str, Any]):
+    value, gradient = jax.value_and_grad(jaxent.softmax_cross_entropy)(logits, **arguments)
+    assert value == 0
+    np.testing.assert_array_equal(gradient, np.zeros_like(logits))
+    np.testing.assert_array_equal(jax.jacfwd(jaxent.softmax_cross_entropy)(logits, **arguments), np.zeros_like(logits))
+    np.testing.assert_array_equal(softmax_cross_entropy_gradient(logits, **arguments), np.zeros_like(logits))
+    curvature = jax.hessian(jaxent.softmax_cross_entropy)(logits, **arguments)
+    np.testing.assert_array_equal(curvature, np.zeros_like(curvature))
+
+
+def test_weights_are_not_cut_to_the_logits_dtype():
+    # 1 + 2**-10 is 1 in bfloat16; the loss is computed in float32.
+    z = np.zeros((1, 2), jnp.bfloat16)
+    got = jaxent.softmax_cross_entropy(z, np.array([0]), weights=np.array([1 + 2.0**-10], np.float32), reduction="sum")
+    assert_close(got, (1 + 2.0**-10) * np.log(2), ulp=2, dtype=np.float32)
+
+
+def test_a_negative_weight_is_nan():
+    got = jaxent.softmax_cross_entropy(
+        np.zeros((2, 3), np.float32), np.array([0, 1]), weights=np.array([-1.0, 1.0]), reduction="none"
+    )
+    assert_close(got, [np.nan, np.log(3)], ulp=2, dtype=np.float32)
+
+
+def test_weights_of_integers_and_lists():
+    got = jaxent.softmax_cross_entropy(
+        [[0.0, 0.0], [0.0, 0.0]], [0, 1], weights=[1, 3], class_weights=[2, 1], reduction="sum_and_weight"
+    )
+    assert isinstance(got, WeightedSum)
+    assert_close(got.total, 5 * np.log(2), ulp=2, dtype=np.float32)
+    assert got.weight == 5
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The worked example of the design: target [0, 0, 1], probabilities [0.3, 0.3, 0.4]
+
+NATS, BITS = 0.9162907318741551, 1.3219280948873624
+
+
+@pytest.mark.usefixtures("x64")
+def test_the_worked_example():
+    p = np.array([0.3, 0.3, 0.4])
+    one_hot = np.array([0.0, 0.0, 1.0])
+    assert_close(jaxent.nll_loss(np.log(p), 2), NATS, ulp=1, dtype=np.float64)
+    assert_close(jaxent.nll_loss(np.log2(p), 2), BITS, ulp=1, dtype=np.float64)
+    assert_close(NATS / np.log(2), BITS, ulp=1, dtype=np.float64)
+    assert_close(jaxent.softmax_cross_entropy(np.log(p), 2), NATS, ulp=2, dtype=np.float64)
+    assert_close(jaxent.softmax_cross_entropy(np.log(p), one_hot), NATS, ulp=2, dtype=np.float64)
+    # The tutorial's mistake: probabilities taken for logits, under either label.
+    assert_close(jaxent.softmax_cross_entropy(p, 1), np.log(2 + np.exp(0.1)), ulp=2, dtype=np.float64)
+    assert_close(jaxent.softmax_cross_entropy(p, 2), np.log(1 + 2 * np.exp(-0.1)), ulp=2, dtype=np.float64)
+    assert round(float(jaxent.softmax_cross_entropy(p, 1)), 4) == 1.1331
+    assert round(float(jaxent.softmax_cross_entropy(p, 2)), 4) == 1.0331
+
+
+def test_the_worked_example_in_float32():
+    p = np.array([0.3, 0.3, 0.4], np.float32)
+    assert_close(jaxent.nll_loss(np.log(p), 2), -np.log(np.float64(p[2])), ulp=1, dtype=np.float32)
+    assert round(float(jaxent.nll_loss(np.log(p), 2)), 4) == 0.9163
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# WeightedSum
+
+
+def test_microbatches_add_up_to_the_exact_mean(rng: np.random.Generator):
+    z, labels = draw_logits(rng, (12, 5)), draw_labels(rng, (12,), 5)
+    labels[:9:2] = -100  # parts with different counts, so that a mean of means is wrong
+    labels[8:] = -100
+    parts = [
+        jaxent.softmax_cross_entropy(z[i : i + 4], labels[i : i + 4], reduction="sum_and_weight") for i in (0, 4, 8)
+    ]
+    want = oracles.softmax_cross_entropy(z, labels)
+    total = sum(parts)
+    assert isinstance(total, WeightedSum)
+    assert_close(total.mean(), want.mean, ulp=4, dtype=np.float32)
+    assert_close(total.weight, want.weight, ulp=0, dtype=np.float32)
+    assert_close((parts[0] + parts[1]).mean(), want.mean, ulp=4, dtype=np.float32)
+    assert parts[2].mean() == 0
+    assert abs(float(sum(part.mean() for part in parts) / 3) - want.mean) > 0.01
+    with pytest.raises(TypeError):
+        parts[0] + 1
+    with pytest.raises(TypeError):
+        1 + parts[0]
+
+
+def test_a_weighted_sum_is_carried_by_scan_and_by_has_aux(rng: np.random.Generator):
+    z, labels = draw_logits(rng, (3, 4, 5)), draw_labels(rng, (3, 4), 5)
+    labels[1] = -100
+
+    def step(carry: WeightedSum, batch: tuple) -> tuple[WeightedSum, None]:
+        part = jaxent.softmax_cross_entropy(*batch, reduction="sum_and_weight")
+        assert isinstance(part, WeightedSum)
+        return carry + part, None
+
+    nothing = WeightedSum(jnp.zeros(()), jnp.zeros(()))
+    summed, _ = jax.lax.scan(step, nothing, (z, labels))
+    want = oracles.softmax_cross_entropy(z, labels)
+    assert_close(summed.mean(), want.mean, ulp=4, dtype=np.float32)
+
+    def loss(z: jax.Array) -> tuple[jax.Array, WeightedSum]:
+        part = jaxent.softmax_cross_entropy(z, labels, reduction="sum_and_weight")
+        assert isinstance(part, WeightedSum)
+        return part.mean(), part
+
+    (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(z)
+    assert_close(value, want.mean, ulp=4, dtype=np.float32)
+    assert_close(aux.weight, want.weight, ulp=0, dtype=np.float32)
+    assert_close(gradient, want.gradient * want.scale("mean"), ulp=6, dtype=np.float32)
+
+
+def test_a_weighted_sum_is_summed_over_devices(rng: np.random.Generator):
+    z, labels = draw_logits(rng, (16, 5)), draw_labels(rng, (16,), 5)
+    labels[2:9] = -100
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows = jax.sharding.PartitionSpec("data")
+
+    def local(z: jax.Array, labels: jax.Array) -> jax.Array:
+        part = jaxent.softmax_cross_entropy(z, labels, reduction="sum_and_weight")
+        whole = jax.lax.psum(part, "data")
+        assert isinstance(whole, WeightedSum)
+        return whole.mean()
+
+    spread = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows), out_specs=jax.sharding.PartitionSpec())
+    value, gradient = jax.jit(jax.value_and_grad(spread))(z, labels)
+    want = oracles.softmax_cross_entropy(z, labels)
+    assert_close(value, want.mean, ulp=4, dtype=np.float32)
+    assert_close(gradient, want.gradient * want.scale("mean"), ulp=6, dtype=np.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# nll_loss and sigmoid_cross_entropy
+
+
+@pytest.mark.parametrize("axis", [-1, 0])
+@pytest.mark.parametrize("option", ["plain", "where", "weights", "class_weights", "ignore_-100", "ignore_a_class"])
+def test_nll_loss(option: str, axis: int, rng: np.random.Generator):
+    log_p = draw_logits(rng, (7, 5)) - np.float32(8)
+    arguments = OPTIONS[option](rng, (7, 5))
+    labels = arguments.pop("targets")
+    weights = np.ones(7) * arguments.get("weights", 1) * arguments.get("class_weights", np.ones(5))[labels.clip(0)]
+    weights *= arguments.get("where", True) * (labels != arguments.get("ignore_index", -100))
+    losses = -weights * log_p.astype(np.float64)[np.arange(7), labels.clip(0)]
+    want = {"mean": losses.sum() / weights.sum(), "sum": losses.sum(), "none": losses}
+    for reduction, value in want.items():
+        got = jaxent.nll_loss(np.moveaxis(log_p, -1, axis), labels, axis=axis, reduction=reduction, **arguments)
+        assert_close(got, value, ulp=4, dtype=np.float32)
+    pair = jaxent.nll_loss(np.moveaxis(log_p, -1, axis), labels, axis=axis, reduction="sum_and_weight", **arguments)
+    assert isinstance(pair, WeightedSum)
+    assert_close(pair.weight, weights.sum(), ulp=0, dtype=np.float32)
+    got = jaxent.nll_loss(np.moveaxis(log_p, -1, axis), labels, axis=axis, denominator=3.0, **arguments)
+    assert_close(got, losses.sum() / 3, ulp=4, dtype=np.float32)
+
+
+# exp(-86) is a normal float32; what is below the smallest normal number may be flushed to zero.
+SIGMOID_LOGITS = [-1e30, -1e4, -104.0, -86.0, -20.0, -1.0, -0.0625, 0.0, 1e-8, 0.5, 3.0, 20.0, 86.0, 1e4, 1e30]
+
+
+@pytest.mark.parametrize("target", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("pos_weight", [None, 2.5, 0.0])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_sigmoid_cross_entropy(target: float, pos_weight: float | None, dtype: Any):
+    with precision(dtype):
+        z = np.array(SIGMOID_LOGITS, dtype)
+        t = np.full_like(z, target)
+        scale = 1.0 if pos_weight is None else pos_weight
+        want = np.array([oracles.sigmoid_cross_entropy(v, target, scale) for v in z])
+
+        def loss(z: Any) -> Any:
+            return jaxent.sigmoid_cross_entropy(z, t, pos_weight=pos_weight, reduction="sum")
+
+        got = jaxent.sigmoid_cross_entropy(z, t, pos_weight=pos_weight, reduction="none")
+        assert_close(got, want[:, 0], ulp=3, dtype=dtype)
+        # The two terms of the derivative cancel near its zero.
+        assert_close(jax.grad(loss)(z), want[:, 1], ulp=4, dtype=dtype, size=0 if target != 0.25 else 1.0)
+        assert_close(jax.jacfwd(loss)(z), want[:, 1], ulp=4, dtype=dtype, size=0 if target != 0.25 else 1.0)
+
+
+def test_sigmoid_reductions_and_weights(rng: np.random.Generator):
+    z = draw_logits(rng, (4, 3))
+    t = rng.integers(0, 2, size=(4, 3))
+    weights = rng.integers(0, 4, size=(4, 3)) / 2
+    where = rng.random((4, 3)) < 0.7
+    pos_weight = np.array([0.5, 1.0, 3.0])
+    each = np.array([oracles.sigmoid_cross_entropy(a, b, c)[0] for a, b, c in np.nditer([z, t, pos_weight])])
+    counted = weights * where
+    losses = each.reshape(4, 3) * counted
+    want = {"mean": losses.sum() / counted.sum(), "sum": losses.sum(), "none": losses}
+    for targets in (t, t.astype(bool), t.astype(np.float32)):
+        for reduction, value in want.items():
+            got = jaxent.sigmoid_cross_entropy(
+                z, targets, weights=weights, where=where, pos_weight=pos_weight, reduction=reduction
+            )
+            assert_close(got, value, ulp=4, dtype=np.float32)
+    pair = jaxent.sigmoid_cross_entropy(z, t, weights=weights, where=where, reduction="sum_and_weight")
+    assert isinstance(pair, WeightedSum)
+    assert_close(pair.weight, counted.sum(), ulp=0, dtype=np.float32)
+    got = jaxent.sigmoid_cross_entropy(z, t, weights=weights, where=where, pos_weight=pos_weight, denominator=7)
+    assert_close(got, losses.sum() / 7, ulp=4, dtype=np.float32)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# token_statistics
+
+
+@pytest.mark.parametrize(("shape", "axis"), [((6, 5), -1), ((5, 6), 0), ((2, 5, 3), 1), ((5,), -1), ((4, 1), -1)])
+def test_token_statistics(shape: tuple[int, ...], axis: int, rng: np.random.Generator):
+    z = draw_logits(rng, shape)
+    last = np.moveaxis(z, axis, -1)
+    labels = draw_labels(rng, last.shape[:-1], last.shape[-1])
+    top_k = min(3, last.shape[-1])
+    got = jaxent.token_statistics(z, labels, axis=axis, top_k=top_k)
+    for n in np.ndindex(labels.shape):
+        want = oracles.row_statistics(last[n])
+        order = np.argsort(-last[n], kind="stable")
+        assert got.log_prob is not None
+        assert got.rank is not None
+        assert got.top_log_probs is not None
+        assert got.top_classes is not None
+        assert_close(got.log_prob[n], want["log_p"][labels[n]], ulp=4, dtype=np.float32)
+        assert_close(got.log_normalizer[n], want["log_normalizer"], ulp=4, dtype=np.float32, size=np.abs(last[n]).max())
+        assert_close(got.entropy[n], want["entropy"], ulp=8, dtype=np.float32)
+        assert got.argmax[n] == np.argmax(last[n])
+        assert got.rank[n] == np.sum(last[n] > last[n][labels[n]])
+        np.testing.assert_array_equal(got.top_classes[n], order[:top_k])
+        assert_close(got.top_log_probs[n], want["log_p"][order[:top_k]], ulp=4, dtype=np.float32)
+
+
+def test_token_statistics_without_labels():
+    got = jaxent.token_statistics(np.zeros((2, 3), np.float32))
+    assert got.log_prob is None
+    assert got.rank is None
+    assert got.top_classes is None
+    assert got.top_log_probs is None
+
+
+def test_ties_go_to_the_first_class():
+    got = jaxent.token_statistics(np.array([[1.0, 3.0, 3.0, 0.0, 3.0]], np.float32), np.array([2]), top_k=4)
+    assert got.argmax[0] == 1
+    assert got.rank is not None
+    assert got.rank[0] == 0
+    np.testing.assert_array_equal(got.top_classes, [[1, 2, 4, 0]])
+
+
+@pytest.mark.parametrize(
+    "z",
+    [[0.0, -20.0, -25.0], [0.0, -41.0, -42.0], [0.0, -80.0, -81.0], [-85.0, 0.0, -82.0]]
+    + [[0.0, -np.inf, -41.0], [3.0, 3.0, -np.inf], [1.0, 2.0, 3.0], [0.5]],
+)
+def test_statistics_and_derivatives_of_a_row(z: list[float]):
+    row = np.array(z, np.float32)
+    want = oracles.row_statistics(row)
+    assert_close(jaxent.token_statistics(row).entropy, want["entropy"], ulp=4, dtype=np.float32)
+    for derivative in (jax.grad, jax.jacfwd):
+        normalizer = derivative(lambda z: jaxent.token_statistics(z).log_normalizer)(row)
+        assert_close(normalizer, want["p"], ulp=4, dtype=np.float32)
+        # The entry of the maximum is (its probability) * (a difference): the two largest terms cancel.
+        slope = derivative(lambda z: jaxent.token_statistics(z).entropy)(row)
+        assert_close(slope, want["entropy_gradient"], ulp=8, dtype=np.float32)
+        for label in range(len(row)):
+            got = derivative(lambda z, y=label: jaxent.token_statistics(z, np.array(y)).log_prob)(row)
+            nll = oracles.softmax_cross_entropy(row[None], np.array([label]))
+            assert_close(got, -nll.gradient[0], ulp=4, dtype=np.float32)
+
+
+def test_statistics_at_the_edges():
+    inf, nan = np.inf, np.nan
+    z = np.array([[0, 1, nan], [0, inf, 0], [-inf, -inf, -inf], [0, 0, 0], [0, -inf, 0]], np.float32)
+    got = jaxent.token_statistics(z, np.array([0, 0, 0, 7, 1]), top_k=2)
+    assert got.log_prob is not None
+    assert got.top_log_probs is not None
+    np.testing.assert_array_equal(got.log_prob, [nan, nan, nan, nan, -inf])
+    np.testing.assert_array_equal(np.isnan(got.log_normalizer), [True, True, True, False, False])
+    np.testing.assert_array_equal(np.isnan(got.entropy), [True, True, True, False, False])
+    np.testing.assert_array_equal(got.argmax, [-1, -1, -1, 0, 0])
+    np.testing.assert_array_equal(got.rank, [-1, -1, -1, -1, 2])
+    np.testing.assert_array_equal(got.top_classes, [[-1, -1]] * 3 + [[0, 1], [0, 2]])
+    np.testing.assert_array_equal(np.isnan(got.top_log_probs), [[True] * 2] * 3 + [[False] * 2] * 2)
+    for dtype in (np.int8, np.int32):
+        got = jaxent.token_statistics(z[3], np.array(-1, dtype))
+        assert np.isnan(got.log_prob)
+        assert got.rank == -1
