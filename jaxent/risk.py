@@ -1,9 +1,15 @@
 """Sums that know their weight: the empirical risk of a batch, of many batches, of many devices."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxent import _arrays
 
 
 @jax.tree_util.register_dataclass
@@ -35,3 +41,160 @@ class WeightedSum:
         """`total / weight`; 0, with derivative 0, when nothing was weighed."""
         empty = self.weight == 0
         return jnp.where(empty, 0, self.total / jnp.where(empty, 1, self.weight))
+
+
+class _TwoFloat(NamedTuple):
+    """The unevaluated sum `hi + lo`, where `lo` holds what rounding took from `hi`: 48 bits from two float32."""
+
+    hi: jax.Array
+    lo: jax.Array
+
+    def plus(self, other: "_TwoFloat") -> "_TwoFloat":
+        hi, error = _two_sum(self.hi, other.hi)
+        return _TwoFloat(*_two_sum(hi, (self.lo + other.lo) + error))
+
+    def astype(self, dtype: DTypeLike) -> "_TwoFloat":
+        """In a narrower type: `lo` takes what `hi` no longer holds."""
+        hi = self.hi.astype(dtype)
+        rest = lax.stop_gradient(self.hi - hi.astype(self.hi.dtype))
+        return _TwoFloat(hi, (jnp.where(jnp.isfinite(hi), rest, 0) + self.lo).astype(dtype))
+
+    def over(self, other: "_TwoFloat") -> jax.Array:
+        """The quotient, to one ulp; 0, with derivative 0, when `other` is 0.
+
+        `hi / hi` alone is up to three roundings off: each `hi` has been rounded once.
+        """
+        empty = other.hi == 0
+        divisor = jnp.where(empty, 1, other.hi)
+        ratio = self.hi / divisor
+        rest = (self.lo - ratio * other.lo) / divisor
+        return jnp.where(empty, 0, jnp.where(jnp.isfinite(ratio), ratio + rest, ratio))
+
+
+def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`a + b` and its rounding error, exactly (Knuth, 1969, section 4.2.2, theorem B).
+
+    As a real function the error is 0, and so is its derivative. Where the sum is infinite the formula gives
+    `inf - inf = nan`; the error is 0 there.
+    """
+    total = a + b
+    a, b, rounded = lax.stop_gradient((a, b, total))
+    b_used = rounded - a
+    error = (a - (rounded - b_used)) + (b - b_used)
+    return total, jnp.where(jnp.isfinite(rounded), error, 0)
+
+
+@jax.custom_jvp
+def _two_float_sum(x: jax.Array) -> _TwoFloat:
+    """The sum of all entries. `jnp.sum` of 10,000 float32 losses is 1e-7 off, however well such sums are then added."""
+    axes = tuple(range(x.ndim))
+    zero = jnp.zeros_like(x, shape=())
+    return _TwoFloat(
+        *lax.reduce((x, jnp.zeros_like(x)), (zero, zero), lambda a, b: tuple(_TwoFloat(*a).plus(_TwoFloat(*b))), axes)
+    )
+
+
+@_two_float_sum.defjvp
+def _two_float_sum_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[_TwoFloat, _TwoFloat]:
+    tangent = jnp.sum(tangents[0])
+    return _two_float_sum(*primals), _TwoFloat(tangent, jnp.zeros_like(tangent))
+
+
+def _count(n: int = 0) -> _TwoFloat:
+    hi = np.float32(n)
+    return _TwoFloat(jnp.asarray(hi), jnp.asarray(np.float32(n - int(hi))))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class EmpiricalRisk:
+    r"""The mean loss over a data set that comes in batches, in nats, exact however many there are.
+
+    $$R = \frac{\sum_n w_n \ell_n}{\sum_n w_n}$$
+
+    Both sums are kept in two float32 each, so that 1e9 tokens lose nothing; one float32 stops growing at 2e7 additions
+    of 1. Adding is compensated inside a batch too (Ogita, Rump and Oishi, 2005, algorithm 4.4). A pytree: it can be a
+    scan's carry, crosses `jit` and `shard_map`, and the gradient flows through the mean. Inside `shard_map` a scan's
+    carry must vary over the devices from the start: begin with the first batch, or with
+    `jax.lax.pcast(EmpiricalRisk(), axis_name, to="varying")`.
+
+    >>> risk = EmpiricalRisk().update(jnp.array([1.0, 3.0])).update(jnp.array([5.0, jnp.nan]), jnp.array([2.0, 0.0]))
+    >>> float(risk.mean()), float(risk.weight)
+    (3.5, 4.0)
+    """
+
+    _total: _TwoFloat = dataclasses.field(default_factory=_count)
+    _weight: _TwoFloat = dataclasses.field(default_factory=_count)
+
+    @property
+    def total(self) -> jax.Array:
+        """The weighted sum of the losses, rounded to float32."""
+        return self._total.hi + self._total.lo
+
+    @property
+    def weight(self) -> jax.Array:
+        """The sum of the weights, rounded to float32."""
+        return self._weight.hi + self._weight.lo
+
+    def update(self, losses: ArrayLike, weights: ArrayLike | None = None) -> "EmpiricalRisk":
+        """With the losses of one batch added.
+
+        **Arguments:** `losses`: any shape, floating, not yet weighted. `weights`: the same shape, `w >= 0`, or bool.
+        A weight of 0 silences its loss, even nan or inf; a negative weight gives nan.
+        """
+        x = _arrays.floating("EmpiricalRisk.update", "losses", losses)
+        if weights is None:
+            (x,) = _arrays.accumulated(x)
+            return self._plus(_two_float_sum(x), _count(x.size))
+        w = _arrays.probability_or_flag("EmpiricalRisk.update", "weights", weights)
+        _arrays.check_shape("EmpiricalRisk.update", "weights", w, x.shape, "one for each loss")
+        x, w = _arrays.accumulated(x, w)
+        w = jnp.where(w < 0, jnp.nan, w)
+        x = jnp.where(w == 0, 0, x) * w
+        return self._plus(_two_float_sum(x), _two_float_sum(w))
+
+    def merge(self, other: "EmpiricalRisk | WeightedSum") -> "EmpiricalRisk":
+        """With another part's sums added; the order of the parts does not matter."""
+        if isinstance(other, WeightedSum):
+            total, weight = _arrays.accumulated(jnp.asarray(other.total), jnp.asarray(other.weight))
+            return self._plus(_TwoFloat(total, jnp.zeros_like(total)), _TwoFloat(weight, jnp.zeros_like(weight)))
+        if not isinstance(other, EmpiricalRisk):
+            raise _arrays.dtype_error("EmpiricalRisk.merge", "other", "be an EmpiricalRisk or a WeightedSum", other)
+        return self._plus(other._total, other._weight)
+
+    def _plus(self, total: _TwoFloat, weight: _TwoFloat) -> "EmpiricalRisk":
+        return EmpiricalRisk(
+            self._total.plus(total.astype(self._total.hi.dtype)),
+            self._weight.plus(weight.astype(self._weight.hi.dtype)),
+        )
+
+    def psum(self, axis_name: str | tuple[str, ...]) -> "EmpiricalRisk":
+        """Summed over a mesh axis, inside `jax.shard_map` or `vmap(axis_name=...)`, as exactly as `merge` does it."""
+
+        def over_devices(part: _TwoFloat) -> _TwoFloat:
+            # psum of `hi` would round. Each device fills its own slot; adding zeros to it is exact.
+            slot = jnp.arange(lax.axis_size(axis_name)) == lax.axis_index(axis_name)
+            hi, lo = (lax.psum(jnp.where(slot, x, 0), axis_name) for x in part)
+            return _two_float_sum(hi).plus(_two_float_sum(lo))
+
+        return EmpiricalRisk(over_devices(self._total), over_devices(self._weight))
+
+    def mean(self, base: float | None = None) -> jax.Array:
+        """The empirical risk, in nats or in units of log `base` (2 = bits); 0, with derivative 0, of nothing."""
+        if base is not None and not (base > 0 and base != 1):
+            raise ValueError(f"jaxent.EmpiricalRisk.mean: `base` must be positive and not 1, got {base}")
+        nats = self._total.over(self._weight)
+        return nats if base is None else nats / float(np.log(base))
+
+    def perplexity(self) -> jax.Array:
+        """`exp` of the mean: how many equally likely outcomes would be as hard to predict."""
+        return jnp.exp(self.mean())
+
+    def bits_per(self, count: ArrayLike) -> jax.Array:
+        """The total in bits, divided by how many bytes or words it encodes; 0 for a count of 0."""
+        dtype = self._total.hi.dtype
+        if isinstance(count, int):
+            count = float(count)  # a Python int of 2^31 and more does not fit an int32
+        units = _arrays.real("EmpiricalRisk.bits_per", "count", count).astype(dtype)
+        _arrays.check_shape("EmpiricalRisk.bits_per", "count", units, (), "a scalar")
+        return self._total.over(_TwoFloat(units, jnp.zeros_like(units))) / float(np.log(2))

@@ -1,0 +1,240 @@
+"""The empirical risk over many batches, devices and orders equals the mean of the whole."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxent import softmax_cross_entropy
+from jaxent.risk import EmpiricalRisk, WeightedSum
+
+ULP = 2.0**-23
+
+
+def exact(part) -> float:
+    """`hi + lo` without rounding to float32."""
+    return float(part.hi) + float(part.lo)
+
+
+def test_a_billion_additions(rng: np.random.Generator):
+    """A scan adds one chunk of 10,000 losses 100,000 times."""
+    chunk = rng.exponential(2.3, 10_000).astype(np.float32)
+    steps = 100_000
+    once = EmpiricalRisk().update(chunk)
+    assert exact(once._total) == pytest.approx(np.sum(chunk, dtype=np.float64), rel=1e-12)
+
+    @jax.jit
+    def many(step: EmpiricalRisk) -> EmpiricalRisk:
+        return jax.lax.scan(lambda risk, _: (risk.merge(step), None), EmpiricalRisk(), length=steps)[0]
+
+    risk = many(once)
+    assert exact(risk._weight) == 1e9
+    assert exact(risk._total) == pytest.approx(steps * np.sum(chunk, dtype=np.float64), rel=1e-10)
+    assert float(risk.mean()) == pytest.approx(np.mean(chunk, dtype=np.float64), rel=1e-7)
+    assert float(risk.bits_per(3 * 10**9)) == pytest.approx(np.mean(chunk, dtype=np.float64) / np.log(2) / 3, rel=3e-7)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 1000, 10_000, 99_991])
+@pytest.mark.parametrize("order", ["rising", "falling", "random"])
+def test_one_update_is_compensated(size: int, order: str, rng: np.random.Generator):
+    """A plain float32 sum of these is up to 1e-4 off."""
+    x = np.exp(rng.normal(0, 4, size)).astype(np.float32)
+    x = {"rising": np.sort(x), "falling": np.sort(x)[::-1], "random": x}[order]
+    risk = jax.jit(EmpiricalRisk().update)(x)
+    assert exact(risk._total) == pytest.approx(np.sum(x, dtype=np.float64), rel=1e-12)
+
+
+def test_updates_in_a_scan(rng: np.random.Generator):
+    x = rng.exponential(1.0, (500, 1000)).astype(np.float32)
+    w = (rng.random(x.shape) < 0.3).astype(np.float32)
+
+    @jax.jit
+    def evaluate(x: jax.Array, w: jax.Array) -> EmpiricalRisk:
+        return jax.lax.scan(lambda r, b: (r.update(*b), None), EmpiricalRisk(), (x, w))[0]
+
+    risk = evaluate(x, w)
+    wide = x.astype(np.float64) * w
+    assert exact(risk._total) == pytest.approx(wide.sum(), rel=1e-12)
+    assert float(risk.mean()) == pytest.approx(wide.sum() / w.sum(dtype=np.float64), rel=ULP)
+    assert float(risk.perplexity()) == pytest.approx(np.exp(wide.sum() / w.sum(dtype=np.float64)), rel=4 * ULP)
+
+
+def test_merging_is_independent_of_order(rng: np.random.Generator):
+    parts = [EmpiricalRisk().update(rng.exponential(10.0**k, 777).astype(np.float32)) for k in range(-3, 2)]
+    results = set()
+    for order in itertools.permutations(parts):
+        merged = functools.reduce(EmpiricalRisk.merge, order)
+        folded = order[0].merge(order[1]).merge(order[2].merge(order[3]).merge(order[4]))
+        results |= {float(merged.mean()), float(folded.mean())}
+    assert max(results) - min(results) <= ULP * max(results)
+
+
+def test_merging_commutes_exactly(rng: np.random.Generator):
+    a, b = (EmpiricalRisk().update(rng.exponential(s, 1000).astype(np.float32)) for s in (1e-3, 1e4))
+    jax.tree.map(np.testing.assert_array_equal, a.merge(b), b.merge(a))
+
+
+def test_merge_takes_a_weighted_sum():
+    risk = EmpiricalRisk().update(jnp.array([1.0])).merge(WeightedSum(jnp.float32(6.0), jnp.float32(3.0)))
+    assert float(risk.mean()) == 7 / 4
+    with pytest.raises(TypeError, match=r"EmpiricalRisk\.merge: `other`"):
+        risk.merge(3.0)  # pyright: ignore
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weight_zero_silences(bad: float):
+    def mean(x: jax.Array) -> jax.Array:
+        return EmpiricalRisk().update(x, jnp.array([1.0, 0.0, 3.0])).mean()
+
+    value, gradient = jax.value_and_grad(mean)(jnp.array([2.0, bad, 6.0]))
+    assert float(value) == 5.0
+    np.testing.assert_array_equal(gradient, [0.25, 0, 0.75])
+    np.testing.assert_array_equal(jax.jacfwd(mean)(jnp.array([2.0, bad, 6.0])), [0.25, 0, 0.75])
+
+
+def test_nan_inf_and_negative_weights_show():
+    assert np.isnan(EmpiricalRisk().update(jnp.array([1.0, jnp.nan])).mean())
+    assert np.isposinf(EmpiricalRisk().update(jnp.array([1.0, jnp.inf])).update(jnp.array([1.0])).mean())
+    assert np.isnan(EmpiricalRisk().update(jnp.array([1.0, 2.0]), jnp.array([-1.0, 3.0])).mean())
+
+
+@pytest.mark.parametrize("losses", [np.zeros((0,), np.float32), np.ones((2, 3), np.float32)])
+def test_mean_of_nothing_is_zero(losses: np.ndarray):
+    def mean(x: jax.Array) -> jax.Array:
+        return EmpiricalRisk().update(x, jnp.zeros(x.shape)).mean()
+
+    value, gradient = jax.value_and_grad(mean)(losses)
+    assert float(value) == 0
+    np.testing.assert_array_equal(gradient, np.zeros_like(losses))
+    assert float(EmpiricalRisk().perplexity()) == 1
+    assert float(EmpiricalRisk().bits_per(0)) == 0
+
+
+def model(w: jax.Array, x: jax.Array, y: jax.Array) -> jax.Array:
+    losses = softmax_cross_entropy(x @ w, y, reduction="none")
+    assert isinstance(losses, jax.Array)
+    return losses
+
+
+def batch(rng: np.random.Generator, rows: int = 128):
+    """Eight equal parts, of which 0% to 95% are ignored."""
+    x = rng.normal(size=(rows, 5)).astype(np.float32)
+    y = rng.integers(0, 7, rows).astype(np.int32)
+    drop = np.repeat(np.linspace(0, 0.95, 8), rows // 8)
+    keep = rng.random(rows) >= drop
+    w = rng.normal(size=(5, 7)).astype(np.float32)
+    return w, x, np.where(keep, y, -100).astype(np.int32), keep
+
+
+def whole(w, x, y, keep):
+    return jax.value_and_grad(lambda w: EmpiricalRisk().update(model(w, x, y), keep).mean())(w)
+
+
+def agree(got, expected):
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_whole_batch_equals_the_loss(rng: np.random.Generator):
+    w, x, y, keep = batch(rng)
+    agree(whole(w, x, y, keep), jax.value_and_grad(lambda w: softmax_cross_entropy(x @ w, y))(w))
+
+
+def test_microbatches_equal_the_big_batch(rng: np.random.Generator):
+    w, x, y, keep = batch(rng)
+    parts = jax.tree.map(lambda a: a.reshape(8, -1, *a.shape[1:]), (x, y, keep))
+
+    def mean(w: jax.Array) -> jax.Array:
+        def step(risk, part):
+            return risk.update(model(w, *part[:2]), part[2]), None
+
+        return jax.lax.scan(step, EmpiricalRisk(), parts)[0].mean()
+
+    agree(jax.jit(jax.value_and_grad(mean))(w), whole(w, x, y, keep))
+
+
+def test_shards_equal_the_big_batch(rng: np.random.Generator):
+    w, x, y, keep = batch(rng)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(P(), P("data"), P("data"), P("data")), out_specs=P())
+    def mean(w, x, y, keep):
+        return EmpiricalRisk().update(model(w, x, y), keep).psum("data").mean()
+
+    agree(jax.jit(jax.value_and_grad(mean))(w, x, y, keep), whole(w, x, y, keep))
+    agree(jax.jit(jax.jacfwd(mean))(w, x, y, keep), whole(w, x, y, keep)[1])
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_sharded_arrays_equal_the_big_batch(kind: AxisType, rng: np.random.Generator):
+    w, x, y, keep = batch(rng)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+        xs, ys, ks = (jax.device_put(a, NamedSharding(mesh, P("data"))) for a in (x, y, keep))
+        ws = jax.device_put(w, NamedSharding(mesh, P()))
+        got = jax.jit(whole)(ws, xs, ys, ks)
+    agree(got, whole(w, x, y, keep))
+
+
+def test_scan_inside_shard_map(rng: np.random.Generator):
+    x = rng.exponential(1.0, (8, 3, 40)).astype(np.float32)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+
+    def evaluate(x: jax.Array) -> jax.Array:
+        start = jax.lax.pcast(EmpiricalRisk(), "data", to="varying")
+        risk = jax.lax.scan(lambda r, b: (r.update(b), None), start, x[0])[0]
+        return risk.psum("data").mean()
+
+    mean = jax.jit(jax.shard_map(evaluate, mesh=mesh, in_specs=P("data"), out_specs=P()))(x)
+    assert float(mean) == pytest.approx(np.mean(x, dtype=np.float64), rel=ULP)
+
+
+def test_psum_is_as_exact_as_merge(rng: np.random.Generator):
+    x = rng.exponential(1.0, (8, 1001)).astype(np.float32) * np.float32(10.0) ** np.arange(8, dtype=np.float32)[:, None]
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    total = jax.jit(
+        jax.shard_map(
+            lambda x: EmpiricalRisk().update(x).psum(("a", "b")), mesh=mesh, in_specs=P(("a", "b")), out_specs=P()
+        )
+    )(x)
+    assert exact(total._total) == pytest.approx(np.sum(x, dtype=np.float64), rel=1e-12)
+    mapped = jax.vmap(lambda x: EmpiricalRisk().update(x).psum("i"), axis_name="i")(x)
+    assert float(mapped.mean()[0]) == float(total.mean())
+
+
+def test_float64_losses_keep_their_digits(x64: None, rng: np.random.Generator):
+    x = rng.exponential(1.0, 1000)
+    risk = EmpiricalRisk().update(x, np.ones(1000, np.float32))
+    assert exact(risk._total) == pytest.approx(x.sum(), rel=1e-13)
+    assert risk.mean().dtype == jnp.float32
+
+
+def test_low_precision_and_units():
+    risk = EmpiricalRisk().update(jnp.full((1000,), np.log(2), jnp.bfloat16), np.ones(1000, bool))
+    assert risk.mean().dtype == jnp.float32
+    assert float(risk.mean(2)) == pytest.approx(1, rel=4e-3)
+    assert float(risk.bits_per(500)) == pytest.approx(2 * float(risk.mean(base=2)), rel=1e-6)
+
+
+@pytest.mark.parametrize("base", [1, 0, -2])
+def test_bad_base(base: float):
+    with pytest.raises(ValueError, match=r"EmpiricalRisk.mean: `base`"):
+        EmpiricalRisk().mean(base)
+
+
+def test_bad_arguments():
+    with pytest.raises(TypeError, match=r"`losses` must have a floating dtype"):
+        EmpiricalRisk().update(jnp.array([1, 2]))
+    with pytest.raises(ValueError, match=r"`weights` must have shape \(2,\)"):
+        EmpiricalRisk().update(jnp.array([1.0, 2.0]), jnp.array(1.0))
+
+
+def test_weighted_sum_adds_and_means():
+    parts = [WeightedSum(jnp.float32(t), jnp.float32(n)) for t, n in ((6.0, 3.0), (1.0, 1.0))]
+    assert float(sum(parts).mean()) == 1.75  # pyright: ignore
+    assert float(WeightedSum(jnp.float32(0), jnp.float32(0)).mean()) == 0
