@@ -1,6 +1,7 @@
 """The class axis of an array, whole or split over a mesh axis: what differs between automatic, explicit and manual meshes."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -82,6 +83,27 @@ class ClassAxis:
         local = labels - (0 if self.mesh_axis is None else lax.axis_index(self.mesh_axis) * count)
         found = table.at[jnp.clip(local, 0, count - 1)].get(mode="promise_in_bounds")
         return self.across(jnp.where((local >= 0) & (local < count), found, 0))
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    """The manual mesh axes along which the value differs between devices."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def like_varying(x: jax.Array, others: Sequence[jax.Array]) -> jax.Array:
+    """`x`, typed inside `shard_map` as differing between devices along every axis that any of `others` differs along.
+
+    A scan's carry must have its final type from the start, and a constant that is made varying before a scan is summed
+    over the devices once, after it, on the way back, not once a step.
+    """
+    axes = frozenset[str]().union(*map(_varying, others)) - _varying(x)
+    return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+
+
+def sum_to_type(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x`, summed over the mesh axes along which it differs between devices and `like` does not."""
+    axes = _varying(x) - _varying(like)
+    return lax.psum(x, tuple(sorted(axes))) if axes else x
 
 
 def check_vocab_axis(function: str, vocab_axis: str | None) -> None:

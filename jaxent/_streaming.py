@@ -1,0 +1,231 @@
+"""The engine: row losses of `hidden @ kernel + bias`, a chunk of rows at a time, so that the logits are never held.
+
+With `z_i = h_i W + b`, `L = sum_i l(z_i, a_i)` and `dz = dl/dz`, the gradients are `dH = dz W^T`, `dW = H^T dz` and
+`db = sum_i dz_i`. The three matrix products are the least that a gradient can cost. They are taken in one scan over
+chunks of rows, as soon as a chunk's logits are there, so that nothing is computed twice.
+
+The rule is a `jax.custom_jvp` on the scalar `L`. The tangent of a scalar is its gradient dotted with the tangent of its
+input, so that the rule is plain JAX from end to end, and reverse mode, forward mode, jvp of grad, vmap, third order and
+sharding follow from it. `custom_vjp` would give up forward mode.
+
+Outputs for each row cannot be done so: their cotangent is not known while the logits are there. `stream_rows` computes
+a chunk's logits again on the way back, four products in all.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxent import _arrays
+from jaxent._planning import Layout
+from jaxent._sharding import like_varying, sum_to_type
+
+Pytree = Any
+Precision = Any  # what `jax.lax.dot_general` takes as `precision`
+SymbolicZero = jax.custom_derivatives.SymbolicZero
+
+
+class Head(NamedTuple):
+    """One linear layer of logits: `hidden (rows, features) @ kernel (features, classes) + bias (classes,)`."""
+
+    hidden: jax.Array
+    kernel: jax.Array
+    bias: jax.Array | None
+
+
+# `row_fn(logits, row_args, params)`: a tuple with one block of logits for each head, the block's rows of `row_args`, and
+# `params`; returns a pytree of arrays with the block's rows first.
+RowFunction = Callable[[tuple[jax.Array, ...], Pytree, Pytree], Pytree]
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """The three matrix products of a head, each accumulated in at least float32.
+
+    Operands keep the dtype of the inputs: the gradient by the logits is rounded to bf16 for the backward products of a
+    bf16 head.
+    """
+
+    precision: Precision = None
+
+    def logits(self, head: Head) -> jax.Array:
+        z = self._dot(head.hidden, head.kernel, 1, 0)
+        return z if head.bias is None else z + head.bias.astype(z.dtype)[None, :]
+
+    def by_hidden(self, dz: jax.Array, kernel: jax.Array) -> jax.Array:
+        return self._dot(dz, kernel, 1, 1)
+
+    def by_kernel(self, hidden: jax.Array, dz: jax.Array) -> jax.Array:
+        return self._dot(hidden, dz, 0, 0)
+
+    def _dot(self, a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
+        return lax.dot_general(
+            a,
+            b,
+            (((axis_a,), (axis_b,)), ((), ())),
+            precision=self.precision,
+            preferred_element_type=_arrays.accumulation_dtype(a, b),
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The sum of row losses: three products
+
+
+def stream_sum(
+    row_loss: RowFunction,
+    heads: tuple[Head, ...],
+    row_args: Pytree,
+    params: Pytree,
+    layout: Layout,
+    products: Products,
+) -> jax.Array:
+    """`sum_i row_loss(logits_i, row_args_i, params)`; `row_loss` returns `(chunk_rows,)` and closes over no tracer."""
+    return _summed(row_loss, layout, products, heads, row_args, params)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _summed(row_loss, layout, products, heads, row_args, params):
+    per_row = ([head.hidden for head in heads], row_args)
+
+    def step(carry: None, chunk: jax.Array, rows: Pytree) -> tuple[None, jax.Array]:
+        hidden, args = rows
+        logits = tuple(products.logits(head._replace(hidden=h)) for head, h in zip(heads, hidden, strict=True))
+        return None, _block_sum(row_loss, layout, chunk, logits, args, params)
+
+    _, sums = layout.scan(step, None, per_row)
+    return jnp.sum(sums)
+
+
+def _block_sum(row_loss, layout, chunk, logits, row_args, params) -> jax.Array:
+    losses = row_loss(logits, row_args, params)
+    counted = layout.counted(chunk)
+    return jnp.sum(losses if counted is None else jnp.where(counted, losses, 0))
+
+
+def _summed_jvp(row_loss, layout, products, primals, tangents):
+    total, gradients = _sum_and_gradients(row_loss, layout, products, primals, jax.tree.map(_is_wanted, tangents))
+    steps = [tangent for tangent in jax.tree.leaves(tangents) if _is_wanted(tangent)]
+    terms = [
+        sum_to_type(jnp.sum(gradient * step.astype(gradient.dtype)), total)
+        for gradient, step in zip(jax.tree.leaves(gradients), steps, strict=True)
+    ]
+    return total, sum(terms, jnp.zeros_like(total)).astype(total.dtype)
+
+
+_summed.defjvp(_summed_jvp, symbolic_zeros=True)
+
+
+def _is_wanted(tangent: Any) -> bool:
+    """Whether a derivative by this input was asked for: no product is spent on a frozen kernel."""
+    return not isinstance(tangent, SymbolicZero)
+
+
+def _sum_and_gradients(row_loss, layout, products, inputs, wanted):
+    """The sum and its gradient by every wanted leaf of `inputs = (heads, row_args, params)`; None at the others."""
+    heads, row_args, params = inputs
+    heads = jax.tree.map(lambda x: like_varying(x, jax.tree.leaves(heads)), heads)
+    want_heads, want_args, want_params = wanted
+    needs_logits = [any(jax.tree.leaves(want)) for want in want_heads]
+    free_args, fixed_args = _partition(row_args, want_args)
+    free_params, fixed_params = _partition(params, want_params)
+    varying = jax.tree.leaves(inputs)
+    free_params = jax.tree.map(lambda x: like_varying(x, varying), free_params)
+
+    def step(carry: Pytree, chunk: jax.Array, rows: Pytree) -> tuple[Pytree, Pytree]:
+        hidden, free, fixed = rows
+        logits = tuple(products.logits(head._replace(hidden=h)) for head, h in zip(heads, hidden, strict=True))
+
+        def block(logits: Pytree, free: Pytree, free_params: Pytree) -> jax.Array:
+            args, shared = _merge(free, fixed), _merge(free_params, fixed_params)
+            return _block_sum(row_loss, layout, chunk, logits, args, shared)
+
+        block_sum, pull = jax.vjp(block, logits, free, free_params)
+        d_logits, d_args, d_params = pull(jnp.ones_like(block_sum))
+        d_hidden, d_kernels, d_biases = [], [], []
+        for head, h, dz, want, needed in zip(heads, hidden, d_logits, want_heads, needs_logits, strict=True):
+            operand = dz.astype(head.kernel.dtype) if needed else dz
+            d_hidden.append(products.by_hidden(operand, head.kernel) if want.hidden else None)
+            d_kernels.append(products.by_kernel(h, operand) if want.kernel else None)
+            d_biases.append(jnp.sum(dz, axis=0) if want.bias else None)
+        shared = (d_kernels, d_biases, jax.tree.map(lambda x: x.astype(_arrays.accumulation_dtype(x)), d_params))
+        return jax.tree.map(jnp.add, carry, shared), (block_sum, d_hidden, d_args)
+
+    kernels = [head.kernel if want.kernel else None for head, want in zip(heads, want_heads, strict=True)]
+    biases = [head.bias if want.bias else None for head, want in zip(heads, want_heads, strict=True)]
+    zeros = jax.tree.map(
+        lambda x: like_varying(jnp.zeros_like(x, dtype=_arrays.accumulation_dtype(x)), varying),
+        (kernels, biases, free_params),
+    )
+    per_row = ([head.hidden for head in heads], free_args, fixed_args)
+    (d_kernels, d_biases, d_params), (sums, d_hidden, d_args) = layout.scan(step, zeros, per_row)
+    d_hidden, d_args = jax.tree.map(layout.join, (d_hidden, d_args))
+    d_heads = tuple(Head(*parts) for parts in zip(d_hidden, d_kernels, d_biases, strict=True))
+    return jnp.sum(sums), (d_heads, d_args, d_params)
+
+
+def _partition(tree: Pytree, mask: Pytree) -> tuple[Pytree, Pytree]:
+    """The leaves where the mask holds, and the others, each with None in the other's places."""
+    chosen = jax.tree.map(lambda x, keep: x if keep else None, tree, mask)
+    return chosen, jax.tree.map(lambda x, keep: None if keep else x, tree, mask)
+
+
+def _merge(a: Pytree, b: Pytree) -> Pytree:
+    return jax.tree.map(lambda x, y: y if x is None else x, a, b, is_leaf=lambda x: x is None)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Outputs for each row: four products
+
+
+def stream_rows(
+    row_fn: RowFunction,
+    heads: tuple[Head, ...],
+    row_args: Pytree,
+    params: Pytree,
+    layout: Layout,
+    products: Products,
+) -> Pytree:
+    """`row_fn(logits, row_args, params)` of all rows; `row_fn` returns a pytree of `(chunk_rows, ...)` arrays."""
+    varying = jax.tree.leaves((heads, row_args))
+    heads, params = jax.tree.map(lambda x: like_varying(x, varying), (heads, params))
+    wide = [head.kernel.astype(_arrays.accumulation_dtype(head.kernel)) for head in heads]
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(carry: None, chunk: jax.Array, rows: Pytree) -> tuple[None, Pytree]:
+        hidden, args = rows
+        logits = tuple(
+            _logits(products, head._replace(hidden=h), w) for head, h, w in zip(heads, hidden, wide, strict=True)
+        )
+        return None, row_fn(logits, args, params)
+
+    _, out = layout.scan(step, None, ([head.hidden for head in heads], row_args))
+    return jax.tree.map(layout.join, out)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _logits(products: Products, head: Head, wide: jax.Array) -> jax.Array:
+    """A head's logits; `wide` is its kernel in the accumulation dtype, of which only the tangent is used.
+
+    The scan adds the chunks' shares of a constant's cotangent in the constant's dtype, and a bf16 sum stops growing: 512
+    additions of 1/1024 give 0.25. The cotangent of `wide` is that of the kernel, added in float32.
+    """
+    del wide
+    return products.logits(head)
+
+
+@_logits.defjvp
+def _logits_jvp(products, primals, tangents):
+    (head, wide), (step, d_wide) = primals, tangents
+    # Each product is rounded to the operands' dtype, so that its transpose multiplies operands of that dtype.
+    dtype = head.kernel.dtype
+    by_hidden = lax.dot(step.hidden, head.kernel, precision=products.precision, preferred_element_type=dtype)
+    by_kernel = lax.dot(head.hidden, d_wide.astype(dtype), precision=products.precision, preferred_element_type=dtype)
+    z = _logits(products, head, wide)
+    dz = by_hidden.astype(z.dtype) + by_kernel.astype(z.dtype)
+    return z, dz if step.bias is None else dz + step.bias.astype(z.dtype)[None, :]

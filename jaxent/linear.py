@@ -1,0 +1,411 @@
+"""Losses straight from hidden states: each is a row loss and the engine, and never holds the logits of all rows."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxent import _arrays, _reduction, _rows, _targets
+from jaxent._planning import Layout, layout_for
+from jaxent._reduction import Reduction
+from jaxent._rows import IGNORED, LossOptions, RowTargets
+from jaxent._sharding import ClassAxis, check_vocab_axis
+from jaxent._streaming import Head, Precision, Products, stream_rows, stream_sum
+from jaxent._targets import SoftmaxArguments
+from jaxent.losses import TokenStatistics, check_top_k, row_statistics
+from jaxent.risk import WeightedSum
+
+
+def linear_softmax_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    targets: ArrayLike,
+    *,
+    bias: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    class_weights: ArrayLike | None = None,
+    ignore_index: int | None = -100,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    soft_cap: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    reduction: Reduction = "mean",
+    denominator: ArrayLike | None = None,
+    chunk_rows: int | None = None,
+    precision: Precision = None,
+    vocab_axis: str | None = None,
+) -> jax.Array | WeightedSum:
+    r"""`softmax_cross_entropy` of the logits of a linear layer, without the logits, in nats.
+
+    $$z_n = \mathrm{cap}(h_n W + b) / T, \qquad \mathrm{cap}(x) = s \tanh(x / s)$$
+
+    and then the loss of `softmax_cross_entropy`. Rows are taken a chunk at a time, so that the memory does not grow with
+    their number, and value and gradient cost three matrix products, as many as dense code spends. Forward mode, Hessian
+    products, `vmap`, `scan` and sharding work as through any function. Take a Hessian-vector product as
+    `jax.jvp(jax.grad(loss), ...)`: reverse over reverse keeps the logits of all chunks. The soft cap is that of Gemma 2
+    (2024), section 2.
+
+    **Arguments:**
+
+    - `hidden`: `(*batch, features)`, floating. `kernel`: `(features, classes)`; a `(classes, features)` embedding is
+      passed as `embedding.T`, which is not copied. `bias`: `(classes,)`.
+    - `targets`, `where`, `weights`, `class_weights`, `ignore_index`, `label_smoothing`, `z_loss`, `reduction`,
+      `denominator`, `vocab_axis`: as in `softmax_cross_entropy`, for logits `(*batch, classes)`. With `vocab_axis`,
+      `kernel` and `bias` hold this device's classes and `hidden` is the same on all devices of the axis.
+    - `soft_cap`: `s > 0`; None for no cap. `temperature`: `T > 0`. Both may be learnt.
+    - `chunk_rows`: rows at a time; None takes what `plan` says. `"none"` computes the logits again on the way back:
+      four products.
+    - `precision`: of the matrix products, as in `jax.lax.dot_general`. None means float32 accuracy for float32 inputs
+      (`"highest"`) unless `jax.default_matmul_precision` is set; pass `"tensorfloat32"` or `"default"` for the faster
+      products of GPUs and TPUs. bf16 inputs are multiplied as bf16 and added in float32.
+
+    **Returns:** as `softmax_cross_entropy`; gradients come back in the dtypes of the inputs. A dropped row adds exactly 0
+    to every gradient, even if its `hidden` is nan. A label out of range gives nan in the row of the gradient by
+    `hidden`, and in all of the gradients by `kernel` and `bias`.
+
+    **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or option.
+
+    >>> hidden, kernel = jnp.ones((2, 3)), jnp.zeros((3, 5))
+    >>> linear_softmax_cross_entropy(hidden, kernel, jnp.array([0, 4]))
+    Array(1.609438, dtype=float32)
+    """
+    name = "linear_softmax_cross_entropy"
+    head, batch = _check_head(name, hidden, kernel, bias)
+    logits_shape = (*batch, head.kernel.shape[1])
+    arguments = _targets.check_softmax_arguments(
+        name,
+        logits_shape,
+        -1,
+        targets,
+        where=where,
+        weights=weights,
+        class_weights=class_weights,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+    )
+    divisor = _reduction.check(name, reduction, denominator)
+    check_vocab_axis(name, vocab_axis)
+    losses = _linear_softmax_cross_entropy(
+        head,
+        _flat_rows(arguments, len(batch)),
+        _check_shaping(name, soft_cap, temperature),
+        divisor,
+        classes=ClassAxis(-1, vocab_axis),
+        ignore_index=_targets.check_ignore_index(name, ignore_index),
+        reduction=reduction,
+        layout=layout_for(name, head.hidden.shape[0], head.kernel.shape[1], chunk_rows),
+        products=_products(precision, head),
+    )
+    return losses.reshape(batch) if reduction == "none" else losses
+
+
+class _Shaping(NamedTuple):
+    """What is done to the logits of a linear layer before their softmax; None is nothing."""
+
+    soft_cap: jax.Array | None
+    temperature: jax.Array | None
+
+    def __call__(self, z: jax.Array) -> jax.Array:
+        if self.soft_cap is not None:
+            cap = self.soft_cap.astype(z.dtype)
+            z = cap * jnp.tanh(z / cap)
+        return z if self.temperature is None else z / self.temperature.astype(z.dtype)
+
+
+class _SoftmaxShared(NamedTuple):
+    shaping: _Shaping
+    options: LossOptions
+    scale: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _SoftmaxRows:
+    """The row losses of `softmax_cross_entropy` as the engine takes them; equal where the classes are."""
+
+    classes: ClassAxis
+
+    def __call__(self, logits: tuple[jax.Array, ...], rows: RowTargets, shared: _SoftmaxShared) -> jax.Array:
+        losses = _rows.softmax_loss(shared.shaping(logits[0]), rows, shared.options, self.classes)[:, 0]
+        return losses if shared.scale is None else losses * shared.scale
+
+
+@functools.partial(
+    jax.jit, static_argnames=("classes", "ignore_index", "reduction", "layout", "products"), inline=True
+)
+def _linear_softmax_cross_entropy(
+    head: Head,
+    arguments: SoftmaxArguments,
+    shaping: _Shaping,
+    divisor: jax.Array | None,
+    *,
+    classes: ClassAxis,
+    ignore_index: int | None,
+    reduction: Reduction,
+    layout: Layout,
+    products: Products,
+) -> jax.Array | WeightedSum:
+    logits = _logits_like(head)
+    rows, options = _targets.row_targets(arguments, logits, classes, ignore_index)
+    rows, hidden = _without_ignored(rows, head.hidden)
+    heads = (head._replace(hidden=hidden),)
+    row_fn, shared = _SoftmaxRows(classes), _SoftmaxShared(shaping, options, None)
+    if reduction == "none":
+        return stream_rows(row_fn, heads, rows, shared, layout, products)
+    weight = jnp.sum(rows.total_weights()).astype(logits.dtype)
+    if reduction == "mean":
+        # The rows are divided before the products, not the gradients after them: those are as large as the kernel.
+        shared = shared._replace(scale=WeightedSum(jnp.ones_like(weight), weight if divisor is None else divisor).mean())
+    total = stream_sum(row_fn, heads, rows, shared, layout, products)
+    return WeightedSum(total, weight) if reduction == "sum_and_weight" else total
+
+
+def _without_ignored(rows: RowTargets, hidden: jax.Array) -> tuple[RowTargets, jax.Array]:
+    """Ignored rows have hidden states of 0: their gradient is 0, and 0 times a nan would still reach the kernel's."""
+    codes = rows.codes
+    if rows.weights is not None:
+        finite = jnp.all(jnp.isfinite(hidden), axis=-1, keepdims=True)
+        codes = jnp.where((rows.weights == 0) & ~finite, IGNORED, codes)
+    return rows._replace(codes=codes), jnp.where(codes == IGNORED, 0, hidden)
+
+
+def linear_token_statistics(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike | None = None,
+    *,
+    bias: ArrayLike | None = None,
+    soft_cap: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    top_k: int = 0,
+    chunk_rows: int | None = None,
+    precision: Precision = None,
+    vocab_axis: str | None = None,
+) -> TokenStatistics:
+    r"""`token_statistics` of the logits of a linear layer, without the logits, in nats.
+
+    **Arguments:** `hidden` `(*batch, features)`, `kernel` `(features, classes)`, `bias`, `soft_cap`, `temperature`,
+    `chunk_rows`, `precision` as in `linear_softmax_cross_entropy`; `labels` `(*batch,)`, `top_k` and `vocab_axis` as in
+    `token_statistics`.
+
+    **Returns:** `TokenStatistics` with leaves `(*batch,)`, and `(*batch, top_k)` for the top classes. Log-probability,
+    log-normaliser and entropy are differentiable; their gradient costs four matrix products.
+
+    **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or option.
+
+    >>> stats = linear_token_statistics(jnp.ones((2, 3)), jnp.zeros((3, 4)), jnp.array([0, 3]))
+    >>> stats.entropy
+    Array([1.3862944, 1.3862944], dtype=float32)
+    """
+    name = "linear_token_statistics"
+    head, batch = _check_head(name, hidden, kernel, bias)
+    if labels is not None:
+        labels = _targets.check_labels(name, "labels", labels, batch).reshape(-1)
+    check_vocab_axis(name, vocab_axis)
+    classes = ClassAxis(-1, vocab_axis)
+    statistics = _linear_token_statistics(
+        head,
+        labels,
+        _check_shaping(name, soft_cap, temperature),
+        classes=classes,
+        top_k=check_top_k(name, top_k, classes.size(head.kernel)),
+        layout=layout_for(name, head.hidden.shape[0], head.kernel.shape[1], chunk_rows),
+        products=_products(precision, head),
+    )
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), statistics)
+
+
+@functools.partial(jax.jit, static_argnames=("classes", "top_k", "layout", "products"), inline=True)
+def _linear_token_statistics(
+    head: Head,
+    labels: jax.Array | None,
+    shaping: _Shaping,
+    *,
+    classes: ClassAxis,
+    top_k: int,
+    layout: Layout,
+    products: Products,
+) -> TokenStatistics:
+    codes = None
+    if labels is not None:
+        codes = _rows.label_codes(labels[:, None], classes.size(head.kernel), None, None)
+
+    def row_fn(logits: tuple[jax.Array, ...], codes: jax.Array | None, shaping: _Shaping) -> TokenStatistics:
+        return row_statistics(shaping(logits[0]), codes, classes, top_k)
+
+    return stream_rows(row_fn, (head,), codes, shaping, layout, products)
+
+
+def linear_loss(
+    row_loss: Callable[..., jax.Array],
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    *row_args: Any,
+    bias: ArrayLike | None = None,
+    params: Any = None,
+    chunk_rows: int | None = None,
+    precision: Precision = None,
+) -> jax.Array:
+    r"""The sum of your own row losses of `hidden @ kernel + bias`, streamed: three matrix products, every derivative.
+
+    $$L = \sum_n \ell(h_n W + b,\, a_n,\, \theta)$$
+
+    **Arguments:**
+
+    - `row_loss`: `row_loss(logits, *row_args, params)` for one block of rows: `logits` is `(rows, classes)` in at least
+      float32, each row argument has the block's rows first, and the result is `(rows,)`. Any differentiable JAX
+      function whose rows do not see each other. Without `params` it is called without them.
+    - `hidden`: `(*batch, features)`; `kernel`: `(features, classes)`; `bias`: `(classes,)`.
+    - `row_args`: pytrees of arrays `(*batch, ...)`; their batch axes arrive as one. `params`: any pytree of arrays that
+      all rows share. The loss is differentiable by both.
+    - `chunk_rows`, `precision`: as in `linear_softmax_cross_entropy`.
+
+    **Returns:** the sum, a scalar in at least float32.
+
+    **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape, also that of what `row_loss` returns.
+
+    A focal loss (Lin et al., 2017, equation 4), its focus learnt through `params`:
+
+    >>> def focal(logits, labels, gamma):
+    ...     log_p = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]
+    ...     return -((1 - jnp.exp(log_p)) ** gamma) * log_p
+    >>> hidden, kernel, labels = jnp.eye(3), 2.0 * jnp.eye(3), jnp.arange(3)
+    >>> linear_loss(focal, hidden, kernel, labels, params=jnp.array(2.0))
+    Array(0.03262687, dtype=float32)
+
+    A contrastive loss in both directions (CLIP, Radford et al., 2021, figure 3) needs no row loss of its own:
+
+    >>> def clip(images, texts, temperature):
+    ...     pairs = jnp.arange(len(images))
+    ...     by_image = linear_softmax_cross_entropy(images, texts.T, pairs, temperature=temperature)
+    ...     by_text = linear_softmax_cross_entropy(texts, images.T, pairs, temperature=temperature)
+    ...     return (by_image + by_text) / 2
+    >>> clip(jnp.eye(3), jnp.eye(3), jnp.array(0.5))
+    Array(0.23954472, dtype=float32)
+    """
+    name = "linear_loss"
+    head, batch = _check_head(name, hidden, kernel, bias)
+    row_args = jax.tree.map(lambda x: _check_row_argument(name, x, batch), row_args)
+    params = jax.tree.map(jnp.asarray, params)
+    layout = layout_for(name, head.hidden.shape[0], head.kernel.shape[1], chunk_rows)
+    row_fn = _UserRows(row_loss, _takes_params(row_loss, len(row_args), params))
+    block = jax.tree.map(lambda x: jax.ShapeDtypeStruct((layout.chunk_rows, *x.shape[1:]), x.dtype), row_args)
+    logits = jax.ShapeDtypeStruct((layout.chunk_rows, head.kernel.shape[1]), _logits_like(head).dtype)
+    closed = jax.make_jaxpr(row_fn)((logits,), block, params)
+    if closed.consts:
+        # A custom derivative rule cannot see what `row_loss` closes over; as parameters, its values can be traced too.
+        row_fn, params = _ClosedRows(closed), (closed.consts, params)
+    return stream_sum(row_fn, (head,), row_args, params, layout, _products(precision, head))
+
+
+@dataclasses.dataclass(frozen=True)
+class _UserRows:
+    """A user's row loss as the engine calls it, with its result checked."""
+
+    row_loss: Callable[..., jax.Array]
+    takes_params: bool
+
+    def __call__(self, logits: tuple[jax.Array, ...], row_args: tuple[Any, ...], params: Any) -> jax.Array:
+        losses = self.row_loss(logits[0], *row_args, *([params] if self.takes_params else []))
+        rows = logits[0].shape[0]
+        if getattr(losses, "shape", None) != (rows,):
+            expected = f"return one loss for each row of its block, shape ({rows},)"
+            raise _arrays.shape_error("linear_loss", "row_loss", expected, losses)
+        if not jnp.issubdtype(losses.dtype, jnp.floating):
+            raise _arrays.dtype_error("linear_loss", "row_loss", "return floating losses", losses)
+        return losses.astype(logits[0].dtype)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _ClosedRows:
+    """A row loss with the values that it closed over made arguments."""
+
+    closed: jax.extend.core.ClosedJaxpr
+
+    def __call__(self, logits: tuple[jax.Array, ...], row_args: Any, params: Any) -> jax.Array:
+        consts, params = params
+        function = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(self.closed.jaxpr, consts))
+        return function(*jax.tree.leaves((logits, row_args, params)))[0]
+
+
+def _takes_params(row_loss: Callable[..., jax.Array], num_row_args: int, params: Any) -> bool:
+    """Whether to pass `params`: always if there are any, else if `row_loss` has a place for them."""
+    if params is not None:
+        return True
+    try:
+        inspect.signature(row_loss).bind(*[None] * (1 + num_row_args))
+    except TypeError:
+        return True
+    except ValueError:  # a callable without a signature
+        pass
+    return False
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checks
+
+
+def _check_head(
+    function: str, hidden: ArrayLike, kernel: ArrayLike, bias: ArrayLike | None, suffix: str = ""
+) -> tuple[Head, tuple[int, ...]]:
+    """The head with its rows in one dimension, operands in one dtype, and the shape of the batch."""
+    h = _arrays.floating(function, f"hidden{suffix}", hidden)
+    w = _arrays.floating(function, f"kernel{suffix}", kernel)
+    if h.ndim == 0:
+        raise _arrays.shape_error(function, f"hidden{suffix}", "have shape (*batch, features)", h)
+    if w.ndim != 2 or w.shape[0] != h.shape[-1]:
+        expected = f"have shape (features, classes) with {h.shape[-1]} features, as `hidden{suffix}` has"
+        raise _arrays.shape_error(function, f"kernel{suffix}", expected, w)
+    _targets.check_classes(function, f"kernel{suffix}", w.shape, -1)
+    if bias is not None:
+        bias = _arrays.floating(function, f"bias{suffix}", bias)
+        _arrays.check_shape(function, f"bias{suffix}", bias, (w.shape[1],), "one for each class")
+    if h.dtype != w.dtype:
+        h, w = _arrays.accumulated(h, w)
+    return Head(h.reshape(-1, h.shape[-1]) if h.ndim != 2 else h, w, bias), h.shape[:-1]
+
+
+def _check_shaping(function: str, soft_cap: ArrayLike | None, temperature: ArrayLike) -> _Shaping:
+    if soft_cap is not None:
+        soft_cap = _arrays.scalar(function, "soft_cap", soft_cap, low=0.0, open_low=True)
+    return _Shaping(
+        soft_cap, _arrays.scalar(function, "temperature", temperature, low=0.0, open_low=True, neutral=1.0)
+    )
+
+
+def _check_row_argument(function: str, x: ArrayLike, batch: tuple[int, ...]) -> jax.Array:
+    x = jnp.asarray(x)
+    if x.shape[: len(batch)] != batch:
+        raise _arrays.shape_error(function, "row_args", f"have shapes that start with {batch}, the batch of `hidden`", x)
+    return x.reshape(-1, *x.shape[len(batch) :])
+
+
+def _flat_rows(arguments: SoftmaxArguments, batch_dims: int) -> SoftmaxArguments:
+    """The arguments with their batch axes as one."""
+
+    def flat(x: jax.Array | None) -> jax.Array | None:
+        return None if x is None else x.reshape(-1, *x.shape[batch_dims:])
+
+    return arguments._replace(
+        targets=flat(arguments.targets), where=flat(arguments.where), weights=flat(arguments.weights)
+    )
+
+
+def _logits_like(head: Head) -> jax.ShapeDtypeStruct:
+    """What the logits would be."""
+    shape = (head.hidden.shape[0], head.kernel.shape[1])
+    return jax.ShapeDtypeStruct(shape, _arrays.accumulation_dtype(head.kernel))
+
+
+def _products(precision: Precision, head: Head) -> Products:
+    """float32 inputs keep float32 accuracy unless the caller, or `jax.default_matmul_precision`, says otherwise."""
+    if precision is None and head.kernel.dtype == np.float32 and jax.config.jax_default_matmul_precision is None:
+        precision = jax.lax.Precision.HIGHEST
+    return Products(precision)
