@@ -153,35 +153,43 @@ def _normalizer_jvp(classes, primals, tangents):
 # Softmax
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def log_softmax(z: jax.Array, classes: ClassAxis) -> jax.Array:
-    """Log-probabilities `(z_k - m) - log1p(r)`."""
-    row = normalizer(z, classes)
+    return log_probabilities(z, normalizer(z, classes), classes)
+
+
+def softmax(z: jax.Array, classes: ClassAxis) -> jax.Array:
+    return probabilities(z, normalizer(z, classes), classes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def log_probabilities(z: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Array:
+    """`(z_k - m) - log1p(r)`, with the row's own normaliser."""
     return (z - row.shift) - row.log_total
 
 
-@log_softmax.defjvp
-def _log_softmax_jvp(classes, primals, tangents):
-    # d log p_k = (1 - p_k) dz_k - sum_{j != k} p_j dz_j, with 1 - p_k = -expm1(log p_k) and the sum over the others as a
-    # difference that is exactly 0 for a one-hot tangent: `dz - sum(p * dz)` would be 0 where 1 - p_k is 1e-18.
-    (z,), (dz,) = primals, tangents
-    log_p = log_softmax(z, classes)
-    step = softmax(z, classes) * dz
-    return log_p, -jnp.expm1(log_p) * dz - (classes.sum(step) - step)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def softmax(z: jax.Array, classes: ClassAxis) -> jax.Array:
-    """Probabilities `exp(z_k - m) / T`, which rounds once less than `exp(log p_k)`."""
-    row = normalizer(z, classes)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def probabilities(z: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Array:
+    """`exp(z_k - m) / T`, which rounds once less than `exp(log p_k)`."""
     return jnp.exp(z - row.shift) / row.total
 
 
-@softmax.defjvp
-def _softmax_jvp(classes, primals, tangents):
-    (z,), (dz,) = primals, tangents
-    p = softmax(z, classes)
-    _, d_log_p = _log_softmax_jvp(classes, (z,), (dz,))
+@log_probabilities.defjvp
+def _log_probabilities_jvp(classes, primals, tangents):
+    # d log p_k = dz_k - sum_j p_j dz_j, which a constant in dz does not change. Counted from dz at the maximum, no large
+    # terms cancel there: at logits (0, -41), where 1 - p_0 is 1.6e-18, the plain sum rounds to dz_0 and leaves 0. The
+    # zero at a single maximum is written out for reverse mode, which would add and subtract `p - p^2` otherwise.
+    (z, row), (dz, _) = primals, tangents
+    top = z == row.shift
+    ties = jnp.maximum(classes.sum(top.astype(jnp.int32)), 1)
+    at_top = classes.sum(jnp.where(top, dz, 0)) / ties.astype(dz.dtype)
+    step = jnp.where(top & (ties == 1), 0, dz - at_top)
+    return log_probabilities(z, row, classes), step - classes.sum(probabilities(z, row, classes) * step)
+
+
+@probabilities.defjvp
+def _probabilities_jvp(classes, primals, tangents):
+    p = probabilities(*primals, classes)
+    _, d_log_p = _log_probabilities_jvp(classes, primals, tangents)
     return p, p * d_log_p
 
 
@@ -233,8 +241,8 @@ def target_nll(z: jax.Array, targets: jax.Array, classes: ClassAxis) -> tuple[ja
 def target_gradient(z: jax.Array, targets: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Array:
     """`S softmax(z) - t` with `S = sum_k t_k`; at the maximum `(S - t_k) + S (p_k - 1)`, which keeps a tiny `1 - p_k`."""
     mass = classes.sum(targets)
-    at_top = (mass - targets) + mass * jnp.expm1((z - row.shift) - row.log_total)
-    return jnp.where(z == row.shift, at_top, mass * (jnp.exp(z - row.shift) / row.total) - targets)
+    at_top = (mass - targets) + mass * jnp.expm1(log_probabilities(z, row, classes))
+    return jnp.where(z == row.shift, at_top, mass * probabilities(z, row, classes) - targets)
 
 
 def _target_nll_jvp(classes, primals, tangents):
@@ -360,7 +368,8 @@ def without_weightless(z: jax.Array, rows: RowTargets, classes: ClassAxis) -> Ro
 
 def softmax_loss(z: jax.Array, rows: RowTargets, options: LossOptions, classes: ClassAxis) -> jax.Array:
     """The weighted loss of each row: `w ((1-e) c_y nll_y + e/C sum_k c_k nll_k + z_loss lse^2)` for a label `y`, and
-    `w (sum_k c_k ((1-e) t_k + e/C) nll_k + z_loss lse^2)` for probabilities `t`."""
+    `w (sum_k c_k ((1-e) t_k + e/C) nll_k + z_loss lse^2)` for probabilities `t`.
+    """
     rows = without_weightless(z, rows, classes)
     ignored = rows.codes == IGNORED
     if rows.probabilities is None:
