@@ -12,6 +12,16 @@ import jax
 import ml_dtypes
 import numpy as np
 
+import jaxent
+from jaxent import gradients
+
+# Untyped: tables of arguments are dictionaries, and what is returned depends on `reduction`.
+softmax_cross_entropy: Any = jaxent.softmax_cross_entropy
+softmax_cross_entropy_gradient: Any = gradients.softmax_cross_entropy_gradient
+nll_loss: Any = jaxent.nll_loss
+sigmoid_cross_entropy: Any = jaxent.sigmoid_cross_entropy
+token_statistics: Any = jaxent.token_statistics
+
 REDUCTIONS = ("mean", "sum", "none", "sum_and_weight")
 
 # Logits' dtype; dtype of the loss; ulp of the loss; ulp of the gradient, in the logits' dtype.
@@ -36,14 +46,14 @@ def draw_labels(rng: np.random.Generator, shape: tuple[int, ...], count: int) ->
     return rng.integers(0, count, size=shape, dtype=np.int32)
 
 
-def _draw_fractions(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+def draw_fractions(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """0, 1/4, ... 2, with the first entry 0."""
     x = (rng.integers(0, 9, size=shape) / 4).astype(np.float32)
     x.flat[:1] = 0
     return x
 
 
-def _draw_probabilities(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+def draw_probabilities(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     """Rows of multiples of 1/64 that sum to one, with zeros among them."""
     counts = rng.multinomial(64, np.full(shape[-1], 1 / shape[-1]), size=shape[:-1])
     return (counts / 64).astype(np.float32)
@@ -60,8 +70,8 @@ def _everything(rng: np.random.Generator, shape: tuple[int, ...]) -> dict[str, A
     batch, count = shape[:-1], shape[-1]
     return {
         "where": rng.random(batch) < 0.7,
-        "weights": _draw_fractions(rng, batch),
-        "class_weights": _draw_fractions(rng, (count,)),
+        "weights": draw_fractions(rng, batch),
+        "class_weights": draw_fractions(rng, (count,)),
         "label_smoothing": 0.125,
         "z_loss": 0.25,
     }
@@ -76,8 +86,8 @@ Arguments = dict[str, Any]
 OPTIONS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], Arguments]] = {
     "plain": _labels(),
     "where": lambda rng, s: _labels(where=rng.random(s[:-1]) < 0.6)(rng, s),
-    "weights": lambda rng, s: _labels(weights=_draw_fractions(rng, s[:-1]))(rng, s),
-    "class_weights": lambda rng, s: _labels(class_weights=_draw_fractions(rng, s[-1:]))(rng, s),
+    "weights": lambda rng, s: _labels(weights=draw_fractions(rng, s[:-1]))(rng, s),
+    "class_weights": lambda rng, s: _labels(class_weights=draw_fractions(rng, s[-1:]))(rng, s),
     "ignore_-100": lambda rng, s: {"targets": _some(rng, draw_labels(rng, s[:-1], s[-1]), -100)},
     "ignore_a_class": _labels(ignore_index=1),
     "ignore_none": _labels(ignore_index=None),
@@ -85,21 +95,21 @@ OPTIONS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], Arguments]] 
     "smoothing_1": _labels(label_smoothing=1.0),
     "z_loss": _labels(z_loss=0.25),
     "denominator": _labels(denominator=4.0),
-    "smoothing_class_weights": lambda rng, s: _labels(
-        label_smoothing=0.25, class_weights=_draw_fractions(rng, s[-1:])
-    )(rng, s),
+    "smoothing_class_weights": lambda rng, s: _labels(label_smoothing=0.25, class_weights=draw_fractions(rng, s[-1:]))(
+        rng, s
+    ),
     "everything": lambda rng, s: {
         "targets": _some(rng, draw_labels(rng, s[:-1], s[-1]), -100),
         **_everything(rng, s),
     },
-    "probabilities": lambda rng, s: {"targets": _draw_probabilities(rng, s)},
+    "probabilities": lambda rng, s: {"targets": draw_probabilities(rng, s)},
     "one_hot": lambda rng, s: {"targets": np.eye(s[-1], dtype=np.float32)[draw_labels(rng, s[:-1], s[-1])]},
-    "probabilities_not_normalised": lambda rng, s: {"targets": _draw_fractions(rng, s)},
+    "probabilities_not_normalised": lambda rng, s: {"targets": draw_fractions(rng, s)},
     "probabilities_class_weights": lambda rng, s: {
-        "targets": _draw_probabilities(rng, s),
-        "class_weights": _draw_fractions(rng, s[-1:]),
+        "targets": draw_probabilities(rng, s),
+        "class_weights": draw_fractions(rng, s[-1:]),
     },
-    "probabilities_everything": lambda rng, s: {"targets": _draw_probabilities(rng, s), **_everything(rng, s)},
+    "probabilities_everything": lambda rng, s: {"targets": draw_probabilities(rng, s), **_everything(rng, s)},
 }
 
 # The options in whose gradient terms cancel, so that its error is measured against the terms.

@@ -154,7 +154,7 @@ def softmax_cross_entropy(
         )
 
 
-def sigmoid_cross_entropy(z: float, t: float, pos_weight: float = 1.0) -> tuple[float, float]:
+def sigmoid_cross_entropy(z: Any, t: Any, pos_weight: Any = 1.0) -> tuple[float, float]:
     """Value and derivative of one entry."""
     with mpmath.workdps(DIGITS):
         z, t, c = Mpf(float(z)), Mpf(float(t)), Mpf(float(pos_weight))
@@ -197,15 +197,19 @@ def assert_close(got: Any, want: Any, *, ulp: float, dtype: Any, size: Any = 0.0
     """Equal within `ulp` units of `dtype`'s epsilon, relative to the result (or to `size`, if that is larger).
 
     nan and infinities must agree exactly, and 0 is met only by 0 unless `size` says what cancelled. Below the smallest
-    normal number, where some back ends flush to zero, the error is measured against that number.
+    normal number, where some back ends flush to zero, the error is measured against that number (float16: against the
+    smallest number).
     """
     got, want, size = (np.asarray(x, dtype=np.float64) for x in (got, want, size))
     assert got.shape == want.shape, f"shape {got.shape}, expected {want.shape}"
     plain = np.isfinite(want)
     np.testing.assert_array_equal(np.where(plain, 0, got), np.where(plain, 0, want))
     info = ml_dtypes.finfo(dtype)
-    eps, least = float(info.eps), float(info.smallest_subnormal if dtype == np.float16 else info.tiny)
-    allowed = ulp * eps * np.maximum(np.abs(want), size) + np.where((want != 0) & (np.abs(want) < least), least, 0)
+    eps, least = float(info.eps), float(info.tiny)
+    allowed = ulp * eps * np.maximum(np.abs(want), size)
+    # float16 always has subnormals; of the others some back ends flush them to zero.
+    floor = ulp * float(info.smallest_subnormal) if dtype == np.float16 else least
+    allowed = np.where((want != 0) & (np.abs(want) < least), np.maximum(allowed, floor), allowed)
     error = np.abs(np.where(plain, got, 0) - np.where(plain, want, 0))
     if not np.all(error <= np.where(plain, allowed, 0)):
         excess = np.where(error > allowed, error / np.maximum(allowed, 1e-300), 0)

@@ -7,12 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from cases import DTYPES, OPTIONS, REDUCTIONS, draw_labels, draw_logits, precision
+from cases import (
+    DTYPES,
+    OPTIONS,
+    REDUCTIONS,
+    draw_labels,
+    draw_logits,
+    nll_loss,
+    precision,
+    sigmoid_cross_entropy,
+    softmax_cross_entropy,
+    softmax_cross_entropy_gradient,
+    token_statistics,
+)
 from oracles import assert_close
 
-import jaxent
 from jaxent import WeightedSum
-from jaxent.gradients import softmax_cross_entropy_gradient
 
 
 def losses_under(logits: Any, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -23,13 +33,14 @@ def losses_under(logits: Any, arguments: dict[str, Any]) -> dict[str, Any]:
 
     @jax.jit
     def all_of_them(z, traced):
-        return {r: jaxent.softmax_cross_entropy(z, **traced, **static, reduction=r) for r in reductions}
+        return {r: softmax_cross_entropy(z, **traced, **static, reduction=r) for r in reductions}
 
     return all_of_them(logits, traced)
 
 
 def check_losses(logits: np.ndarray, arguments: dict[str, Any], *, ulp: float, dtype: Any) -> None:
-    want = oracles.softmax_cross_entropy(logits, **arguments)
+    oracle: Any = oracles.softmax_cross_entropy
+    want = oracle(logits, **arguments)
     for reduction, got in losses_under(logits, arguments).items():
         expected = want.reduced(reduction)
         if isinstance(got, WeightedSum):
@@ -49,8 +60,10 @@ def test_every_option_and_reduction(option: str, dtype: str, rng: np.random.Gene
 
 @pytest.mark.parametrize(
     ("shape", "axis"),
-    [((0, 5), -1), ((3, 1), -1), ((1, 1), -1), ((7,), -1), ((2, 3, 5), -1), ((2, 5, 3, 4), 1), ((5, 3), 0), ((5,), 0)]
-    + [((2, 0, 3), -1), ((1, 5, 1), -2), ((6, 2), -1)],
+    [
+        *(((0, 5), -1), ((2, 0, 3), -1), ((3, 1), -1), ((1, 1), -1), ((7,), -1), ((5,), 0), ((6, 2), -1)),
+        *(((2, 3, 5), -1), ((1, 5, 1), -2), ((5, 3), 0), ((2, 5, 3, 4), 1)),
+    ],
 )
 @pytest.mark.parametrize("option", ["plain", "everything", "probabilities_everything"])
 def test_shapes(option: str, shape: tuple[int, ...], axis: int, rng: np.random.Generator):
@@ -77,24 +90,23 @@ def check_long_rows(rng: np.random.Generator, rows: int, count: int) -> None:
     z, labels = draw_logits(rng, (rows, count)), draw_labels(rng, (rows,), count)
     z[-1, labels[-1]] = 12.0  # the label holds the maximum
     labels[0] = count - 1
-    got, gradient = jax.jit(
-        lambda z: jax.value_and_grad(
-            lambda z: (lambda losses: (losses.sum(), losses))(
-                jaxent.softmax_cross_entropy(z, labels, reduction="none")
-            ),
-            has_aux=True,
-        )(z)
-    )(z)
+
+    @jax.jit
+    def rows_and_gradient(z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        losses, pull = jax.vjp(lambda z: softmax_cross_entropy(z, labels, reduction="none"), z)
+        return losses, pull(jnp.ones_like(losses))[0]
+
+    got, gradient = rows_and_gradient(z)
     want = [oracles.long_row_nll(z[n], labels[n]) for n in range(rows)]
     # A pairwise float32 sum over n terms of one sign is off by at most log2(n) / 2 ulp, and `exp` by 1 or 2.
     ulp = 4 + np.log2(count) / 2
-    assert_close(got[1], [value for value, _ in want], ulp=ulp, dtype=np.float32)
+    assert_close(got, [value for value, _ in want], ulp=ulp, dtype=np.float32)
     assert_close(gradient, np.stack([g for _, g in want]), ulp=ulp, dtype=np.float32)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("count", [1, 2, 3, 10, 31, 33])
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 33])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_at_many_sizes(option: str, count: int, dtype: str, rng: np.random.Generator):
     kind, result, ulp, _ = DTYPES[dtype]
@@ -119,7 +131,7 @@ def test_a_common_shift_changes_nothing(shift: float, dtype: Any, rng: np.random
 def test_logits_near_ten_thousand():
     # logsumexp(z) - z_y gives 2.40723.
     z = np.array([[10000.0, 10001.0, 10002.0]], np.float32)
-    got = jaxent.softmax_cross_entropy(z, np.array([0]))
+    got = softmax_cross_entropy(z, np.array([0]))
     assert_close(got, np.log(1 + np.exp(1.0) + np.exp(2.0)), ulp=2, dtype=np.float32)
 
 
@@ -127,9 +139,11 @@ def test_fractions_that_are_not_binary():
     # 0.1 is rounded to float32 before it is used.
     z = np.array([[0.5, -1.5, 2.0]], np.float32)
     targets = np.array([1])
-    options = {"label_smoothing": 0.1, "z_loss": 1e-4}
-    want = oracles.softmax_cross_entropy(z, targets, **{k: float(np.float32(v)) for k, v in options.items()})
-    assert_close(jaxent.softmax_cross_entropy(z, targets, **options), want.mean, ulp=4, dtype=np.float32)
+    want = oracles.softmax_cross_entropy(
+        z, targets, label_smoothing=float(np.float32(0.1)), z_loss=float(np.float32(1e-4))
+    )
+    got = softmax_cross_entropy(z, targets, label_smoothing=0.1, z_loss=1e-4)
+    assert_close(got, want.mean, ulp=4, dtype=np.float32)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -144,7 +158,7 @@ def test_labels_of_every_width(dtype: str, count: int, host: bool, rng: np.rando
     largest = int(min(count - 1, np.iinfo(dtype).max))
     labels = np.array([0, 1, largest - 1, largest], dtype)
     given = labels if host else jnp.asarray(labels.astype(jax.dtypes.canonicalize_dtype(dtype)))
-    got = jaxent.softmax_cross_entropy(z, given, reduction="none")
+    got = softmax_cross_entropy(z, given, reduction="none")
     assert_close(got, [oracles.long_row_nll(z[n], int(labels[n]))[0] for n in range(4)], ulp=8, dtype=np.float32)
 
 
@@ -170,10 +184,10 @@ def test_a_label_out_of_range_is_nan(label: Any):
     z = np.zeros((2, 5), np.float32)
     labels = np.array([label, 0], label.dtype)
     for apply in (lambda f: f, jax.jit):
-        got = apply(lambda z: jaxent.softmax_cross_entropy(z, labels, reduction="none"))(z)
+        got = apply(lambda z: softmax_cross_entropy(z, labels, reduction="none"))(z)
         assert_close(got, [np.nan, np.log(5)], ulp=2, dtype=np.float32)
     with jax.enable_x64(True):
-        got = jaxent.softmax_cross_entropy(z, labels, reduction="none")
+        got = softmax_cross_entropy(z, labels, reduction="none")
         assert_close(got, [np.nan, np.log(5)], ulp=2, dtype=np.float32)
 
 
@@ -197,14 +211,14 @@ def test_a_label_out_of_range_is_nan(label: Any):
 def test_ignore_index(labels: np.ndarray, ignore_index: int | None, kept: list[bool]):
     z = np.arange(9, dtype=np.float32).reshape(3, 3)
     per_row = [np.log(1 + np.exp(1.0) + np.exp(2.0)) - y for y in range(3)]
-    got = jaxent.softmax_cross_entropy(z, labels, ignore_index=ignore_index, reduction="none")
+    got = softmax_cross_entropy(z, labels, ignore_index=ignore_index, reduction="none")
     assert_close(got, np.where(kept, per_row, 0.0), ulp=4, dtype=np.float32)
-    mean = jaxent.softmax_cross_entropy(z, labels, ignore_index=ignore_index)
+    mean = softmax_cross_entropy(z, labels, ignore_index=ignore_index)
     assert_close(mean, np.mean(np.array(per_row)[kept]), ulp=4, dtype=np.float32)
 
 
 def test_without_ignore_index_minus_100_is_out_of_range():
-    got = jaxent.softmax_cross_entropy(np.zeros((1, 3), np.float32), np.array([-100]), ignore_index=None)
+    got = softmax_cross_entropy(np.zeros((1, 3), np.float32), np.array([-100]), ignore_index=None)
     assert np.isnan(got)
 
 
@@ -215,17 +229,17 @@ def test_without_ignore_index_minus_100_is_out_of_range():
 def test_the_denominator_replaces_the_divisor():
     z, labels = np.zeros((4, 3), np.float32), np.array([0, 1, 2, -100])
     for denominator in (8, 8.0, np.float64(8), np.float32(8), jnp.float32(8), jnp.bfloat16(8), jnp.int32(8)):
-        got = jaxent.softmax_cross_entropy(z, labels, denominator=denominator)
+        got = softmax_cross_entropy(z, labels, denominator=denominator)
         assert_close(got, 3 * np.log(3) / 8, ulp=2, dtype=np.float32)
         with jax.enable_x64(True):
-            got = jaxent.softmax_cross_entropy(z, labels, denominator=denominator)
+            got = softmax_cross_entropy(z, labels, denominator=denominator)
             assert_close(got, 3 * np.log(3) / 8, ulp=2, dtype=np.float32)
-    assert jaxent.softmax_cross_entropy(z, labels, denominator=0.0) == 0
+    assert softmax_cross_entropy(z, labels, denominator=0.0) == 0
 
 
 def test_a_traced_negative_denominator_is_nan():
     z, labels = np.zeros((1, 3), np.float32), np.array([0])
-    assert np.isnan(jax.jit(lambda d: jaxent.softmax_cross_entropy(z, labels, denominator=d))(-1.0))
+    assert np.isnan(jax.jit(lambda d: softmax_cross_entropy(z, labels, denominator=d))(-1.0))
 
 
 @pytest.mark.parametrize(
@@ -243,31 +257,31 @@ def test_a_traced_negative_denominator_is_nan():
     ],
 )
 def test_the_mean_of_nothing_is_zero(logits: np.ndarray, arguments: dict[str, Any]):
-    value, gradient = jax.value_and_grad(jaxent.softmax_cross_entropy)(logits, **arguments)
+    value, gradient = jax.value_and_grad(softmax_cross_entropy)(logits, **arguments)
     assert value == 0
     np.testing.assert_array_equal(gradient, np.zeros_like(logits))
-    np.testing.assert_array_equal(jax.jacfwd(jaxent.softmax_cross_entropy)(logits, **arguments), np.zeros_like(logits))
+    np.testing.assert_array_equal(jax.jacfwd(softmax_cross_entropy)(logits, **arguments), np.zeros_like(logits))
     np.testing.assert_array_equal(softmax_cross_entropy_gradient(logits, **arguments), np.zeros_like(logits))
-    curvature = jax.hessian(jaxent.softmax_cross_entropy)(logits, **arguments)
+    curvature = jax.hessian(softmax_cross_entropy)(logits, **arguments)
     np.testing.assert_array_equal(curvature, np.zeros_like(curvature))
 
 
 def test_weights_are_not_cut_to_the_logits_dtype():
     # 1 + 2**-10 is 1 in bfloat16; the loss is computed in float32.
     z = np.zeros((1, 2), jnp.bfloat16)
-    got = jaxent.softmax_cross_entropy(z, np.array([0]), weights=np.array([1 + 2.0**-10], np.float32), reduction="sum")
+    got = softmax_cross_entropy(z, np.array([0]), weights=np.array([1 + 2.0**-10], np.float32), reduction="sum")
     assert_close(got, (1 + 2.0**-10) * np.log(2), ulp=2, dtype=np.float32)
 
 
 def test_a_negative_weight_is_nan():
-    got = jaxent.softmax_cross_entropy(
+    got = softmax_cross_entropy(
         np.zeros((2, 3), np.float32), np.array([0, 1]), weights=np.array([-1.0, 1.0]), reduction="none"
     )
     assert_close(got, [np.nan, np.log(3)], ulp=2, dtype=np.float32)
 
 
 def test_weights_of_integers_and_lists():
-    got = jaxent.softmax_cross_entropy(
+    got = softmax_cross_entropy(
         [[0.0, 0.0], [0.0, 0.0]], [0, 1], weights=[1, 3], class_weights=[2, 1], reduction="sum_and_weight"
     )
     assert isinstance(got, WeightedSum)
@@ -285,22 +299,22 @@ NATS, BITS = 0.9162907318741551, 1.3219280948873624
 def test_the_worked_example():
     p = np.array([0.3, 0.3, 0.4])
     one_hot = np.array([0.0, 0.0, 1.0])
-    assert_close(jaxent.nll_loss(np.log(p), 2), NATS, ulp=1, dtype=np.float64)
-    assert_close(jaxent.nll_loss(np.log2(p), 2), BITS, ulp=1, dtype=np.float64)
+    assert_close(nll_loss(np.log(p), 2), NATS, ulp=1, dtype=np.float64)
+    assert_close(nll_loss(np.log2(p), 2), BITS, ulp=1, dtype=np.float64)
     assert_close(NATS / np.log(2), BITS, ulp=1, dtype=np.float64)
-    assert_close(jaxent.softmax_cross_entropy(np.log(p), 2), NATS, ulp=2, dtype=np.float64)
-    assert_close(jaxent.softmax_cross_entropy(np.log(p), one_hot), NATS, ulp=2, dtype=np.float64)
+    assert_close(softmax_cross_entropy(np.log(p), 2), NATS, ulp=2, dtype=np.float64)
+    assert_close(softmax_cross_entropy(np.log(p), one_hot), NATS, ulp=2, dtype=np.float64)
     # The tutorial's mistake: probabilities taken for logits, under either label.
-    assert_close(jaxent.softmax_cross_entropy(p, 1), np.log(2 + np.exp(0.1)), ulp=2, dtype=np.float64)
-    assert_close(jaxent.softmax_cross_entropy(p, 2), np.log(1 + 2 * np.exp(-0.1)), ulp=2, dtype=np.float64)
-    assert round(float(jaxent.softmax_cross_entropy(p, 1)), 4) == 1.1331
-    assert round(float(jaxent.softmax_cross_entropy(p, 2)), 4) == 1.0331
+    assert_close(softmax_cross_entropy(p, 1), np.log(2 + np.exp(0.1)), ulp=2, dtype=np.float64)
+    assert_close(softmax_cross_entropy(p, 2), np.log(1 + 2 * np.exp(-0.1)), ulp=2, dtype=np.float64)
+    assert round(float(softmax_cross_entropy(p, 1)), 4) == 1.1331
+    assert round(float(softmax_cross_entropy(p, 2)), 4) == 1.0331
 
 
 def test_the_worked_example_in_float32():
     p = np.array([0.3, 0.3, 0.4], np.float32)
-    assert_close(jaxent.nll_loss(np.log(p), 2), -np.log(np.float64(p[2])), ulp=1, dtype=np.float32)
-    assert round(float(jaxent.nll_loss(np.log(p), 2)), 4) == 0.9163
+    assert_close(nll_loss(np.log(p), 2), -np.log(np.float64(p[2])), ulp=1, dtype=np.float32)
+    assert round(float(nll_loss(np.log(p), 2)), 4) == 0.9163
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -311,9 +325,7 @@ def test_microbatches_add_up_to_the_exact_mean(rng: np.random.Generator):
     z, labels = draw_logits(rng, (12, 5)), draw_labels(rng, (12,), 5)
     labels[:9:2] = -100  # parts with different counts, so that a mean of means is wrong
     labels[8:] = -100
-    parts = [
-        jaxent.softmax_cross_entropy(z[i : i + 4], labels[i : i + 4], reduction="sum_and_weight") for i in (0, 4, 8)
-    ]
+    parts = [softmax_cross_entropy(z[i : i + 4], labels[i : i + 4], reduction="sum_and_weight") for i in (0, 4, 8)]
     want = oracles.softmax_cross_entropy(z, labels)
     total = sum(parts)
     assert isinstance(total, WeightedSum)
@@ -322,10 +334,8 @@ def test_microbatches_add_up_to_the_exact_mean(rng: np.random.Generator):
     assert_close((parts[0] + parts[1]).mean(), want.mean, ulp=4, dtype=np.float32)
     assert parts[2].mean() == 0
     assert abs(float(sum(part.mean() for part in parts) / 3) - want.mean) > 0.01
-    with pytest.raises(TypeError):
-        parts[0] + 1
-    with pytest.raises(TypeError):
-        1 + parts[0]
+    for add in (parts[0].__add__, parts[0].__radd__):
+        assert add(1) is NotImplemented
 
 
 def test_a_weighted_sum_is_carried_by_scan_and_by_has_aux(rng: np.random.Generator):
@@ -333,8 +343,7 @@ def test_a_weighted_sum_is_carried_by_scan_and_by_has_aux(rng: np.random.Generat
     labels[1] = -100
 
     def step(carry: WeightedSum, batch: tuple) -> tuple[WeightedSum, None]:
-        part = jaxent.softmax_cross_entropy(*batch, reduction="sum_and_weight")
-        assert isinstance(part, WeightedSum)
+        part = softmax_cross_entropy(*batch, reduction="sum_and_weight")
         return carry + part, None
 
     nothing = WeightedSum(jnp.zeros(()), jnp.zeros(()))
@@ -343,8 +352,7 @@ def test_a_weighted_sum_is_carried_by_scan_and_by_has_aux(rng: np.random.Generat
     assert_close(summed.mean(), want.mean, ulp=4, dtype=np.float32)
 
     def loss(z: jax.Array) -> tuple[jax.Array, WeightedSum]:
-        part = jaxent.softmax_cross_entropy(z, labels, reduction="sum_and_weight")
-        assert isinstance(part, WeightedSum)
+        part = softmax_cross_entropy(z, labels, reduction="sum_and_weight")
         return part.mean(), part
 
     (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(z)
@@ -360,9 +368,8 @@ def test_a_weighted_sum_is_summed_over_devices(rng: np.random.Generator):
     rows = jax.sharding.PartitionSpec("data")
 
     def local(z: jax.Array, labels: jax.Array) -> jax.Array:
-        part = jaxent.softmax_cross_entropy(z, labels, reduction="sum_and_weight")
+        part = softmax_cross_entropy(z, labels, reduction="sum_and_weight")
         whole = jax.lax.psum(part, "data")
-        assert isinstance(whole, WeightedSum)
         return whole.mean()
 
     spread = jax.shard_map(local, mesh=mesh, in_specs=(rows, rows), out_specs=jax.sharding.PartitionSpec())
@@ -387,12 +394,11 @@ def test_nll_loss(option: str, axis: int, rng: np.random.Generator):
     losses = -weights * log_p.astype(np.float64)[np.arange(7), labels.clip(0)]
     want = {"mean": losses.sum() / weights.sum(), "sum": losses.sum(), "none": losses}
     for reduction, value in want.items():
-        got = jaxent.nll_loss(np.moveaxis(log_p, -1, axis), labels, axis=axis, reduction=reduction, **arguments)
+        got = nll_loss(np.moveaxis(log_p, -1, axis), labels, axis=axis, reduction=reduction, **arguments)
         assert_close(got, value, ulp=4, dtype=np.float32)
-    pair = jaxent.nll_loss(np.moveaxis(log_p, -1, axis), labels, axis=axis, reduction="sum_and_weight", **arguments)
-    assert isinstance(pair, WeightedSum)
+    pair = nll_loss(np.moveaxis(log_p, -1, axis), labels, axis=axis, reduction="sum_and_weight", **arguments)
     assert_close(pair.weight, weights.sum(), ulp=0, dtype=np.float32)
-    got = jaxent.nll_loss(np.moveaxis(log_p, -1, axis), labels, axis=axis, denominator=3.0, **arguments)
+    got = nll_loss(np.moveaxis(log_p, -1, axis), labels, axis=axis, denominator=3.0, **arguments)
     assert_close(got, losses.sum() / 3, ulp=4, dtype=np.float32)
 
 
@@ -411,9 +417,9 @@ def test_sigmoid_cross_entropy(target: float, pos_weight: float | None, dtype: A
         want = np.array([oracles.sigmoid_cross_entropy(v, target, scale) for v in z])
 
         def loss(z: Any) -> Any:
-            return jaxent.sigmoid_cross_entropy(z, t, pos_weight=pos_weight, reduction="sum")
+            return sigmoid_cross_entropy(z, t, pos_weight=pos_weight, reduction="sum")
 
-        got = jaxent.sigmoid_cross_entropy(z, t, pos_weight=pos_weight, reduction="none")
+        got = sigmoid_cross_entropy(z, t, pos_weight=pos_weight, reduction="none")
         assert_close(got, want[:, 0], ulp=3, dtype=dtype)
         # The two terms of the derivative cancel near its zero.
         assert_close(jax.grad(loss)(z), want[:, 1], ulp=4, dtype=dtype, size=0 if target != 0.25 else 1.0)
@@ -432,14 +438,13 @@ def test_sigmoid_reductions_and_weights(rng: np.random.Generator):
     want = {"mean": losses.sum() / counted.sum(), "sum": losses.sum(), "none": losses}
     for targets in (t, t.astype(bool), t.astype(np.float32)):
         for reduction, value in want.items():
-            got = jaxent.sigmoid_cross_entropy(
+            got = sigmoid_cross_entropy(
                 z, targets, weights=weights, where=where, pos_weight=pos_weight, reduction=reduction
             )
             assert_close(got, value, ulp=4, dtype=np.float32)
-    pair = jaxent.sigmoid_cross_entropy(z, t, weights=weights, where=where, reduction="sum_and_weight")
-    assert isinstance(pair, WeightedSum)
+    pair = sigmoid_cross_entropy(z, t, weights=weights, where=where, reduction="sum_and_weight")
     assert_close(pair.weight, counted.sum(), ulp=0, dtype=np.float32)
-    got = jaxent.sigmoid_cross_entropy(z, t, weights=weights, where=where, pos_weight=pos_weight, denominator=7)
+    got = sigmoid_cross_entropy(z, t, weights=weights, where=where, pos_weight=pos_weight, denominator=7)
     assert_close(got, losses.sum() / 7, ulp=4, dtype=np.float32)
 
 
@@ -453,14 +458,10 @@ def test_token_statistics(shape: tuple[int, ...], axis: int, rng: np.random.Gene
     last = np.moveaxis(z, axis, -1)
     labels = draw_labels(rng, last.shape[:-1], last.shape[-1])
     top_k = min(3, last.shape[-1])
-    got = jaxent.token_statistics(z, labels, axis=axis, top_k=top_k)
+    got = token_statistics(z, labels, axis=axis, top_k=top_k)
     for n in np.ndindex(labels.shape):
         want = oracles.row_statistics(last[n])
         order = np.argsort(-last[n], kind="stable")
-        assert got.log_prob is not None
-        assert got.rank is not None
-        assert got.top_log_probs is not None
-        assert got.top_classes is not None
         assert_close(got.log_prob[n], want["log_p"][labels[n]], ulp=4, dtype=np.float32)
         assert_close(got.log_normalizer[n], want["log_normalizer"], ulp=4, dtype=np.float32, size=np.abs(last[n]).max())
         assert_close(got.entropy[n], want["entropy"], ulp=8, dtype=np.float32)
@@ -471,7 +472,7 @@ def test_token_statistics(shape: tuple[int, ...], axis: int, rng: np.random.Gene
 
 
 def test_token_statistics_without_labels():
-    got = jaxent.token_statistics(np.zeros((2, 3), np.float32))
+    got = token_statistics(np.zeros((2, 3), np.float32))
     assert got.log_prob is None
     assert got.rank is None
     assert got.top_classes is None
@@ -479,30 +480,31 @@ def test_token_statistics_without_labels():
 
 
 def test_ties_go_to_the_first_class():
-    got = jaxent.token_statistics(np.array([[1.0, 3.0, 3.0, 0.0, 3.0]], np.float32), np.array([2]), top_k=4)
+    got = token_statistics(np.array([[1.0, 3.0, 3.0, 0.0, 3.0]], np.float32), np.array([2]), top_k=4)
     assert got.argmax[0] == 1
-    assert got.rank is not None
     assert got.rank[0] == 0
     np.testing.assert_array_equal(got.top_classes, [[1, 2, 4, 0]])
 
 
 @pytest.mark.parametrize(
     "z",
-    [[0.0, -20.0, -25.0], [0.0, -41.0, -42.0], [0.0, -80.0, -81.0], [-85.0, 0.0, -82.0]]
-    + [[0.0, -np.inf, -41.0], [3.0, 3.0, -np.inf], [1.0, 2.0, 3.0], [0.5]],
+    [
+        *([0.0, -20.0, -25.0], [0.0, -41.0, -42.0], [0.0, -80.0, -81.0], [-85.0, 0.0, -82.0]),
+        *([0.0, -np.inf, -41.0], [3.0, 3.0, -np.inf], [1.0, 2.0, 3.0], [0.5]),
+    ],
 )
 def test_statistics_and_derivatives_of_a_row(z: list[float]):
     row = np.array(z, np.float32)
     want = oracles.row_statistics(row)
-    assert_close(jaxent.token_statistics(row).entropy, want["entropy"], ulp=4, dtype=np.float32)
+    assert_close(token_statistics(row).entropy, want["entropy"], ulp=4, dtype=np.float32)
     for derivative in (jax.grad, jax.jacfwd):
-        normalizer = derivative(lambda z: jaxent.token_statistics(z).log_normalizer)(row)
+        normalizer = derivative(lambda z: token_statistics(z).log_normalizer)(row)
         assert_close(normalizer, want["p"], ulp=4, dtype=np.float32)
         # The entry of the maximum is (its probability) * (a difference): the two largest terms cancel.
-        slope = derivative(lambda z: jaxent.token_statistics(z).entropy)(row)
+        slope = derivative(lambda z: token_statistics(z).entropy)(row)
         assert_close(slope, want["entropy_gradient"], ulp=8, dtype=np.float32)
         for label in range(len(row)):
-            got = derivative(lambda z, y=label: jaxent.token_statistics(z, np.array(y)).log_prob)(row)
+            got = derivative(lambda z, y=label: token_statistics(z, np.array(y)).log_prob)(row)
             nll = oracles.softmax_cross_entropy(row[None], np.array([label]))
             assert_close(got, -nll.gradient[0], ulp=4, dtype=np.float32)
 
@@ -510,9 +512,7 @@ def test_statistics_and_derivatives_of_a_row(z: list[float]):
 def test_statistics_at_the_edges():
     inf, nan = np.inf, np.nan
     z = np.array([[0, 1, nan], [0, inf, 0], [-inf, -inf, -inf], [0, 0, 0], [0, -inf, 0]], np.float32)
-    got = jaxent.token_statistics(z, np.array([0, 0, 0, 7, 1]), top_k=2)
-    assert got.log_prob is not None
-    assert got.top_log_probs is not None
+    got = token_statistics(z, np.array([0, 0, 0, 7, 1]), top_k=2)
     np.testing.assert_array_equal(got.log_prob, [nan, nan, nan, nan, -inf])
     np.testing.assert_array_equal(np.isnan(got.log_normalizer), [True, True, True, False, False])
     np.testing.assert_array_equal(np.isnan(got.entropy), [True, True, True, False, False])
@@ -521,6 +521,6 @@ def test_statistics_at_the_edges():
     np.testing.assert_array_equal(got.top_classes, [[-1, -1]] * 3 + [[0, 1], [0, 2]])
     np.testing.assert_array_equal(np.isnan(got.top_log_probs), [[True] * 2] * 3 + [[False] * 2] * 2)
     for dtype in (np.int8, np.int32):
-        got = jaxent.token_statistics(z[3], np.array(-1, dtype))
+        got = token_statistics(z[3], np.array(-1, dtype))
         assert np.isnan(got.log_prob)
         assert got.rank == -1
