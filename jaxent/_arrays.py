@@ -51,7 +51,11 @@ def real(function: str, argument: str, value: ArrayLike) -> jax.Array:
 def probability_or_flag(function: str, argument: str, value: ArrayLike) -> jax.Array:
     """Probabilities of the positive class, or bool or integer flags, as a floating array."""
     array = _as_array(function, argument, value)
-    return jnp.asarray(array).astype(jnp.result_type(float)) if array.dtype == np.bool_ else real(function, argument, array)
+    return (
+        jnp.asarray(array).astype(jnp.result_type(float))
+        if array.dtype == np.bool_
+        else real(function, argument, array)
+    )
 
 
 def boolean(function: str, argument: str, value: ArrayLike) -> jax.Array:
@@ -93,7 +97,9 @@ def canonical_axis(function: str, axis: Any, ndim: int, argument: str = "axis") 
     if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
         raise dtype_error(function, argument, "be an int", axis)
     if not -ndim <= axis < ndim:
-        raise ValueError(f"jaxent.{function}: `{argument}` must lie in [{-ndim}, {ndim}) for {ndim} dimensions, got {axis}")
+        raise ValueError(
+            f"jaxent.{function}: `{argument}` must lie in [{-ndim}, {ndim}) for {ndim} dimensions, got {axis}"
+        )
     return int(axis) % ndim - ndim
 
 

@@ -7,6 +7,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxent import _numerics, _rows
 from jaxent._sharding import ClassAxis
@@ -15,20 +16,20 @@ from jaxent._sharding import ClassAxis
 # Renyi
 
 
-def _log_power_mean(
-    p: jax.Array, log_r: jax.Array, excess: jax.Array, mass: jax.Array, d: float, axis: int
+def _log_mean(
+    weights: jax.Array, exponents: jax.Array, excess: jax.Array, mass: jax.Array, d: float, axis: int
 ) -> jax.Array:
-    """`log(sum_k p_k r_k**d / mass) / d`, where that sum is `mass + d * excess`.
+    """`log(S / mass) / d` of the sum `S = sum_k w_k exp(e_k)`, which is also `mass + d * excess`.
 
-    Near order 1 the sum is nearly `mass` and its logarithm nearly 0: at d = 1e-6 `log(sum p r**d) / d` has no digit. A
-    sum below mass / 2 would cancel in `mass + d * excess`, and one beyond 3 mass / 2 might overflow there.
+    Near order 1 `S` is nearly `mass` and its logarithm nearly 0: at d = 1e-6 `log(S) / d` has no digit. A sum below
+    mass / 2 would cancel in `mass + d * excess`, and one beyond 3 mass / 2 might overflow there.
     """
     relative = d * excess / mass
     near = jnp.abs(relative) <= 0.5
-    exponents = jnp.where(p > 0, d * log_r, -jnp.inf)
+    exponents = jnp.where(weights > 0, exponents, -jnp.inf)
     shift = jnp.max(exponents, axis=axis, keepdims=True)
     shift = jnp.where(jnp.isneginf(shift), 0, shift)
-    far = shift + jnp.log(jnp.sum(p * jnp.exp(exponents - shift), axis=axis, keepdims=True) / mass)
+    far = shift + jnp.log(_sum(weights * jnp.exp(exponents - shift), axis) / mass)
     return jnp.where(near, jnp.log1p(jnp.where(near, relative, 0)), far) / d
 
 
@@ -49,8 +50,11 @@ def renyi_entropy(p: jax.Array, *, axis: int, order: float) -> jax.Array:
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _renyi_entropy(p: jax.Array, axis: int, order: float) -> jax.Array:
     d = order - 1
-    log_p = jnp.log(jnp.where(p == 0, 1, p))
-    return -_log_power_mean(p, log_p, _sum(p * jnp.expm1(d * log_p), axis) / d, _sum(p, axis), d, axis)
+    safe = jnp.where(p == 0, 1, p)
+    excess = _sum(jnp.where(p == 0, 0, _numerics.power_excess(safe, order)), axis)
+    # p**order as p exp(d log p) or exp(order log p): the smaller exponent has the smaller error.
+    weights, exponent = (p, d) if order >= 0.5 else (jnp.where(p == 0, 0, p / safe), order)
+    return -_log_mean(weights, exponent * jnp.log(safe), excess, _sum(p, axis), d, axis)
 
 
 @_renyi_entropy.defjvp
@@ -73,11 +77,11 @@ def renyi_divergence(p: jax.Array, q: jax.Array, *, axis: int, order: float) -> 
     poles = jnp.zeros_like(p)
     if order > 1:
         poles = _numerics.pole(p, q)
-        p = jnp.where(jnp.isinf(poles), 0, p)
+        infinite = jnp.isinf(jnp.max(poles, axis=axis, keepdims=True))
+        p, q = jnp.where(infinite, 1, p), jnp.where(infinite, 1, q)
     if order == float("inf"):
         support, log_r = _supported_log_ratio(p, q)
         regular = jnp.max(jnp.where(p == 0, -jnp.inf, jnp.where(support, log_r, p + q)), axis=axis)
-        regular = jnp.where(jnp.isneginf(regular), 0, regular)
     else:
         regular = jnp.squeeze(_renyi_divergence(p, q, axis, order), axis)
     return regular + jnp.sum(poles, axis=axis)
@@ -106,8 +110,8 @@ def _renyi_divergence(p: jax.Array, q: jax.Array, axis: int, order: float) -> ja
     )
     alone = jnp.where(p == 0, q, -order / d * p)
     excess = jnp.where(support, excess, alone)
-    mass = order * _sum(p, axis) - d * _sum(q, axis)
-    return _log_power_mean(jnp.where(q == 0, 0, p), log_r, _sum(excess, axis), mass, d, axis)
+    mass = _sum(p, axis) + d * _sum(p - q, axis)
+    return _log_mean(jnp.where(q == 0, 0, p), exponents, _sum(excess, axis), mass, d, axis)
 
 
 @_renyi_divergence.defjvp
@@ -119,8 +123,8 @@ def _renyi_divergence_jvp(axis, order, primals, tangents):
     by_p = order / d * jnp.expm1(d * (log_r - divergence))
     by_p = jnp.where(support, by_p, jnp.where((p == 0) & (d < 0), 0, -order / d))
     by_q = -jnp.expm1(order * log_r - d * divergence)
-    by_q = jnp.where(support, by_q, jnp.where(p == 0, 1, 0))
-    mass = order * _sum(p, axis) - d * _sum(q, axis)
+    by_q = jnp.where(support, by_q, jnp.where((p == 0) & ((q > 0) | (d > 0)), 1, 0))
+    mass = _sum(p, axis) + d * _sum(p - q, axis)
     return divergence, _sum(by_p * dp + by_q * dq, axis) / mass
 
 
@@ -220,8 +224,29 @@ def _mutual_information_jvp(primals, tangents):
 
 def kl_rows(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> jax.Array:
     """`D(softmax(z_p) || softmax(z_q))` of each row; +inf where `z_q` has removed a class that `z_p` has."""
-    lost = classes.sum(jnp.where(jnp.isneginf(z_q), _rows.softmax(z_p, classes), 0))
-    return _kl_rows(z_p, z_q, classes) + _numerics.pole(lost, jnp.zeros_like(lost))
+    return _kl_rows(z_p, z_q, classes) + _pole(z_p, z_q, classes)
+
+
+def _lost_mass(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> jax.Array:
+    """The probability under P of the classes that Q has removed."""
+    return classes.sum(jnp.where(jnp.isneginf(z_q), _rows.softmax(z_p, classes), 0))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _pole(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> jax.Array:
+    """`+inf` where mass is lost, else 0; its derivative by `z_p` is infinite, with the sign of that of the lost mass."""
+    return jnp.where(_lost_mass(z_p, z_q, classes) > 0, jnp.inf, 0).astype(z_p.dtype)
+
+
+@_pole.defjvp
+def _pole_jvp(classes, primals, tangents):
+    # Twice the largest number, as in `_numerics.pole`: inf itself would make nan of 0 tangents and 0 coefficients.
+    (z_p, z_q), (dz_p, _) = primals, tangents
+    lost = _lost_mass(z_p, z_q, classes)
+    big = jnp.where(lost > 0, float(jnp.finfo(z_p.dtype).max), 0).astype(z_p.dtype)
+    slope = _rows.softmax(z_p, classes) * (jnp.isneginf(z_q).astype(z_p.dtype) - lost)
+    sign = jnp.sign(slope) + (slope - lax.stop_gradient(slope)) * big
+    return _pole(z_p, z_q, classes), classes.sum((dz_p * (sign * big)) * big)
 
 
 def cross_entropy_rows(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> jax.Array:
@@ -229,16 +254,19 @@ def cross_entropy_rows(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> ja
     return _rows.entropy(z_p, classes) + kl_rows(z_p, z_q, classes)
 
 
-def _centred_differences(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> tuple[jax.Array, jax.Array]:
-    """`c_k = d_k - E_p[d]` with `d = z_q - z_p`, 0 where a class is not in both; and `E_p[d]`.
+def _centred_differences(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`c_k = d_k - E_p[d]` with `d = z_q - z_p`, 0 where a class is not in both; `E_p[d]`; and what `z_q` was shifted by.
 
-    Both logits are shifted by their maxima first, so that a constant added to either leaves the digits of `d` alone.
+    Each is shifted first, so that a constant added to either leaves the digits of `d` alone, and both at the class with
+    the largest `z_p`: there `c` is then `-E_p[d]` with the digits of a sum over the other classes.
     """
     both = ~(jnp.isneginf(z_p) | jnp.isneginf(z_q))
-    shift_p, shift_q = _rows.normalizer(z_p, classes).shift, _rows.normalizer(z_q, classes).shift
+    shift_p = _rows.normalizer(z_p, classes).shift
+    there = classes.max(jnp.where(z_p == shift_p, z_q, -jnp.inf))
+    shift_q = jnp.where(jnp.isneginf(there), _rows.normalizer(z_q, classes).shift, there)
     differences = jnp.where(both, (z_q - shift_q) - (z_p - shift_p), 0)
     mean = classes.sum(_rows.softmax(z_p, classes) * differences)
-    return jnp.where(both, differences - mean, 0), mean
+    return jnp.where(both, differences - mean, 0), mean, shift_q
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -250,11 +278,11 @@ def _kl_rows(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> jax.Array:
     p, q = _rows.softmax(z_p, classes), _rows.softmax(z_q, classes)
     row_p, row_q = _rows.normalizer(z_p, classes), _rows.normalizer(z_q, classes)
     removed_p, removed_q = jnp.isneginf(z_p), jnp.isneginf(z_q)
-    centred, mean = _centred_differences(z_p, z_q, classes)
+    centred, mean, shift_q = _centred_differences(z_p, z_q, classes)
     near = jnp.abs(centred) <= 1
     small = p * _numerics.exp_tail(jnp.where(near, centred, 0))
     # p exp(c) as one exponential: `p` alone may be 0 where the product is not.
-    large = jnp.exp((z_q - row_q.shift) - mean - row_p.log_total) - p * (1 + centred)
+    large = jnp.exp((z_q - shift_q) - mean - row_p.log_total) - p * (1 + centred)
     growth = classes.sum(jnp.where(removed_q, 0, jnp.where(near & ~removed_p, small, large)))
     log_r = ((z_p - row_p.shift) - row_p.log_total) - ((z_q - row_q.shift) - row_q.log_total)
     terms = jnp.where(removed_p, q, _numerics.kl_given_log_ratio(p, q, jnp.where(removed_p | removed_q, 0, log_r)))
@@ -267,8 +295,19 @@ def _kl_rows_jvp(classes, primals, tangents):
     (z_p, z_q), (dz_p, dz_q) = primals, tangents
     divergence = _kl_rows(z_p, z_q, classes)
     p, q = _rows.softmax(z_p, classes), _rows.softmax(z_q, classes)
-    centred, _ = _centred_differences(z_p, z_q, classes)
+    centred, _, _ = _centred_differences(z_p, z_q, classes)
     log_q_over_p = centred - divergence
-    near = (jnp.abs(log_q_over_p) <= 1) & ~jnp.isneginf(z_p) & ~jnp.isneginf(z_q)
+    near = (jnp.abs(log_q_over_p) <= 1) & ~jnp.isneginf(z_p) & (_lost_mass(z_p, z_q, classes) == 0)
     by_q = jnp.where(near, p * jnp.expm1(jnp.where(near, log_q_over_p, 0)), q - p)
     return divergence, classes.sum(by_q * dz_q - p * centred * dz_p)
+
+
+def jensen_shannon_rows(z_p: jax.Array, z_q: jax.Array, mixture: jax.Array, classes: ClassAxis) -> jax.Array:
+    """`b D(P || M) + (1 - b) D(Q || M)` of each row, with `M = b P + (1 - b) Q`."""
+    log_p, log_q = _rows.log_softmax(z_p, classes), _rows.log_softmax(z_q, classes)
+    removed = jnp.isneginf(log_p) & jnp.isneginf(log_q)
+    log_m = jnp.logaddexp(
+        jnp.where(removed, 0, log_p) + jnp.log(mixture), jnp.where(removed, 0, log_q) + jnp.log1p(-mixture)
+    )
+    log_m = jnp.where(removed, -jnp.inf, log_m)
+    return mixture * kl_rows(log_p, log_m, classes) + (1 - mixture) * kl_rows(log_q, log_m, classes)

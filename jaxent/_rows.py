@@ -218,7 +218,9 @@ def label_gradient(z: jax.Array, codes: jax.Array, nll: jax.Array, row: Normaliz
 
 
 def _exponentials(z: jax.Array, codes: jax.Array, row: Normalizer) -> jax.Array:
-    return jnp.exp(jnp.where(codes == IGNORED, -jnp.inf, z) - row.shift)
+    # The -inf is a column, since a scan would keep a constant block of it, as large as the logits.
+    nothing = jnp.where(codes == IGNORED, -jnp.inf, jnp.zeros_like(row.shift))
+    return jnp.exp(jnp.where(codes == IGNORED, nothing, z) - row.shift)
 
 
 @label_nll.defjvp
@@ -239,7 +241,7 @@ def target_nll(z: jax.Array, targets: jax.Array, classes: ClassAxis) -> tuple[ja
 
 
 def target_gradient(z: jax.Array, targets: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Array:
-    """`S softmax(z) - t` with `S = sum_k t_k`; at the maximum `(S - t_k) + S (p_k - 1)`, which keeps a tiny `1 - p_k`."""
+    """`S softmax(z) - t`, `S = sum_k t_k`; at the maximum `(S - t_k) + S (p_k - 1)`, which keeps a tiny `1 - p_k`."""
     mass = classes.sum(targets)
     at_top = (mass - targets) + mass * jnp.expm1(log_probabilities(z, row, classes))
     return jnp.where(z == row.shift, at_top, mass * probabilities(z, row, classes) - targets)
@@ -334,7 +336,7 @@ def _softplus_jvp(primals, tangents):
 
 
 class RowTargets(NamedTuple):
-    """What each row is compared with. Every leaf has the rows' shape; the class axis has length 1 but in `probabilities`."""
+    """What each row is compared with; the class axis of every leaf but `probabilities` has length 1."""
 
     codes: jax.Array  # the class, IGNORED or INVALID; with `probabilities` just 0 or IGNORED
     probabilities: jax.Array | None = None

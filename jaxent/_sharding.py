@@ -1,4 +1,4 @@
-"""The class axis of an array, whole or split over a mesh axis: what differs between automatic, explicit and manual meshes."""
+"""What differs between automatic, explicit and manual meshes: the class axis, whole or split, and types of values."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -116,6 +116,6 @@ def check_vocab_axis(function: str, vocab_axis: str | None) -> None:
         lax.axis_size(vocab_axis)
     except NameError as error:
         raise ValueError(
-            f"jaxent.{function}: `vocab_axis` must name a mesh axis of the surrounding jax.shard_map, got {vocab_axis!r}; "
-            "outside shard_map leave it out: automatic and explicit sharding need no `vocab_axis`"
+            f"jaxent.{function}: `vocab_axis` must name a mesh axis of the surrounding jax.shard_map, got "
+            f"{vocab_axis!r}; outside shard_map leave it out: automatic and explicit sharding do not need it"
         ) from error

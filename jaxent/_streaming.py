@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxent import _arrays
-from jaxent._planning import Layout
 from jaxent._sharding import like_varying, sum_to_type
+from jaxent.planning import Layout
 
 Pytree = Any
 Precision = Any  # what `jax.lax.dot_general` takes as `precision`
@@ -38,9 +38,10 @@ class Head(NamedTuple):
     bias: jax.Array | None
 
 
-# `row_fn(logits, row_args, params)`: a tuple with one block of logits for each head, the block's rows of `row_args`, and
-# `params`; returns a pytree of arrays with the block's rows first.
-RowFunction = Callable[[tuple[jax.Array, ...], Pytree, Pytree], Pytree]
+# `row_fn(logits, row_args, params)`: a tuple with one block of logits for each head, the block's rows of `row_args`,
+# and `params`; returns a pytree of arrays with the block's rows first.
+Logits = tuple[jax.Array, ...]
+RowFunction = Callable[[Logits, Pytree, Pytree], Pytree]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,8 +213,8 @@ def stream_rows(
 def _logits(products: Products, head: Head, wide: jax.Array) -> jax.Array:
     """A head's logits; `wide` is its kernel in the accumulation dtype, of which only the tangent is used.
 
-    The scan adds the chunks' shares of a constant's cotangent in the constant's dtype, and a bf16 sum stops growing: 512
-    additions of 1/1024 give 0.25. The cotangent of `wide` is that of the kernel, added in float32.
+    The scan adds the chunks' shares of a constant's cotangent in the constant's dtype, and a bf16 sum stops growing:
+    512 additions of 1/1024 give 0.25. The cotangent of `wide` is that of the kernel, added in float32.
     """
     del wide
     return products.logits(head)

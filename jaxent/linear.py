@@ -4,22 +4,22 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, get_args
 
 import jax
 import jax.extend
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
-from jaxent import _arrays, _reduction, _rows, _targets
-from jaxent._planning import Layout, layout_for
+from jaxent import _arrays, _heads, _measures, _reduction, _rows, _targets
+from jaxent._heads import Shaping
 from jaxent._reduction import Reduction
 from jaxent._rows import IGNORED, LossOptions, RowTargets
 from jaxent._sharding import ClassAxis, check_vocab_axis
-from jaxent._streaming import Head, Precision, Products, stream_rows, stream_sum
+from jaxent._streaming import Head, Logits, Precision, Products, RowFunction, stream_rows, stream_sum
 from jaxent._targets import SoftmaxArguments
 from jaxent.losses import TokenStatistics, check_top_k, row_statistics
+from jaxent.planning import Layout, layout_for
 from jaxent.risk import WeightedSum
 
 
@@ -47,8 +47,8 @@ def linear_softmax_cross_entropy(
 
     $$z_n = \mathrm{cap}(h_n W + b) / T, \qquad \mathrm{cap}(x) = s \tanh(x / s)$$
 
-    and then the loss of `softmax_cross_entropy`. Rows are taken a chunk at a time, so that the memory does not grow with
-    their number, and value and gradient cost three matrix products, as many as dense code spends. Forward mode, Hessian
+    and then the loss of `softmax_cross_entropy`. Rows are taken a chunk at a time, so that the memory does not grow
+    with their number, and value and gradient cost three matrix products, as many as dense code spends. Forward mode, Hessian
     products, `vmap`, `scan` and sharding work as through any function. Take a Hessian-vector product as
     `jax.jvp(jax.grad(loss), ...)`: reverse over reverse keeps the logits of all chunks. The soft cap is that of Gemma 2
     (2024), section 2.
@@ -67,9 +67,9 @@ def linear_softmax_cross_entropy(
       (`"highest"`) unless `jax.default_matmul_precision` is set; pass `"tensorfloat32"` or `"default"` for the faster
       products of GPUs and TPUs. bf16 inputs are multiplied as bf16 and added in float32.
 
-    **Returns:** as `softmax_cross_entropy`; gradients come back in the dtypes of the inputs. A dropped row adds exactly 0
-    to every gradient, even if its `hidden` is nan. A label out of range gives nan in the row of the gradient by
-    `hidden`, and in all of the gradients by `kernel` and `bias`.
+    **Returns:** as `softmax_cross_entropy`; gradients come back in the dtypes of the inputs. A dropped row adds
+    exactly 0 to every gradient, even if its `hidden` is nan. A label out of range gives nan in its row of the gradient
+    by `hidden`, and in all of the gradients by `kernel` and `bias`.
 
     **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or option.
 
@@ -78,7 +78,7 @@ def linear_softmax_cross_entropy(
     Array(1.609438, dtype=float32)
     """
     name = "linear_softmax_cross_entropy"
-    head, batch = _check_head(name, hidden, kernel, bias)
+    head, batch = _heads.check_head(name, hidden, kernel, bias)
     logits_shape = (*batch, head.kernel.shape[1])
     arguments = _targets.check_softmax_arguments(
         name,
@@ -95,35 +95,16 @@ def linear_softmax_cross_entropy(
     check_vocab_axis(name, vocab_axis)
     losses = _linear_softmax_cross_entropy(
         head,
-        _flat_rows(arguments, len(batch)),
-        _check_shaping(name, soft_cap, temperature),
+        _heads.flat_rows(arguments, len(batch)),
+        _heads.check_shaping(name, soft_cap, temperature),
         divisor,
         classes=ClassAxis(-1, vocab_axis),
         ignore_index=_targets.check_ignore_index(name, ignore_index),
         reduction=reduction,
         layout=layout_for(name, head.hidden.shape[0], head.kernel.shape[1], chunk_rows),
-        products=_products(precision, head),
+        products=_heads.products(precision, head),
     )
     return losses.reshape(batch) if reduction == "none" else losses
-
-
-class _Shaping(NamedTuple):
-    """What is done to the logits of a linear layer before their softmax; None is nothing."""
-
-    soft_cap: jax.Array | None
-    temperature: jax.Array | None
-
-    def __call__(self, z: jax.Array) -> jax.Array:
-        if self.soft_cap is not None:
-            cap = self.soft_cap.astype(z.dtype)
-            z = cap * jnp.tanh(z / cap)
-        return z if self.temperature is None else z / self.temperature.astype(z.dtype)
-
-
-class _SoftmaxShared(NamedTuple):
-    shaping: _Shaping
-    options: LossOptions
-    scale: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,18 +113,27 @@ class _SoftmaxRows:
 
     classes: ClassAxis
 
-    def __call__(self, logits: tuple[jax.Array, ...], rows: RowTargets, shared: _SoftmaxShared) -> jax.Array:
-        losses = _rows.softmax_loss(shared.shaping(logits[0]), rows, shared.options, self.classes)[:, 0]
-        return losses if shared.scale is None else losses * shared.scale
+    def __call__(self, logits: Logits, rows: RowTargets, shared: tuple[Shaping, LossOptions]) -> jax.Array:
+        shaping, options = shared
+        return _rows.softmax_loss(shaping(logits[0]), rows, options, self.classes)[:, 0]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("classes", "ignore_index", "reduction", "layout", "products"), inline=True
-)
+@dataclasses.dataclass(frozen=True)
+class _Scaled:
+    """Row losses times a number that all rows share."""
+
+    row_fn: RowFunction
+
+    def __call__(self, logits: Logits, rows: RowTargets, shared: tuple[Any, jax.Array]) -> jax.Array:
+        inner, scale = shared
+        return self.row_fn(logits, rows, inner) * scale
+
+
+@functools.partial(jax.jit, static_argnames=("classes", "ignore_index", "reduction", "layout", "products"), inline=True)
 def _linear_softmax_cross_entropy(
     head: Head,
     arguments: SoftmaxArguments,
-    shaping: _Shaping,
+    shaping: Shaping,
     divisor: jax.Array | None,
     *,
     classes: ClassAxis,
@@ -152,17 +142,32 @@ def _linear_softmax_cross_entropy(
     layout: Layout,
     products: Products,
 ) -> jax.Array | WeightedSum:
-    logits = _logits_like(head)
+    logits = _heads.logits_like(head)
     rows, options = _targets.row_targets(arguments, logits, classes, ignore_index)
     rows, hidden = _without_ignored(rows, head.hidden)
     heads = (head._replace(hidden=hidden),)
-    row_fn, shared = _SoftmaxRows(classes), _SoftmaxShared(shaping, options, None)
+    return _stream(_SoftmaxRows(classes), heads, rows, (shaping, options), reduction, divisor, layout, products)
+
+
+def _stream(
+    row_fn: RowFunction,
+    heads: tuple[Head, ...],
+    rows: RowTargets,
+    shared: Any,
+    reduction: Reduction,
+    divisor: jax.Array | None,
+    layout: Layout,
+    products: Products,
+) -> jax.Array | WeightedSum:
+    """The reduction of streamed row losses."""
     if reduction == "none":
         return stream_rows(row_fn, heads, rows, shared, layout, products)
-    weight = jnp.sum(rows.total_weights()).astype(logits.dtype)
+    dtype = _heads.logits_like(*heads).dtype
+    weight = jnp.sum(rows.total_weights()).astype(dtype)
     if reduction == "mean":
         # The rows are divided before the products, not the gradients after them: those are as large as the kernel.
-        shared = shared._replace(scale=WeightedSum(jnp.ones_like(weight), weight if divisor is None else divisor).mean())
+        scale = WeightedSum(jnp.ones_like(weight), weight if divisor is None else divisor.astype(dtype)).mean()
+        return stream_sum(_Scaled(row_fn), heads, rows, (shared, scale), layout, products)
     total = stream_sum(row_fn, heads, rows, shared, layout, products)
     return WeightedSum(total, weight) if reduction == "sum_and_weight" else total
 
@@ -205,7 +210,7 @@ def linear_token_statistics(
     Array([1.3862944, 1.3862944], dtype=float32)
     """
     name = "linear_token_statistics"
-    head, batch = _check_head(name, hidden, kernel, bias)
+    head, batch = _heads.check_head(name, hidden, kernel, bias)
     if labels is not None:
         labels = _targets.check_labels(name, "labels", labels, batch).reshape(-1)
     check_vocab_axis(name, vocab_axis)
@@ -213,11 +218,11 @@ def linear_token_statistics(
     statistics = _linear_token_statistics(
         head,
         labels,
-        _check_shaping(name, soft_cap, temperature),
+        _heads.check_shaping(name, soft_cap, temperature),
         classes=classes,
         top_k=check_top_k(name, top_k, classes.size(head.kernel)),
         layout=layout_for(name, head.hidden.shape[0], head.kernel.shape[1], chunk_rows),
-        products=_products(precision, head),
+        products=_heads.products(precision, head),
     )
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), statistics)
 
@@ -226,7 +231,7 @@ def linear_token_statistics(
 def _linear_token_statistics(
     head: Head,
     labels: jax.Array | None,
-    shaping: _Shaping,
+    shaping: Shaping,
     *,
     classes: ClassAxis,
     top_k: int,
@@ -237,10 +242,137 @@ def _linear_token_statistics(
     if labels is not None:
         codes = _rows.label_codes(labels[:, None], classes.size(head.kernel), None, None)
 
-    def row_fn(logits: tuple[jax.Array, ...], codes: jax.Array | None, shaping: _Shaping) -> TokenStatistics:
+    def row_fn(logits: Logits, codes: jax.Array | None, shaping: Shaping) -> TokenStatistics:
         return row_statistics(shaping(logits[0]), codes, classes, top_k)
 
     return stream_rows(row_fn, (head,), codes, shaping, layout, products)
+
+
+Divergence = Literal["forward", "reverse", "jensen_shannon"]
+
+
+def linear_kl_divergence(
+    hidden_p: ArrayLike,
+    kernel_p: ArrayLike,
+    hidden_q: ArrayLike,
+    kernel_q: ArrayLike,
+    *,
+    bias_p: ArrayLike | None = None,
+    bias_q: ArrayLike | None = None,
+    divergence: Divergence = "forward",
+    mixture: ArrayLike = 0.5,
+    soft_cap_p: ArrayLike | None = None,
+    soft_cap_q: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+    denominator: ArrayLike | None = None,
+    chunk_rows: int | None = None,
+    precision: Precision = None,
+    vocab_axis: str | None = None,
+) -> jax.Array | WeightedSum:
+    r"""Divergence between the softmax distributions of two linear layers, without their logits, in nats.
+
+    $$\ell_n = w_n D(P_n \| Q_n), \qquad P_n = \mathrm{softmax}((h^p_n W_p + b_p)/T),\quad Q_n \text{ likewise}$$
+
+    Distillation (Hinton et al., 2015) of a teacher P into a student Q; their factor $T^2$ is left to the caller.
+    `"reverse"` is $D(Q \| P)$, and `"jensen_shannon"` is $\beta D(P \| M) + (1-\beta) D(Q \| M)$ with
+    $M = \beta P + (1-\beta) Q$ (Agarwal et al., 2024, equation 1).
+
+    **Arguments:**
+
+    - `hidden_p`: `(*batch, features_p)`, `kernel_p`: `(features_p, classes)`, `bias_p`: `(classes,)`, and the same
+      for `q`; batch and classes agree, the features need not. A teacher that is not differentiated costs one product.
+    - `divergence`: which. `mixture`: `beta` in (0, 1).
+    - `soft_cap_p`, `soft_cap_q`, `temperature`, `chunk_rows`, `precision`, `vocab_axis`: as in
+      `linear_softmax_cross_entropy`.
+    - `where`, `weights`: `(*batch,)`. `reduction`, `denominator`: as in `softmax_cross_entropy`.
+
+    **Returns:** float64 for float64 inputs, else float32. Never negative; exact where the two are nearly equal; +inf in
+    the forward direction where `q` has removed a class that `p` has. Edges as in `kl_divergence_with_logits`.
+
+    **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or option.
+
+    >>> hidden, kernel = jnp.ones((2, 3)), jnp.eye(3)
+    >>> linear_kl_divergence(hidden, kernel, hidden, 2 * kernel)
+    Array(0., dtype=float32)
+    """
+    name = "linear_kl_divergence"
+    head_p, batch = _heads.check_head(name, hidden_p, kernel_p, bias_p, "_p")
+    head_q, batch_q = _heads.check_head(name, hidden_q, kernel_q, bias_q, "_q")
+    if batch_q != batch:
+        raise _arrays.shape_error(name, "hidden_q", f"have the batch shape {batch} of `hidden_p`", hidden_q)
+    if head_q.kernel.shape[1] != head_p.kernel.shape[1]:
+        expected = f"have {head_p.kernel.shape[1]} classes, as `kernel_p` has"
+        raise _arrays.shape_error(name, "kernel_q", expected, head_q.kernel)
+    if divergence not in get_args(Divergence):
+        raise ValueError(
+            f"jaxent.{name}: `divergence` must be 'forward', 'reverse' or 'jensen_shannon', got {divergence!r}"
+        )
+    where, weights = _targets.check_row_arguments(name, batch, where, weights)
+    divisor = _reduction.check(name, reduction, denominator)
+    check_vocab_axis(name, vocab_axis)
+    losses = _linear_kl_divergence(
+        (head_p, head_q),
+        _heads.flat_rows(SoftmaxArguments(jnp.zeros(batch, jnp.int32), where, weights), len(batch)),
+        _heads.check_shaping(name, soft_cap_p, temperature),
+        _heads.check_shaping(name, soft_cap_q, temperature),
+        _arrays.scalar(name, "mixture", mixture, low=0.0, high=1.0),
+        divisor,
+        row_fn=_DivergenceRows(ClassAxis(-1, vocab_axis), divergence),
+        reduction=reduction,
+        layout=layout_for(name, head_p.hidden.shape[0], 2 * head_p.kernel.shape[1], chunk_rows),
+        products=_heads.products(precision, head_p),
+    )
+    return losses.reshape(batch) if reduction == "none" else losses
+
+
+@dataclasses.dataclass(frozen=True)
+class _DivergenceRows:
+    """The weighted divergence of each row of two blocks of logits."""
+
+    classes: ClassAxis
+    divergence: Divergence
+
+    def __call__(self, logits: Logits, rows: RowTargets, shared: tuple[Shaping, Shaping, jax.Array]) -> jax.Array:
+        shaping_p, shaping_q, mixture = shared
+        z_p, z_q = _arrays.accumulated(shaping_p(logits[0]), shaping_q(logits[1]))
+        for z in (z_p, z_q):
+            rows = _rows.without_weightless(z, rows, self.classes)
+        ignored = rows.codes == IGNORED
+        z_p, z_q = jnp.where(ignored, 0, z_p), jnp.where(ignored, 0, z_q)
+        if self.divergence == "forward":
+            losses = _measures.kl_rows(z_p, z_q, self.classes)
+        elif self.divergence == "reverse":
+            losses = _measures.kl_rows(z_q, z_p, self.classes)
+        else:
+            losses = _measures.jensen_shannon_rows(z_p, z_q, mixture.astype(z_p.dtype), self.classes)
+        losses = jnp.where(ignored, 0, losses)
+        if rows.weights is not None:
+            losses = _rows.weighted(jnp.where(ignored, 0, rows.weights), losses)
+        return losses[:, 0]
+
+
+@functools.partial(jax.jit, static_argnames=("row_fn", "reduction", "layout", "products"), inline=True)
+def _linear_kl_divergence(
+    heads: tuple[Head, Head],
+    arguments: SoftmaxArguments,
+    shaping_p: Shaping,
+    shaping_q: Shaping,
+    mixture: jax.Array,
+    divisor: jax.Array | None,
+    *,
+    row_fn: _DivergenceRows,
+    reduction: Reduction,
+    layout: Layout,
+    products: Products,
+) -> jax.Array | WeightedSum:
+    rows, _ = _targets.row_targets(arguments, _heads.logits_like(*heads), row_fn.classes, None)
+    for head in heads:
+        rows, _ = _without_ignored(rows, head.hidden)
+    heads = tuple(head._replace(hidden=_without_ignored(rows, head.hidden)[1]) for head in heads)
+    return _stream(row_fn, heads, rows, (shaping_p, shaping_q, mixture), reduction, divisor, layout, products)
 
 
 def linear_loss(
@@ -291,18 +423,18 @@ def linear_loss(
     Array(0.23954472, dtype=float32)
     """
     name = "linear_loss"
-    head, batch = _check_head(name, hidden, kernel, bias)
-    row_args = jax.tree.map(lambda x: _check_row_argument(name, x, batch), row_args)
+    head, batch = _heads.check_head(name, hidden, kernel, bias)
+    row_args = jax.tree.map(lambda x: _heads.check_row_argument(name, x, batch), row_args)
     params = jax.tree.map(jnp.asarray, params)
     layout = layout_for(name, head.hidden.shape[0], head.kernel.shape[1], chunk_rows)
     row_fn = _UserRows(row_loss, _takes_params(row_loss, len(row_args), params))
     block = jax.tree.map(lambda x: jax.ShapeDtypeStruct((layout.chunk_rows, *x.shape[1:]), x.dtype), row_args)
-    logits = jax.ShapeDtypeStruct((layout.chunk_rows, head.kernel.shape[1]), _logits_like(head).dtype)
+    logits = jax.ShapeDtypeStruct((layout.chunk_rows, head.kernel.shape[1]), _heads.logits_like(head).dtype)
     closed = jax.make_jaxpr(row_fn)((logits,), block, params)
     if closed.consts:
         # A custom derivative rule cannot see what `row_loss` closes over; as parameters, its values can be traced too.
         row_fn, params = _ClosedRows(closed), (closed.consts, params)
-    return stream_sum(row_fn, (head,), row_args, params, layout, _products(precision, head))
+    return stream_sum(row_fn, (head,), row_args, params, layout, _heads.products(precision, head))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +444,7 @@ class _UserRows:
     row_loss: Callable[..., jax.Array]
     takes_params: bool
 
-    def __call__(self, logits: tuple[jax.Array, ...], row_args: tuple[Any, ...], params: Any) -> jax.Array:
+    def __call__(self, logits: Logits, row_args: tuple[Any, ...], params: Any) -> jax.Array:
         losses = self.row_loss(logits[0], *row_args, *([params] if self.takes_params else []))
         rows = logits[0].shape[0]
         if getattr(losses, "shape", None) != (rows,):
@@ -329,7 +461,7 @@ class _ClosedRows:
 
     closed: jax.extend.core.ClosedJaxpr
 
-    def __call__(self, logits: tuple[jax.Array, ...], row_args: Any, params: Any) -> jax.Array:
+    def __call__(self, logits: Logits, row_args: Any, params: Any) -> jax.Array:
         consts, params = params
         function = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(self.closed.jaxpr, consts))
         return function(*jax.tree.leaves((logits, row_args, params)))[0]
@@ -346,66 +478,3 @@ def _takes_params(row_loss: Callable[..., jax.Array], num_row_args: int, params:
     except ValueError:  # a callable without a signature
         pass
     return False
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Checks
-
-
-def _check_head(
-    function: str, hidden: ArrayLike, kernel: ArrayLike, bias: ArrayLike | None, suffix: str = ""
-) -> tuple[Head, tuple[int, ...]]:
-    """The head with its rows in one dimension, operands in one dtype, and the shape of the batch."""
-    h = _arrays.floating(function, f"hidden{suffix}", hidden)
-    w = _arrays.floating(function, f"kernel{suffix}", kernel)
-    if h.ndim == 0:
-        raise _arrays.shape_error(function, f"hidden{suffix}", "have shape (*batch, features)", h)
-    if w.ndim != 2 or w.shape[0] != h.shape[-1]:
-        expected = f"have shape (features, classes) with {h.shape[-1]} features, as `hidden{suffix}` has"
-        raise _arrays.shape_error(function, f"kernel{suffix}", expected, w)
-    _targets.check_classes(function, f"kernel{suffix}", w.shape, -1)
-    if bias is not None:
-        bias = _arrays.floating(function, f"bias{suffix}", bias)
-        _arrays.check_shape(function, f"bias{suffix}", bias, (w.shape[1],), "one for each class")
-    if h.dtype != w.dtype:
-        h, w = _arrays.accumulated(h, w)
-    return Head(h.reshape(-1, h.shape[-1]) if h.ndim != 2 else h, w, bias), h.shape[:-1]
-
-
-def _check_shaping(function: str, soft_cap: ArrayLike | None, temperature: ArrayLike) -> _Shaping:
-    if soft_cap is not None:
-        soft_cap = _arrays.scalar(function, "soft_cap", soft_cap, low=0.0, open_low=True)
-    return _Shaping(
-        soft_cap, _arrays.scalar(function, "temperature", temperature, low=0.0, open_low=True, neutral=1.0)
-    )
-
-
-def _check_row_argument(function: str, x: ArrayLike, batch: tuple[int, ...]) -> jax.Array:
-    x = jnp.asarray(x)
-    if x.shape[: len(batch)] != batch:
-        raise _arrays.shape_error(function, "row_args", f"have shapes that start with {batch}, the batch of `hidden`", x)
-    return x.reshape(-1, *x.shape[len(batch) :])
-
-
-def _flat_rows(arguments: SoftmaxArguments, batch_dims: int) -> SoftmaxArguments:
-    """The arguments with their batch axes as one."""
-
-    def flat(x: jax.Array | None) -> jax.Array | None:
-        return None if x is None else x.reshape(-1, *x.shape[batch_dims:])
-
-    return arguments._replace(
-        targets=flat(arguments.targets), where=flat(arguments.where), weights=flat(arguments.weights)
-    )
-
-
-def _logits_like(head: Head) -> jax.ShapeDtypeStruct:
-    """What the logits would be."""
-    shape = (head.hidden.shape[0], head.kernel.shape[1])
-    return jax.ShapeDtypeStruct(shape, _arrays.accumulation_dtype(head.kernel))
-
-
-def _products(precision: Precision, head: Head) -> Products:
-    """float32 inputs keep float32 accuracy unless the caller, or `jax.default_matmul_precision`, says otherwise."""
-    if precision is None and head.kernel.dtype == np.float32 and jax.config.jax_default_matmul_precision is None:
-        precision = jax.lax.Precision.HIGHEST
-    return Products(precision)

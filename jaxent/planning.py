@@ -6,9 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from jaxent import _arrays
+from jaxent._reduction import Reduction
 
 # float32 logits held at a time. Heuristics: on a CPU larger chunks no longer pay once the kernel's gradient is added to
 # seldom enough; an accelerator needs thousands of rows to fill its matrix units.
@@ -81,3 +84,73 @@ def layout_for(function: str, rows: int, num_classes: int, chunk_rows: int | Non
     # A few chunks more avoid padding, and with it a copy of all rows.
     even = (chunks for chunks in range(least, least + least // 4 + 1) if rows % chunks == 0)
     return Layout(rows, -(-rows // next(even, least)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one value and gradient of a linear loss costs; bytes estimate what XLA allocates beside the results."""
+
+    chunk_rows: int
+    num_chunks: int
+    matrix_products: int
+    """Products of N x D x V multiply-adds: 3, or 4 for per-row losses, whose logits are computed twice."""
+    multiply_adds: int
+    chunk_bytes: int
+    """The logits of one chunk, and their gradient in the kernel's dtype where that is another one."""
+    temp_bytes: int
+    dense_logits_bytes: int
+    """What dense code holds instead: the logits of all rows."""
+
+    def __str__(self) -> str:
+        mib = 2**20
+        return (
+            f"{self.num_chunks} chunks of {self.chunk_rows} rows, {self.matrix_products} matrix products, "
+            f"about {self.temp_bytes / mib:.0f} MiB of temporaries where the logits take "
+            f"{self.dense_logits_bytes / mib:.0f} MiB"
+        )
+
+
+def plan(
+    num_rows: int,
+    hidden_size: int,
+    num_classes: int,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    chunk_rows: int | None = None,
+    reduction: Reduction = "mean",
+) -> Plan:
+    """What `linear_softmax_cross_entropy` will allocate and compute, before it runs.
+
+    **Arguments:** the sizes N, D and V of `hidden (N, D)` and `kernel (D, V)`, their dtype, and the options
+    `chunk_rows` and `reduction` of the call.
+
+    **Returns:** a `Plan`. **Raises:** `ValueError` for sizes that are not positive (`num_rows` may be 0).
+
+    >>> print(plan(8192, 4096, 128256, chunk_rows=1024))
+    8 chunks of 1024 rows, 3 matrix products, about 2761 MiB of temporaries where the logits take 4008 MiB
+    """
+    sizes = (("num_rows", num_rows, 0), ("hidden_size", hidden_size, 1), ("num_classes", num_classes, 1))
+    for argument, size, least in sizes:
+        if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
+            raise _arrays.dtype_error("plan", argument, "be an int", size)
+        if size < least:
+            raise ValueError(f"jaxent.plan: `{argument}` must be at least {least}, got {size}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise _arrays.dtype_error("plan", "dtype", "be floating", dtype)
+    layout = layout_for("plan", num_rows, num_classes, chunk_rows)
+    narrow = np.dtype(dtype).itemsize
+    wide = max(4, narrow)
+    copies = wide + (narrow if narrow < wide else 0)
+    chunk_bytes = layout.chunk_rows * num_classes * copies
+    kernel_bytes = hidden_size * num_classes * wide
+    sums = (layout.chunks > 1) + (narrow < wide)  # a chunk's share of the kernel's gradient; its float32 sum
+    products = 4 if reduction == "none" else 3
+    return Plan(
+        chunk_rows=layout.chunk_rows,
+        num_chunks=layout.chunks,
+        matrix_products=products,
+        multiply_adds=products * num_rows * hidden_size * num_classes,
+        chunk_bytes=chunk_bytes,
+        temp_bytes=chunk_bytes + sums * kernel_bytes + 2 * num_rows * hidden_size * wide,
+        dense_logits_bytes=num_rows * num_classes * wide,
+    )
