@@ -1,0 +1,27 @@
+"""What the commands report in one line."""
+
+import importlib.util
+
+
+class CommandError(Exception):
+    """The user can mend this: one line on stderr, exit code 2."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and everything worth keeping has been written."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.signum = signum
+
+
+def reason(error: OSError) -> str:
+    """`No space left on device` rather than `[Errno 28] ...`."""
+    return error.strerror or str(error)
+
+
+def require(*packages: str) -> None:
+    """Says at the start, not at the end of a run, which package of the extra `cli` is missing."""
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise CommandError(f"{package} is not installed; it comes with the extra: pip install 'jaxent[cli]'")

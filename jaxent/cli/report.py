@@ -1,0 +1,112 @@
+"""What a run found out, as a table, as JSON and as a picture."""
+
+import json
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from jaxent.cli.storage import write_whole
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def print_columns(rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line for each mapping, under the names of the first one's entries."""
+    cells = [[name.replace("_", " ") for name in rows[0]]]
+    cells += [
+        [f"{v:,.3f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v for v in row.values()]
+        for row in rows
+    ]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    for line in cells:
+        first, *rest = (
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        print("  ".join([first, *rest]).rstrip())
+
+
+def _shown(token: bytes) -> str:
+    return token.decode("utf-8", "backslashreplace")
+
+
+def print_surprisal(pairs: Sequence[tuple[bytes, float]]) -> None:
+    """One line a token: its text, its bits, and a bar of one block a bit."""
+    names = [repr(_shown(token)) for token, _ in pairs]
+    width = min(40, max(map(len, names)))
+    for name, (_, bits) in zip(names, pairs, strict=True):
+        print(f"{name:{width}}  {bits:6.2f}  {'█' * round(bits)}".rstrip())
+
+
+# The 256-colour palette from calm to alarming, for up to 1, 2, 4, 8, 12 bits and more.
+COLOURS = ((1, 22), (2, 28), (4, 100), (8, 130), (12, 124), (float("inf"), 53))
+
+
+def print_coloured(pairs: Sequence[tuple[bytes, float]]) -> None:
+    """The text itself; the background tells how surprising each token is."""
+    parts = []
+    for token, bits in pairs:
+        colour = next(c for limit, c in COLOURS if bits <= limit)
+        # A line end would paint the rest of the line.
+        lines = _shown(token).split("\n")
+        parts.append("\n".join(f"\x1b[48;5;{colour}m\x1b[97m{line}\x1b[0m" if line else "" for line in lines))
+    print("".join(parts))
+    legend = [
+        f"\x1b[48;5;{c}m\x1b[97m {'more' if limit == float('inf') else f'<= {limit}'} \x1b[0m" for limit, c in COLOURS
+    ]
+    print("bits: " + "".join(legend))
+
+
+def print_summary(result: Mapping[str, Any]) -> None:
+    """The account of a run, from `report.json`'s content."""
+    held, unigram, loss = result["held_out"], result["unigram"], result["loss"]
+    print()
+    print(f"{'held-out text':44}{'bits/token':>12}{'bits/byte':>12}{'perplexity':>12}")
+    lines = [
+        ("unigram entropy H(P-hat)", unigram["entropy"]),
+        ("unigram code of the training text", unigram["code"]),
+        ("the model H(P-hat, Q)", held),
+    ]
+    for name, line in lines:
+        print(f"{name:44}{line['bits_per_token']:12.3f}{line['bits_per_byte']:12.3f}{line['perplexity']:12,.1f}")
+    for name, bits in result["compressors"].items():
+        print(f"{name:44}{'':12}{bits:12.3f}")
+    print()
+    print(f"{'memory of the loss and its gradient':44}{loss['temporary_bytes'] / 2**20:12.1f} MiB")
+    print(f"{'what dense logits and their gradient take':44}{loss['dense_bytes'] / 2**20:12.1f} MiB")
+    print(f"{'closed-form gradient against jax.grad':44}{loss['gradient_difference']:12.1e} of the largest entry")
+
+
+def draw(folder: Path, result: Mapping[str, Any], history: Mapping[str, Sequence[float]]) -> None:
+    """`loss.png`: the cross-entropy of the batches and of a held-out sample, falling towards what others reach."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(history["step"], history["byte"], color="0.6", linewidth=1, label="training batches")
+    axes.plot(history["held_step"], history["held_byte"], color="C0", marker="o", markersize=4, label="held-out sample")
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("cross-entropy, bits per byte")
+    floors = {
+        "unigram entropy": result["unigram"]["entropy"]["bits_per_byte"],
+        **result["compressors"],
+        "model, all held-out text": result["held_out"]["bits_per_byte"],
+    }
+    for i, (name, bits) in enumerate(floors.items()):
+        axes.axhline(bits, color=f"C{i + 1}", linestyle="--", linewidth=1, label=f"{name}: {bits:.3f}")
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.2)
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.spines[["top", "right"]].set_visible(False)
+    content = BytesIO()
+    figure.savefig(content, format="png")
+    write_whole(folder / "loss.png", content.getbuffer())
+
+
+def save(folder: Path, result: Mapping[str, Any]) -> None:
+    write_whole(folder / "report.json", (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())

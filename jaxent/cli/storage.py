@@ -1,0 +1,56 @@
+"""Files that are whole or absent: written beside their place, then renamed into it."""
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from jaxent.cli.errors import CommandError, reason
+
+
+def write_whole(path: Path, content: bytes | memoryview) -> None:
+    """`path` gets the content, or keeps what it had, whenever the process or the machine stops."""
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+        temporary = None
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {reason(error)}") from error
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+
+
+def make_folder(path: Path) -> None:
+    """The folder, without what a killed process left half written in it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        for name in ("checkpoint.npz", "report.json", "loss.png"):
+            for stale in path.glob(f".{name}.*"):
+                stale.unlink()
+    except OSError as error:
+        raise CommandError(f"cannot write to {path}: {reason(error)}") from error
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync_folder(path: Path) -> None:
+    """A rename survives a power cut once its folder is on disk; Windows has no such call."""
+    if os.name == "posix":
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

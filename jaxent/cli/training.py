@@ -1,0 +1,120 @@
+"""The training loop: a few optimiser steps at a time, nothing lost between them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxent.cli import model
+from jaxent.cli.errors import CommandError, Stopped
+from jaxent.cli.model import Batch, Params
+from jaxent.cli.proposals import Rows
+from jaxent.cli.signals import deferred_signals
+
+MAX_BLOCK = 5  # optimiser steps in one call; heuristic: about two seconds, the longest wait after Ctrl-C
+
+OptimizerState = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What the optimiser does, and on which rows."""
+
+    steps: int
+    batch_rows: int
+    learning_rate: float
+    seed: int
+
+    @property
+    def block(self) -> int:
+        """Steps in one call: a divisor of `steps`, so that one compiled program serves them all."""
+        return max(n for n in range(1, MAX_BLOCK + 1) if self.steps % n == 0)
+
+    def optimizer(self) -> optax.GradientTransformation:
+        warm = max(1, self.steps // 10)
+        rate = optax.schedules.warmup_cosine_decay_schedule(
+            0.0, self.learning_rate, warm, max(warm + 1, self.steps), 0.03 * self.learning_rate
+        )
+        return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.98))
+
+    def rows_of(self, step: int, count: int) -> np.ndarray:
+        """The rows of a step: every row once, in random order, then all of them again in another."""
+        flat = np.arange(step * self.batch_rows, (step + 1) * self.batch_rows)
+        rounds = flat // count
+        index = np.empty(len(flat), np.int64)
+        for r in np.unique(rounds):
+            index[rounds == r] = _shuffled(self.seed, int(r), count)[flat[rounds == r] % count]
+        return index
+
+
+@functools.lru_cache(maxsize=2)
+def _shuffled(seed: int, round_: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, round_]).permutation(count)
+
+
+@dataclasses.dataclass
+class State:
+    """Where a run is; `history` holds lists of what was measured on the way, in bits."""
+
+    step: int
+    params: Params
+    optimizer: OptimizerState
+    history: dict[str, list[float]]
+
+
+@functools.partial(jax.jit, static_argnames=("schedule",), donate_argnames=("params", "optimizer"))
+def _train_block(
+    params: Params, optimizer: OptimizerState, batches: Batch, schedule: Schedule
+) -> tuple[Params, OptimizerState, jax.Array]:
+    transformation = schedule.optimizer()
+
+    def step(carry: tuple[Params, OptimizerState], batch: Batch) -> tuple[tuple[Params, OptimizerState], jax.Array]:
+        params, optimizer = carry
+        value, gradient = jax.value_and_grad(model.loss)(params, batch)
+        updates, optimizer = transformation.update(gradient, optimizer, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        return (params, optimizer), value
+
+    (params, optimizer), losses = jax.lax.scan(step, (params, optimizer), batches)
+    return params, optimizer, losses
+
+
+def train(
+    state: State,
+    schedule: Schedule,
+    rows: Rows,
+    lengths: np.ndarray,
+    *,
+    every: int,
+    at_interval: Callable[[State], None],
+    show: Callable[[int, float, float], None],
+) -> None:
+    """Trains `state` to the end of the schedule, in place.
+
+    `at_interval` is called with the state at least every `every` steps, at the end, and before a signal stops the run;
+    `show` after every block, with its tokens, bits per token and bits per byte.
+    """
+    saved = state.step
+    with deferred_signals() as received:
+        while state.step < schedule.steps:
+            index = np.stack([schedule.rows_of(state.step + i, len(rows)) for i in range(schedule.block)])
+            batches = Batch.of(rows.take(index))
+            state.params, state.optimizer, losses = _train_block(state.params, state.optimizer, batches, schedule)
+            bits = float(np.mean(np.asarray(losses, np.float64)) / np.log(2))
+            if not np.isfinite(bits):
+                raise CommandError(f"the loss is no longer finite at step {state.step}: try a lower --learning-rate")
+            tokens_per_byte = index.size / int(np.sum(lengths[rows.targets[index]], dtype=np.int64))
+            state.step += schedule.block
+            for name, value in (("step", state.step), ("token", bits), ("byte", bits * tokens_per_byte)):
+                state.history.setdefault(name, []).append(value)
+            show(index.size, bits, bits * tokens_per_byte)
+            if received.signum or state.step - saved >= every or state.step == schedule.steps:
+                at_interval(state)
+                saved = state.step
+            if received.signum:
+                raise Stopped(received.signum, f"stopped at step {state.step} of {schedule.steps}")
