@@ -1,6 +1,6 @@
 """The arguments of the linear losses: the linear layer, and what is done to its logits before their softmax."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +79,7 @@ def logits_like(*heads: Head) -> jax.ShapeDtypeStruct:
 
 def products(precision: Precision, head: Head) -> Products:
     """float32 inputs keep float32 accuracy unless the caller, or `jax.default_matmul_precision`, says otherwise."""
-    if precision is None and head.kernel.dtype == np.float32 and jax.config.jax_default_matmul_precision is None:
+    config: Any = jax.config  # its options are not typed
+    if precision is None and head.kernel.dtype == np.float32 and config.jax_default_matmul_precision is None:
         precision = jax.lax.Precision.HIGHEST
     return Products(precision)

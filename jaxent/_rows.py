@@ -91,7 +91,7 @@ def _exp_sum_without(z: jax.Array, shift: jax.Array, labels: jax.Array, classes:
     return jnp.where(summed <= count, summed, jnp.nan)
 
 
-def _exp_sum_blocked(z: jax.Array, shift: jax.Array, labels: jax.Array, classes: ClassAxis) -> jax.Array:
+def _exp_sum_blocked(z: jax.Array, shift: jax.Array, labels: jax.Array) -> jax.Array:
     """The same sum over blocks of a few rows that stay in cache.
 
     Above 2**15 classes the CPU back end splits the row sum, no longer fuses `exp` into it, and writes the whole array:
@@ -124,8 +124,8 @@ def _rest_given_label(
             z,
             shift,
             labels,
-            cpu=lambda *a: _exp_sum_blocked(*a, classes).reshape(shift.shape),
-            default=lambda *a: _exp_sum_without(*a, classes),
+            cpu=lambda z, shift, labels: _exp_sum_blocked(z, shift, labels).reshape(shift.shape),
+            default=lambda z, shift, labels: _exp_sum_without(z, shift, labels, classes),
         )
     else:
         others = classes.across(_exp_sum_without(z, shift, labels, classes))

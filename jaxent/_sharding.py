@@ -19,7 +19,7 @@ class ClassAxis:
     axis: int = -1
     mesh_axis: str | None = None
 
-    def size(self, x: jax.Array) -> int:
+    def size(self, x: jax.Array | jax.ShapeDtypeStruct) -> int:
         """How many classes there are, over all shards."""
         shards = 1 if self.mesh_axis is None else lax.axis_size(self.mesh_axis)
         return x.shape[self.axis] * shards

@@ -107,7 +107,7 @@ def check_ignore_index(function: str, ignore_index: Any) -> int | None:
 
 
 def row_targets(
-    arguments: SoftmaxArguments, z: jax.Array, classes: ClassAxis, ignore_index: int | None
+    arguments: SoftmaxArguments, z: jax.Array | jax.ShapeDtypeStruct, classes: ClassAxis, ignore_index: int | None
 ) -> tuple[RowTargets, LossOptions]:
     """The arguments in the logits' dtype, with the class axis in place; `z` gives dtype and number of classes."""
 

@@ -356,7 +356,7 @@ class _DivergenceRows:
 
 @functools.partial(jax.jit, static_argnames=("row_fn", "reduction", "layout", "products"), inline=True)
 def _linear_kl_divergence(
-    heads: tuple[Head, Head],
+    heads: tuple[Head, ...],
     arguments: SoftmaxArguments,
     shaping_p: Shaping,
     shaping_q: Shaping,
