@@ -121,6 +121,8 @@ def row_targets(
     if jnp.issubdtype(arguments.targets.dtype, jnp.integer):
         labels = jnp.expand_dims(arguments.targets, classes.axis)
         codes = label_codes(labels, classes.size(z), ignore_index, where)
+        if weights is not None:
+            codes = jnp.where((weights == 0) & (codes == INVALID), IGNORED, codes)
         if class_weights is not None:
             label_weights = jnp.where(codes == INVALID, jnp.nan, classes.look_up(class_weights, codes))
     else:
