@@ -58,7 +58,7 @@ class Checkpoint:
         """From the file, or from the folder that holds it."""
         file = path / NAME if path.is_dir() else path
         try:
-            with np.load(file, allow_pickle=False) as stored:
+            with open(file, "rb") as raw, np.load(raw, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
             head = json.loads(arrays["head"].tobytes())
             if head["format"] != FORMAT:

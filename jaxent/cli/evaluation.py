@@ -81,7 +81,7 @@ def tokens(checkpoint: Path, text: str, *, style: str, as_json: bool) -> None:
     pairs = [(texts[i], float(bits)) for i, bits in zip(encoded[0], nats / np.log(2), strict=True)]
     if as_json:
         found = [{"token": t.decode("utf-8", "backslashreplace"), "bits": bits} for t, bits in pairs]
-        report.print_json({"tokens": found, **figures(risk, len(content))})
+        report.print_json({**figures(risk, len(content)), "per_token": found})
         return
     if style == "line":
         report.print_coloured(pairs)

@@ -75,7 +75,7 @@ def print_summary(result: Mapping[str, Any]) -> None:
         print(f"{name:44}{'':12}{bits:12.3f}")
     print()
     print(f"{'memory of the loss and its gradient':44}{loss['temporary_bytes'] / 2**20:12.1f} MiB")
-    print(f"{'what dense logits and their gradient take':44}{loss['dense_bytes'] / 2**20:12.1f} MiB")
+    print(f"{'what the dense logits alone would take':44}{loss['dense_logits_bytes'] / 2**20:12.1f} MiB")
     print(f"{'closed-form gradient against jax.grad':44}{loss['gradient_difference']:12.1e} of the largest entry")
 
 
@@ -99,7 +99,7 @@ def draw(folder: Path, result: Mapping[str, Any], history: Mapping[str, Sequence
     for i, (name, bits) in enumerate(floors.items()):
         axes.axhline(bits, color=f"C{i + 1}", linestyle="--", linewidth=1, label=f"{name}: {bits:.3f}")
     axes.set_ylim(bottom=0)
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, history["step"][-1])
     axes.grid(alpha=0.2)
     axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axes.spines[["top", "right"]].set_visible(False)

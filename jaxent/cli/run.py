@@ -2,6 +2,7 @@
 
 import bz2
 import dataclasses
+import functools
 import lzma
 import sys
 import time
@@ -26,6 +27,7 @@ from jaxent.cli.storage import make_folder
 from jaxent.cli.tokens import Tokenizer
 from jaxent.cli.training import Schedule, State, train
 from jaxent.gradients import softmax_cross_entropy_gradient
+from jaxent.planning import plan
 
 FITTED_SHARE = 0.3  # at most so much of the text trains the model; the rest is counted for its proposals; heuristic
 SAMPLE_ROWS = 2048  # of the held-out text, measured at every checkpoint
@@ -242,20 +244,29 @@ def _account(params: model.Params, data: Data, corpus: Corpus, batch_rows: int) 
     }
 
 
+_head_gradient = jax.jit(jax.grad(model.head_loss, (0, 1, 2)))
+
+
+@functools.lru_cache
+def _temporary_bytes(rows: int, vocab_size: int, width: int) -> int:
+    """What XLA sets aside for the gradient of the loss of `rows` hidden states."""
+    shapes = ((rows, width), (vocab_size, width), (vocab_size,))
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    compiled = _head_gradient.lower(*arguments, jax.ShapeDtypeStruct((rows,), jnp.int32)).compile()
+    memory = compiled.memory_analysis()
+    return 0 if memory is None else int(memory.temp_size_in_bytes)
+
+
 def _loss_figures(params: model.Params, rows: Rows, batch_rows: int) -> dict[str, float]:
     """The memory of the loss for one batch, and how far `jax.grad` is from `softmax(z) - onehot(y)` on real rows."""
     output, bias = params["output"], params["output_bias"]
-    shape = jax.ShapeDtypeStruct((batch_rows, output.shape[1]), output.dtype)
-    gradient = jax.jit(jax.grad(model.head_loss, (0, 1, 2)))
-    compiled = gradient.lower(shape, output, bias, jax.ShapeDtypeStruct((batch_rows,), jnp.int32)).compile()
-    memory = compiled.memory_analysis()
     batch = model.Batch.of(rows.take(slice(0, 2 * model.CHUNK_ROWS)))
     hidden = model.hidden_states(params, batch)
     by_logit = softmax_cross_entropy_gradient(hidden @ output.T + bias[None, :], batch.targets)
     closed = (by_logit @ output, by_logit.T @ hidden, by_logit.sum(0))
-    pairs = list(zip(closed, gradient(hidden, output, bias, batch.targets), strict=True))
+    pairs = list(zip(closed, _head_gradient(hidden, output, bias, batch.targets), strict=True))
     return {
-        "temporary_bytes": 0 if memory is None else int(memory.temp_size_in_bytes),
-        "dense_bytes": 2 * 4 * batch_rows * len(bias),
+        "temporary_bytes": _temporary_bytes(batch_rows, *output.shape),
+        "dense_logits_bytes": plan(batch_rows, output.shape[1], len(bias)).dense_logits_bytes,
         "gradient_difference": max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(a))) for a, b in pairs),
     }

@@ -76,7 +76,8 @@ def _train_block(
     def step(carry: tuple[Params, OptimizerState], batch: Batch) -> tuple[tuple[Params, OptimizerState], jax.Array]:
         params, optimizer = carry
         value, gradient = jax.value_and_grad(model.loss)(params, batch)
-        updates, optimizer = transformation.update(gradient, optimizer, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
+            updates, optimizer = transformation.update(gradient, optimizer, params)
         params = jax.tree.map(jnp.add, params, updates)
         return (params, optimizer), value
 
