@@ -1,6 +1,6 @@
 """Cross-entropy for JAX: information measures, losses on logits and on hidden states, their derivatives."""
 
-from importlib.metadata import version
+from importlib import metadata as _metadata
 
 from jaxent.gradients import softmax_cross_entropy_gradient as softmax_cross_entropy_gradient
 from jaxent.information import conditional_entropy as conditional_entropy
@@ -34,4 +34,4 @@ from jaxent.planning import plan as plan
 from jaxent.risk import EmpiricalRisk as EmpiricalRisk
 from jaxent.risk import WeightedSum as WeightedSum
 
-__version__ = version("jaxent")
+__version__ = _metadata.version("jaxent")
