@@ -46,7 +46,7 @@ class Corpus:
 
 
 def read_corpus(paths: Sequence[str], max_bytes: int) -> Corpus:
-    """Text files and folders; without any, the running Python's standard library."""
+    """Text files and folders; without any, the running Python's standard library. Files beyond the cap are left out."""
     if paths:
         documents, source = read_documents(paths), " ".join(paths)
     else:
@@ -55,12 +55,11 @@ def read_corpus(paths: Sequence[str], max_bytes: int) -> Corpus:
         source = "the standard library of this Python"
     chosen, size = [], 0
     for document in sorted(documents, key=lambda d: d.rank):
-        if size + len(document.text) > max_bytes:
-            if not chosen:
-                raise CommandError(f"{document.name} alone is longer than --max-bytes {max_bytes}")
-            break
-        chosen.append(document)
-        size += len(document.text)
+        if size + len(document.text) <= max_bytes:
+            chosen.append(document)
+            size += len(document.text)
+    if documents and not chosen:
+        raise CommandError(f"every file of {source} is longer than --max-bytes {max_bytes}")
     if not size:
         raise CommandError(f"the corpus is empty: no text in {source}")
     return _split(source, [d for d in chosen if d.text])
