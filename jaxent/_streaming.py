@@ -113,10 +113,10 @@ def _summed_jvp(row_loss, layout, products, primals, tangents):
     total, gradients = _sum_and_gradients(row_loss, layout, products, primals, jax.tree.map(_is_wanted, tangents))
     steps = [tangent for tangent in jax.tree.leaves(tangents) if _is_wanted(tangent)]
     terms = [
-        sum_to_type(jnp.sum(gradient * step.astype(gradient.dtype)), total)
+        sum_to_type(jnp.sum(gradient * step.astype(gradient.dtype)), total).astype(total.dtype)
         for gradient, step in zip(jax.tree.leaves(gradients), steps, strict=True)
     ]
-    return total, sum(terms, jnp.zeros_like(total)).astype(total.dtype)
+    return total, sum(terms, jnp.zeros_like(total))
 
 
 _summed.defjvp(_summed_jvp, symbolic_zeros=True)
@@ -153,7 +153,7 @@ def _sum_and_gradients(row_loss, layout, products, inputs, wanted):
             operand = dz.astype(head.kernel.dtype) if needed else dz
             d_hidden.append(products.by_hidden(operand, head.kernel) if want.hidden else None)
             d_kernels.append(products.by_kernel(h, operand) if want.kernel else None)
-            d_biases.append(jnp.sum(dz, axis=0) if want.bias else None)
+            d_biases.append(jnp.sum(dz, axis=0).astype(_arrays.accumulation_dtype(head.bias)) if want.bias else None)
         shared = (d_kernels, d_biases, jax.tree.map(lambda x: x.astype(_arrays.accumulation_dtype(x)), d_params))
         return jax.tree.map(jnp.add, carry, shared), (block_sum, d_hidden, d_args)
 
@@ -192,10 +192,18 @@ def stream_rows(
     layout: Layout,
     products: Products,
 ) -> Pytree:
-    """`row_fn(logits, row_args, params)` of all rows; `row_fn` returns a pytree of `(chunk_rows, ...)` arrays."""
+    """`row_fn(logits, row_args, params)` of all rows; `row_fn` returns a pytree of `(chunk_rows, ...)` arrays.
+
+    What all chunks share enters the scan in the accumulation dtype, in which the scan then adds its cotangents: see
+    `_logits` for the kernel. `params` are floating.
+    """
     varying = jax.tree.leaves((heads, row_args))
     heads, params = jax.tree.map(lambda x: like_varying(x, varying), (heads, params))
-    wide = [head.kernel.astype(_arrays.accumulation_dtype(head.kernel)) for head in heads]
+    biases, params, wide = jax.tree.map(
+        lambda x: x.astype(_arrays.accumulation_dtype(x)),
+        ([head.bias for head in heads], params, [head.kernel for head in heads]),
+    )
+    heads = tuple(head._replace(bias=bias) for head, bias in zip(heads, biases, strict=True))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(carry: None, chunk: jax.Array, rows: Pytree) -> tuple[None, Pytree]:

@@ -48,8 +48,8 @@ def linear_softmax_cross_entropy(
     $$z_n = \mathrm{cap}(h_n W + b) / T, \qquad \mathrm{cap}(x) = s \tanh(x / s)$$
 
     and then the loss of `softmax_cross_entropy`. Rows are taken a chunk at a time, so that the memory does not grow
-    with their number, and value and gradient cost three matrix products, as many as dense code spends. Forward mode, Hessian
-    products, `vmap`, `scan` and sharding work as through any function. Take a Hessian-vector product as
+    with their number, and value and gradient cost three matrix products, as many as dense code spends. Forward mode,
+    Hessian products, `vmap`, `scan` and sharding work as through any function. Take a Hessian-vector product as
     `jax.jvp(jax.grad(loss), ...)`: reverse over reverse keeps the logits of all chunks. The soft cap is that of Gemma 2
     (2024), section 2.
 

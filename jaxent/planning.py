@@ -48,7 +48,7 @@ class Layout:
         """Which rows of a chunk are not padding."""
         if not self.padding:
             return None
-        return jnp.arange(self.chunk_rows) * self.chunks + chunk < self.rows
+        return jnp.arange(self.chunk_rows, dtype=jnp.int32) * self.chunks + chunk < self.rows
 
     def join(self, x: jax.Array) -> jax.Array:
         """The chunks' results `(chunks, chunk_rows, ...)`, back in the order of the rows."""
