@@ -27,9 +27,12 @@ def _as_array(function: str, argument: str, value: ArrayLike) -> jax.Array | np.
     if isinstance(value, jax.Array):
         return value
     try:
-        return np.asarray(value, dtype=getattr(value, "dtype", None))
+        array = np.asarray(value, dtype=getattr(value, "dtype", None))
     except (TypeError, ValueError) as error:
         raise dtype_error(function, argument, "be array-like", value) from error
+    if array.dtype == object:
+        raise dtype_error(function, argument, "be array-like", value)
+    return array
 
 
 def floating(function: str, argument: str, value: ArrayLike) -> jax.Array:
