@@ -31,7 +31,7 @@ def reduce(
     """`losses` are weighted already; `weights` are what they count in a mean."""
     if reduction == "none":
         return losses
-    return reduce_sum(WeightedSum(jnp.sum(losses), jnp.sum(weights)), reduction, denominator)
+    return reduce_sum(WeightedSum(jnp.sum(losses), jnp.sum(weights.astype(losses.dtype))), reduction, denominator)
 
 
 def reduce_sum(summed: WeightedSum, reduction: Reduction, denominator: jax.Array | None) -> jax.Array | WeightedSum:

@@ -44,7 +44,8 @@ class ClassAxis:
         return largest if self.mesh_axis is None else lax.pmax(largest, self.mesh_axis)
 
     def sum(self, x: jax.Array) -> jax.Array:
-        return self.across(jnp.sum(x, axis=self.axis, keepdims=True))
+        # With 64-bit types on, a sum of int32 would become int64.
+        return self.across(jnp.sum(x, axis=self.axis, keepdims=True, dtype=x.dtype))
 
     def across(self, partial_sum: jax.Array) -> jax.Array:
         """One device's sums, summed over the shards."""
