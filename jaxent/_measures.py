@@ -234,7 +234,7 @@ def _lost_mass(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _pole(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> jax.Array:
-    """`+inf` where mass is lost, else 0; its derivative by `z_p` is infinite, with the sign of that of the lost mass."""
+    """`+inf` where mass is lost, else 0; the derivative by `z_p` is infinite, with the sign of the lost mass's."""
     return jnp.where(_lost_mass(z_p, z_q, classes) > 0, jnp.inf, 0).astype(z_p.dtype)
 
 
@@ -255,7 +255,7 @@ def cross_entropy_rows(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> ja
 
 
 def _centred_differences(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`c_k = d_k - E_p[d]` with `d = z_q - z_p`, 0 where a class is not in both; `E_p[d]`; and what `z_q` was shifted by.
+    """`c_k = d_k - E_p[d]` with `d = z_q - z_p`, 0 where a class is not in both; `E_p[d]`; and the shift of `z_q`.
 
     Each is shifted first, so that a constant added to either leaves the digits of `d` alone, and both at the class with
     the largest `z_p`: there `c` is then `-E_p[d]` with the digits of a sum over the other classes.

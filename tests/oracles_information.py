@@ -1,0 +1,166 @@
+"""What the information measures should return: their definitions in mpmath, and derivatives by differences of those.
+
+Nothing here imports jax or the library. Probabilities come as NumPy vectors, already rounded to the tested dtype; every
+entry is an exact `mpf`. Where the library documents what it does off the simplex, the formula has that term; it is
+exactly 0 for probabilities that sum to exactly one, which the tests draw as multiples of a power of two.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mpmath
+import numpy as np
+from oracles import exact, rounded
+
+# A divergence of 1e-15 loses 15 digits in its sum, a logit gap of 200 nats 87; differences take their own on top.
+DIGITS = 120
+DIFFERENCE_DIGITS = 50
+Measure = Callable[..., Any]
+
+
+def _log_ratio(a: Any, b: Any) -> Any:
+    return mpmath.inf if b == 0 else mpmath.log(a / b)
+
+
+def self_information(p: list) -> list:
+    return [mpmath.inf if x == 0 else -mpmath.log(x) for x in p]
+
+
+def entropy(p: list) -> Any:
+    return -mpmath.fsum(x * mpmath.log(x) for x in p if x)
+
+
+def perplexity(p: list) -> Any:
+    return mpmath.exp(entropy(p))
+
+
+def cross_entropy(p: list, q: list) -> Any:
+    return -mpmath.fsum(x * (mpmath.log(y) if y else -mpmath.inf) for x, y in zip(p, q, strict=True) if x)
+
+
+def kl_divergence(p: list, q: list) -> Any:
+    textbook = mpmath.fsum(x * _log_ratio(x, y) for x, y in zip(p, q, strict=True) if x)
+    return textbook + (mpmath.fsum(q) - mpmath.fsum(p))
+
+
+def jensen_shannon_divergence(p: list, q: list) -> Any:
+    m = [(x + y) / 2 for x, y in zip(p, q, strict=True)]
+    return (kl_divergence(p, m) + kl_divergence(q, m)) / 2
+
+
+def renyi_entropy(p: list, order: float) -> Any:
+    mass = mpmath.fsum(p)
+    if order == 0:
+        return mpmath.log(sum(x > 0 for x in p))
+    if order == 1:
+        return entropy(p) / mass
+    if order == np.inf:
+        return -mpmath.log(max(p))
+    order = mpmath.mpf(order)
+    return mpmath.log(mpmath.fsum(x**order for x in p if x) / mass) / (1 - order)
+
+
+def renyi_divergence(p: list, q: list, order: float) -> Any:
+    pairs = [(x, y) for x, y in zip(p, q, strict=True) if x]
+    if order >= 1 and any(y == 0 for _, y in pairs):
+        return mpmath.inf
+    if order == 1:
+        return kl_divergence(p, q) / mpmath.fsum(p)
+    if order == np.inf:
+        return max(mpmath.log(x / y) for x, y in pairs)
+    order = mpmath.mpf(order)
+    mass = order * mpmath.fsum(p) + (1 - order) * mpmath.fsum(q)
+    total = mpmath.fsum(x**order * y ** (1 - order) for x, y in pairs if y)
+    return mpmath.inf if total == 0 else mpmath.log(total / mass) / (order - 1)
+
+
+def tsallis_entropy(p: list, order: float) -> Any:
+    if order == 1:
+        return entropy(p)
+    order = mpmath.mpf(order)
+    return mpmath.fsum(x - x**order for x in p if x) / (order - 1)
+
+
+def conditional_entropy(p: list, columns: int, known: int) -> Any:
+    """`p` is the joint distribution row by row; `known` is 0 if the row is known, 1 if the column is."""
+    groups = (
+        [p[i : i + columns] for i in range(0, len(p), columns)]
+        if known == 0
+        else [p[j::columns] for j in range(columns)]
+    )
+    return entropy(p) - entropy([mpmath.fsum(g) for g in groups])
+
+
+def mutual_information(p: list, columns: int) -> Any:
+    rows = [mpmath.fsum(p[i : i + columns]) for i in range(0, len(p), columns)]
+    cols = [mpmath.fsum(p[j::columns]) for j in range(columns)]
+    return kl_divergence(p, [x * y for x in rows for y in cols])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def value(measure: Measure, *vectors: np.ndarray, **options: Any) -> Any:
+    """The measure of NumPy vectors, rounded to float64 once."""
+    with mpmath.workdps(DIGITS):
+        return rounded(measure(*(exact(v) for v in vectors), **options))
+
+
+def by_row(measure: Measure, *arrays: np.ndarray, **options: Any) -> np.ndarray:
+    """The measure of each vector on the last axis."""
+    batch = arrays[0].shape[:-1]
+    flat = [value(measure, *(a[n] for a in arrays), **options) for n in np.ndindex(batch)]
+    return np.array(flat, dtype=np.float64).reshape(batch + np.shape(flat[0] if flat else 0))
+
+
+def of_logits(measure: Measure) -> Measure:
+    """The same measure, of the softmax of its arguments."""
+
+    def measure_of_logits(*logits: list) -> Any:
+        return measure(*(_softmax(z) for z in logits))
+
+    return measure_of_logits
+
+
+def _softmax(z: list) -> list:
+    top = max(z)
+    powers = [mpmath.exp(v - top) for v in z]
+    total = mpmath.fsum(powers)
+    return [v / total for v in powers]
+
+
+def _partial(measure: Measure, vectors: Sequence[list], entries: Sequence[tuple[int, int]]) -> Any:
+    """The derivative by each of the entries (vector, class), by differences; mpmath takes twice the digits for them."""
+    entries = sorted(entries)
+    points = list(dict.fromkeys(entries))
+
+    def moved(*numbers: Any) -> Any:
+        changed = [list(v) for v in vectors]
+        for (i, k), x in zip(points, numbers, strict=True):
+            changed[i][k] = x
+        return measure(*changed)
+
+    return mpmath.diff(moved, tuple(vectors[i][k] for i, k in points), tuple(entries.count(at) for at in points))
+
+
+def _entries(vectors: Sequence[np.ndarray]) -> list[tuple[int, int]]:
+    return [(i, k) for i, v in enumerate(vectors) for k in range(len(v))]
+
+
+def gradient(measure: Measure, *vectors: np.ndarray) -> np.ndarray:
+    """All first derivatives, the vectors laid end to end."""
+    with mpmath.workdps(DIFFERENCE_DIGITS):
+        numbers = [exact(v) for v in vectors]
+        return rounded([_partial(measure, numbers, [at]) for at in _entries(vectors)])
+
+
+def hessian(measure: Measure, *vectors: np.ndarray) -> np.ndarray:
+    """All second derivatives, the vectors laid end to end."""
+    entries = _entries(vectors)
+    result = np.zeros((len(entries), len(entries)))
+    with mpmath.workdps(DIFFERENCE_DIGITS):
+        numbers = [exact(v) for v in vectors]
+        for a, first in enumerate(entries):
+            for b, second in enumerate(entries[: a + 1]):
+                result[a, b] = result[b, a] = float(_partial(measure, numbers, [first, second]))
+    return result
