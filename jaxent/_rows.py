@@ -175,8 +175,8 @@ def probabilities(z: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Arra
 
 @log_probabilities.defjvp
 def _log_probabilities_jvp(classes, primals, tangents):
-    # d log p_k = dz_k - sum_j p_j dz_j, which a constant in dz does not change. Counted from dz at the maximum, no large
-    # terms cancel there: at logits (0, -41), where 1 - p_0 is 1.6e-18, the plain sum rounds to dz_0 and leaves 0. The
+    # d log p_k = dz_k - sum_j p_j dz_j, which a constant in dz does not change. Counted from dz at the maximum, nothing
+    # large cancels there: at logits (0, -41), where 1 - p_0 is 1.6e-18, the plain sum rounds to dz_0 and leaves 0. The
     # zero at a single maximum is written out for reverse mode, which would add and subtract `p - p^2` otherwise.
     (z, row), (dz, _) = primals, tangents
     top = z == row.shift

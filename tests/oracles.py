@@ -145,9 +145,9 @@ def softmax_cross_entropy(
         return Losses(
             rounded([r.value for r in rows]).reshape(batch),
             rounded(row_weights).reshape(batch),
-            float(total),
-            float(divisor),
-            float(mean),
+            rounded([total])[0],
+            rounded([divisor])[0],
+            rounded([mean])[0],
             np.array([r.gradient for r in rows]).reshape(*batch, count),
             np.array([r.size for r in rows]).reshape(*batch, count),
             np.array([r.hessian for r in rows]).reshape(*batch, count, count),

@@ -56,8 +56,8 @@ def renyi_entropy(p: list, order: float) -> Any:
         return entropy(p) / mass
     if order == np.inf:
         return -mpmath.log(max(p))
-    order = mpmath.mpf(order)
-    return mpmath.log(mpmath.fsum(x**order for x in p if x) / mass) / (1 - order)
+    exponent = mpmath.mpf(order)
+    return mpmath.log(mpmath.fsum(x**exponent for x in p if x) / mass) / (1 - exponent)
 
 
 def renyi_divergence(p: list, q: list, order: float) -> Any:
@@ -68,17 +68,17 @@ def renyi_divergence(p: list, q: list, order: float) -> Any:
         return kl_divergence(p, q) / mpmath.fsum(p)
     if order == np.inf:
         return max(mpmath.log(x / y) for x, y in pairs)
-    order = mpmath.mpf(order)
-    mass = order * mpmath.fsum(p) + (1 - order) * mpmath.fsum(q)
-    total = mpmath.fsum(x**order * y ** (1 - order) for x, y in pairs if y)
-    return mpmath.inf if total == 0 else mpmath.log(total / mass) / (order - 1)
+    a = mpmath.mpf(order)
+    mass = a * mpmath.fsum(p) + (1 - a) * mpmath.fsum(q)
+    total = mpmath.fsum(x**a * y ** (1 - a) for x, y in pairs if y)
+    return mpmath.inf if total == 0 else mpmath.log(total / mass) / (a - 1)
 
 
 def tsallis_entropy(p: list, order: float) -> Any:
     if order == 1:
         return entropy(p)
-    order = mpmath.mpf(order)
-    return mpmath.fsum(x - x**order for x in p if x) / (order - 1)
+    exponent = mpmath.mpf(order)
+    return mpmath.fsum(x - x**exponent for x in p if x) / (exponent - 1)
 
 
 def conditional_entropy(p: list, columns: int, known: int) -> Any:

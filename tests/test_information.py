@@ -425,7 +425,7 @@ def test_second_derivatives_at_a_pole():
 
 
 def test_self_information_edges():
-    x = jf32([0, 0.5, 1])
+    x = f32([0, 0.5, 1])
     np.testing.assert_allclose(info.self_information(x), [INF, L2, 0], rtol=1e-7)
     want = np.diag([-INF, -2, -1])
     for derivative in (jax.jacfwd, jax.jacrev):
