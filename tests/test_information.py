@@ -567,6 +567,8 @@ def test_labels_out_of_range_have_no_distribution(label: int):
     labels = np.array([0, 1, label], np.int8)
     assert np.all(np.isnan(info.empirical_distribution(labels, 3)))
     np.testing.assert_array_equal(info.empirical_distribution(labels, 3, weights=f32([1, 1, 0])), [0.5, 0.5, 0])
+    slope = jax.jacfwd(lambda w: info.empirical_distribution(labels, 3, weights=w))(f32([1, 1, 0]))
+    np.testing.assert_array_equal(slope[:, 2], [0, 0, 0])
     assert np.all(np.isnan(info.empirical_distribution(labels[:2], 3, weights=f32([2, -1]))))
     assert np.all(np.isnan(info.empirical_distribution(labels[:0], 3)))
     assert np.all(np.isnan(info.empirical_distribution(labels[:2], 3, weights=f32([0, 0]))))
