@@ -40,7 +40,7 @@ ROW: list[Case] = [
     ({"where": np.ones(2, np.int32)}, TypeError, ["`where`", "bool", "int32[2]"]),
     ({"weights": np.ones(2, bool)}, TypeError, ["`weights`", "floating", "bool[2]"]),
     ({"weights": np.ones(2, np.complex64)}, TypeError, ["`weights`", "floating", "complex64[2]"]),
-    ({"weights": {"not": "an array"}}, TypeError, ["`weights`", "object"]),
+    ({"weights": {"not": "an array"}}, TypeError, ["`weights`", "dict"]),
 ]
 ROW_SHAPE: list[Case] = [
     ({"where": np.ones(3, bool)}, ValueError, ["`where`", "(2,)", "bool[3]"]),
