@@ -65,7 +65,7 @@ def test_every_option_and_reduction(option: str, dtype: str, rng: np.random.Gene
         *(((2, 3, 5), -1), ((1, 5, 1), -2), ((5, 3), 0), ((2, 5, 3, 4), 1)),
     ],
 )
-@pytest.mark.parametrize("option", ["plain", "everything", "probabilities_everything"])
+@pytest.mark.parametrize("option", ["everything", "probabilities_everything"])
 def test_shapes(option: str, shape: tuple[int, ...], axis: int, rng: np.random.Generator):
     last = (*np.delete(shape, axis), shape[axis])
     arguments = OPTIONS[option](rng, last)
@@ -151,7 +151,7 @@ def test_fractions_that_are_not_binary():
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"])
-@pytest.mark.parametrize("count", [100, 300, 1000])
+@pytest.mark.parametrize("count", [100, 300])
 @pytest.mark.parametrize("host", [True, False])
 def test_labels_of_every_width(dtype: str, count: int, host: bool, rng: np.random.Generator):
     z = draw_logits(rng, (4, count))
