@@ -135,6 +135,7 @@ def _renyi_divergence_jvp(axis, order, primals, tangents):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _others(p: jax.Array, axis: int) -> jax.Array:
     """`sum_{j != k} p_j` for each k; the largest entry is left out of its own sum, where `sum(p) - p` would cancel."""
+    p = lax.optimization_barrier(p)  # XLA may compute it anew in each use, and round it otherwise
     largest = jnp.max(p, axis=axis, keepdims=True)
     top = p == largest
     ties = _sum(top.astype(p.dtype), axis)

@@ -134,12 +134,16 @@ def _rest_given_label(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def normalizer(z: jax.Array, classes: ClassAxis) -> Normalizer:
-    """`m` and `r` of rows without a label: the maxima are left out of the sum and counted."""
+    """`m` and `r` of rows without a label: the maxima are left out of the sum and counted.
+
+    The count is that of the ones which the sum left out. XLA may compute `z` anew in each sum and round it otherwise (a
+    division by a constant becomes a product in one of them): `z == m` can hold in one and not in the other.
+    """
     shift = _shift(z, classes)
-    top = z == shift
-    others = jnp.sum(jnp.where(top, 0, jnp.exp(z - shift)), axis=classes.axis, keepdims=True)
-    ties = jnp.sum(top, axis=classes.axis, keepdims=True, dtype=jnp.int32)
-    return Normalizer(shift, classes.across(others) + (classes.across(ties) - 1).astype(z.dtype))
+    exponentials = jnp.exp(z - shift)
+    total = classes.sum(exponentials)
+    others = classes.sum(jnp.where(z == shift, 0, exponentials))
+    return Normalizer(shift, jnp.where(total < 4, others + (jnp.round(total - others) - 1), total - 1))
 
 
 @normalizer.defjvp
@@ -179,7 +183,7 @@ def _log_probabilities_jvp(classes, primals, tangents):
     # large cancels there: at logits (0, -41), where 1 - p_0 is 1.6e-18, the plain sum rounds to dz_0 and leaves 0. The
     # zero at a single maximum is written out for reverse mode, which would add and subtract `p - p^2` otherwise.
     (z, row), (dz, _) = primals, tangents
-    top = z == row.shift
+    top = lax.optimization_barrier(z == row.shift)  # one answer for the three uses
     ties = jnp.maximum(classes.sum(top.astype(jnp.int32)), 1)
     at_top = classes.sum(jnp.where(top, dz, 0)) / ties.astype(dz.dtype)
     step = jnp.where(top & (ties == 1), 0, dz - at_top)

@@ -345,7 +345,8 @@ def row_statistics(z: jax.Array, codes: jax.Array | None, classes: ClassAxis, to
         label_logit = lax.stop_gradient(classes.take(z, codes))
         higher = classes.sum((lax.stop_gradient(z) > label_logit).astype(jnp.int32))
         rank = per_row(jnp.where(usable & (codes >= 0), higher, -1))
-    argmax = per_row(jnp.where(usable, classes.min_index(z == row.shift), -1))
+    settled = lax.optimization_barrier(lax.stop_gradient(z))  # compared with its own maximum, not with one rounded anew
+    argmax = per_row(jnp.where(usable, classes.min_index(settled == classes.max(settled)), -1))
     if top_k:
         top_z, top_classes = classes.top(z, top_k)
         first = jnp.moveaxis(row.shift, classes.axis, -1), jnp.moveaxis(row.log_total, classes.axis, -1)
