@@ -136,7 +136,7 @@ def plan(
         if size < least:
             raise ValueError(f"jaxent.plan: `{argument}` must be at least {least}, got {size}")
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise _arrays.dtype_error("plan", "dtype", "be floating", dtype)
+        raise _arrays.dtype_error("plan", "dtype", "be floating", np.dtype(dtype).name)
     layout = layout_for("plan", num_rows, num_classes, chunk_rows)
     narrow = np.dtype(dtype).itemsize
     wide = max(4, narrow)
