@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+import pytest
 
 import jaxent
 from jaxent import gradients
@@ -31,6 +32,19 @@ DTYPES = {
     "float16": (np.float16, np.float32, 4, 0.51),
     "float64": (np.float64, np.float64, 4, 6),
 }
+
+
+# Each of the other options is part of one of these.
+COMBINED = ("plain", "everything", "probabilities_everything")
+
+
+def options_and_dtypes() -> list:
+    """Every option in every dtype; float16, which differs from bfloat16 only in the cast, in a few outside `slow`."""
+    return [
+        pytest.param(option, dtype, marks=[pytest.mark.slow] if dtype == "float16" and option not in COMBINED else [])
+        for option in OPTIONS
+        for dtype in DTYPES
+    ]
 
 
 def precision(dtype: Any) -> contextlib.AbstractContextManager:

@@ -12,6 +12,7 @@ import oracles
 import pytest
 from cases import (
     CANCELLING,
+    COMBINED,
     DTYPES,
     OPTIONS,
     REDUCTIONS,
@@ -19,6 +20,7 @@ from cases import (
     draw_labels,
     draw_logits,
     draw_probabilities,
+    options_and_dtypes,
     precision,
     sigmoid_cross_entropy,
     softmax_cross_entropy,
@@ -36,8 +38,7 @@ def oracle(logits: np.ndarray, arguments: dict[str, Any]) -> oracles.Losses:
     return exact(logits, **arguments)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(("option", "dtype"), options_and_dtypes())
 def test_gradient_of_every_option(option: str, dtype: str, rng: np.random.Generator):
     kind, _, _, ulp = DTYPES[dtype]
     with precision(kind):
@@ -96,10 +97,6 @@ def test_hessian_of_every_option(option: str, dtype: Any, rng: np.random.Generat
         size = want.scale(reduction) * want.size.max(axis=-1)[:, None, None, None] * (expected != 0)
         for got in ways(z):
             assert_close(got, expected, ulp=8, dtype=dtype, size=size)
-
-
-# The others are parts of these three.
-COMBINED = ("plain", "everything", "probabilities_everything")
 
 
 @pytest.mark.usefixtures("x64")

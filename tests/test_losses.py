@@ -14,6 +14,7 @@ from cases import (
     draw_labels,
     draw_logits,
     nll_loss,
+    options_and_dtypes,
     precision,
     sigmoid_cross_entropy,
     softmax_cross_entropy,
@@ -50,8 +51,7 @@ def check_losses(logits: np.ndarray, arguments: dict[str, Any], *, ulp: float, d
         assert_close(got, expected, ulp=ulp, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(("option", "dtype"), options_and_dtypes())
 def test_every_option_and_reduction(option: str, dtype: str, rng: np.random.Generator):
     kind, result, ulp, _ = DTYPES[dtype]
     with precision(kind):
