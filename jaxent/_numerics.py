@@ -41,6 +41,18 @@ def exp_tail(y: jax.Array) -> jax.Array:
     return y * y * _polynomial(_EXP_TAIL, y)
 
 
+@jax.custom_jvp
+def expm1(x: jax.Array) -> jax.Array:
+    """`exp(x) - 1`; JAX's own rule has the derivative `expm1(x) + 1`, which is 0 below x = -17."""
+    return jnp.expm1(x)
+
+
+@expm1.defjvp
+def _expm1_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return expm1(x), jnp.exp(x) * dx
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Ratios of positive numbers
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxent import _numerics
 from jaxent._sharding import ClassAxis
 
 # Label codes beside the classes 0 .. C-1.
@@ -74,62 +75,78 @@ def _shift(z: jax.Array, classes: ClassAxis) -> jax.Array:
     return jnp.where(jnp.isfinite(largest), largest, jnp.nan)
 
 
-def _exp_sum_without(z: jax.Array, shift: jax.Array, labels: jax.Array, classes: ClassAxis) -> jax.Array:
-    """`sum_{k != y} exp(z_k - m)` over the classes that `z` holds, in one pass on every back end."""
-    count = z.shape[classes.axis]
-    if count < 256 or count >= 2**24:
-        return jnp.sum(jnp.where(classes.is_class(labels, z), 0, jnp.exp(z - shift)), axis=classes.axis, keepdims=True)
-    # The CPU back end fuses arithmetic into a row sum, but not a comparison: `where` would write the whole array first
-    # (1024 x 32768: 85 ms against 29). No exponential exceeds 1, and the distance between two classes, scaled by a
-    # power of two so that it stays exact, is 0 or at least 2**100. A back end whose `minimum` drops nan leaves that
-    # distance in the sum, which is how a row with nan still shows.
+# Logits in a block of rows that stays in cache. Heuristic: 2 MiB; half and twice as much cost 10% more here.
+BLOCK_LOGITS = 2**19
+# From this many classes on blocks pay: 1.2 times optax at 8192 x 1000 against 1.4, but 1.9 against 1.3 at 16384 x 100.
+BLOCK_CLASSES = 2**9
+
+
+class LabelSums(NamedTuple):
+    """One pass over a row with a label: the maximum, the label's logit and the sum over the other classes."""
+
+    shift: jax.Array
+    label_logit: jax.Array
+    others: jax.Array
+
+
+def _label_sums(z: jax.Array, codes: jax.Array, classes: ClassAxis) -> LabelSums:
+    shift = _label_shift(z, codes, classes)
+    return LabelSums(shift, classes.take(z, codes), classes.sum(_other_exponentials(z, codes, shift, classes)))
+
+
+def _label_shift(z: jax.Array, codes: jax.Array, classes: ClassAxis) -> jax.Array:
+    return jnp.where(codes == INVALID, jnp.nan, _shift(z, classes))
+
+
+def _other_exponentials(z: jax.Array, codes: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
+    """`exp(z_k - m)`, and 0 at the label and in ignored rows, whatever they hold."""
+    # One comparison: with `is_class(codes, z) | (codes == IGNORED)` the CPU back end no longer vectorises (2.8 ms
+    # against 0.6 at 65536 x 10).
+    reach = jnp.where(codes == IGNORED, 2**30, 0)
+    left_out = jnp.abs(classes.index(z) - (codes - classes.first(z))) <= reach
+    # A column that depends on the row: a scan would keep a constant block of -inf, as large as the logits.
+    nothing = jnp.minimum(shift, -jnp.inf)
+    return jnp.exp(jnp.where(left_out, nothing, z - shift))
+
+
+def _label_sums_for_value(z: jax.Array, codes: jax.Array, classes: ClassAxis) -> LabelSums:
+    """The same, when no gradient needs the exponentials, which the CPU back end would write out.
+
+    It fuses arithmetic into a row sum, but not a comparison (8192 x 1000: twice the time). The distance between two
+    classes, scaled by a power of two so that it stays exact, is 0 or at least 2**100, and no exponential exceeds 1.
+    """
+    if z.shape[classes.axis] >= BLOCK_CLASSES:
+        return _label_sums_in_blocks(z, codes, classes)
+    shift = _label_shift(z, codes, classes)
     scale = 2.0**100
-    place = classes.index(z, z.dtype) * scale
-    label = (labels - classes.first(z)).astype(z.dtype) * scale
-    terms = jnp.minimum(jnp.abs(place - label), jnp.exp(z - shift))
-    summed = jnp.sum(terms, axis=classes.axis, keepdims=True)
-    return jnp.where(summed <= count, summed, jnp.nan)
+    label = (codes - classes.first(z)).astype(z.dtype) * scale
+    others = jnp.minimum(jnp.abs(classes.index(z, z.dtype) * scale - label), jnp.exp(z - shift))
+    return LabelSums(shift, classes.take(z, codes), classes.sum(others))
 
 
-def _exp_sum_blocked(z: jax.Array, shift: jax.Array, labels: jax.Array) -> jax.Array:
-    """The same sum over blocks of a few rows that stay in cache.
+def _label_sums_in_blocks(z: jax.Array, codes: jax.Array, classes: ClassAxis) -> LabelSums:
+    """The same, on a CPU a few rows at a time.
 
-    Above 2**15 classes the CPU back end splits the row sum, no longer fuses `exp` into it, and writes the whole array:
-    1400 ms at 4096 x 50257, against 165 ms in blocks of 16 rows. The blocks are strided, so that rows which are sharded
-    stay where they are.
+    Above 2**15 classes the CPU back end does not even fuse `exp` into the row sum: 1400 ms at 4096 x 50257, against 120
+    in blocks. They are strided, so that rows which are sharded stay where they are.
     """
+    one_device = classes.mesh_axis is None and jax.typeof(z).sharding.mesh.empty
+    known = all(isinstance(size, int) for size in z.shape)  # and not a symbol of `jax.export`
+    if not one_device or not known or classes.axis != -1 or z.size <= BLOCK_LOGITS:
+        return _label_sums(z, codes, classes)
     rows, count = z.size // z.shape[-1], z.shape[-1]
-    block = max(b for b in range(1, 17) if rows % b == 0)
-    z, shift, labels = (x.reshape(block, rows // block, x.shape[-1]) for x in (z, shift, labels))
+    size = max(n for n in range(1, max(1, BLOCK_LOGITS // count) + 1) if rows % n == 0)
 
-    def one(i: jax.Array) -> jax.Array:
-        z_i, shift_i, labels_i = (lax.dynamic_index_in_dim(x, i, 1, keepdims=False) for x in (z, shift, labels))
-        others = jnp.where(jnp.arange(count, dtype=jnp.int32)[None, :] == labels_i, 0, jnp.exp(z_i - shift_i))
-        return jnp.sum(others, axis=-1)
+    def in_blocks(z: jax.Array, codes: jax.Array) -> LabelSums:
+        blocks = z.reshape(size, rows // size, count), codes.reshape(size, rows // size, 1)
 
-    return lax.map(one, jnp.arange(rows // block)).T
+        def one(i: jax.Array) -> LabelSums:
+            return _label_sums(*(lax.dynamic_index_in_dim(x, i, 1, keepdims=False) for x in blocks), classes)
 
+        sums = lax.map(one, jnp.arange(rows // size, dtype=jnp.int32))
+        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(codes.shape), sums)
 
-def _rest_given_label(
-    z: jax.Array, shift: jax.Array, labels: jax.Array, label_logit: jax.Array, classes: ClassAxis
-) -> jax.Array:
-    """`r`, with the label as a guess at the maximum: one pass over the row.
-
-    If the label holds the maximum, the sum over the other classes is `r`. If not, `r` is that sum less what the label
-    lacks to one, and may lose digits when it is small; but then `m - z_y` is the loss, and `log1p(r)` is lost in it.
-    """
-    single = classes.mesh_axis is None and jax.typeof(z).sharding.mesh.empty and classes.axis == -1
-    if single and z.shape[-1] > 2**15 and z.size // z.shape[-1] > 1:
-        others = lax.platform_dependent(
-            z,
-            shift,
-            labels,
-            cpu=lambda z, shift, labels: _exp_sum_blocked(z, shift, labels).reshape(shift.shape),
-            default=lambda z, shift, labels: _exp_sum_without(z, shift, labels, classes),
-        )
-    else:
-        others = classes.across(_exp_sum_without(z, shift, labels, classes))
-    return others + jnp.where(label_logit == shift, 0, jnp.exp(label_logit - shift) - 1)
+    return lax.platform_dependent(z, codes, cpu=in_blocks, default=lambda z, codes: _label_sums(z, codes, classes))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -143,7 +160,9 @@ def normalizer(z: jax.Array, classes: ClassAxis) -> Normalizer:
     exponentials = jnp.exp(z - shift)
     total = classes.sum(exponentials)
     others = classes.sum(jnp.where(z == shift, 0, exponentials))
-    return Normalizer(shift, jnp.where(total < 4, others + (jnp.round(total - others) - 1), total - 1))
+    rest = jnp.where(total < 4, others + (jnp.round(total - others) - 1), total - 1)
+    # With the derivative of `total`: jax 0.10 differentiates this and not the rule in a jvp of a grad through a scan.
+    return Normalizer(shift, lax.stop_gradient(rest) + (total - lax.stop_gradient(total)))
 
 
 @normalizer.defjvp
@@ -203,37 +222,65 @@ def _probabilities_jvp(classes, primals, tangents):
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def label_nll(z: jax.Array, codes: jax.Array, classes: ClassAxis) -> tuple[jax.Array, Normalizer]:
-    """`-log p_y` of each row, with the row's normaliser: `(m - z_y) + log1p(r)`.
+    """`-log p_y` of each row, with the row's normaliser: `(m - z_y) + log1p(r)`; both 0 in ignored rows.
 
     Shift first: `logsumexp(z) - z_y` at logits near 1e4 is 2.40723 where 2.40761 is due.
     """
-    shift = jnp.where(codes == INVALID, jnp.nan, _shift(z, classes))
-    label_logit = classes.take(z, codes)
-    rest = _rest_given_label(z, shift, codes, label_logit, classes)
-    nll, shift, rest = (
-        jnp.where(codes == IGNORED, 0, x) for x in ((shift - label_logit) + jnp.log1p(rest), shift, rest)
-    )
+    return _nll_of_sums(_label_sums_for_value(z, codes, classes), codes, classes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _label_nll(z: jax.Array, codes: jax.Array, classes: ClassAxis) -> tuple[jax.Array, Normalizer]:
+    """`label_nll` beside a gradient."""
+    return _nll_of_sums(_label_sums(z, codes, classes), codes, classes)
+
+
+def _nll_of_sums(sums: LabelSums, codes: jax.Array, classes: ClassAxis) -> tuple[jax.Array, Normalizer]:
+    """The label is a guess at the maximum.
+
+    If it holds the maximum, the sum over the other classes is `r`. If not, `r` is that sum less what the label lacks to
+    one, and may lose digits when it is small; but then `m - z_y` is the loss, and `log1p(r)` is lost in it.
+    """
+    # Without the class axis: the CPU back end takes twice as long over (65536, 1) as over (65536,).
+    shift, label_logit, others, code = (jnp.squeeze(x, classes.axis) for x in (*sums, codes))
+    rest = others + (jnp.exp(label_logit - shift) - 1)
+    rest = jnp.where(rest < 2.0**90, rest, jnp.nan)  # a row with nan, whose sum of distances did not show it
+    nll = (shift - label_logit) + jnp.log1p(rest)
+    nll, shift, rest = (jnp.expand_dims(jnp.where(code == IGNORED, 0, x), classes.axis) for x in (nll, shift, rest))
     return nll, Normalizer(shift, rest)
 
 
 def label_gradient(z: jax.Array, codes: jax.Array, nll: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Array:
     """`softmax(z) - onehot(y)`, with `-(1 - p_y) = expm1(-nll)` at the label; 0 in ignored rows, whatever they hold."""
-    return jnp.where(classes.is_class(codes, z), jnp.expm1(-nll), _exponentials(z, codes, row) / row.total)
+    return jnp.where(classes.is_class(codes, z), _numerics.expm1(-nll), _other_probabilities(z, codes, row, classes))
 
 
-def _exponentials(z: jax.Array, codes: jax.Array, row: Normalizer) -> jax.Array:
-    # The -inf is a column, since a scan would keep a constant block of it, as large as the logits.
-    nothing = jnp.where(codes == IGNORED, -jnp.inf, jnp.zeros_like(row.shift))
-    return jnp.exp(jnp.where(codes == IGNORED, nothing, z) - row.shift)
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _other_probabilities(z: jax.Array, codes: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Array:
+    """`probabilities`, and 0 at the label and in ignored rows."""
+    return _other_exponentials(z, codes, _label_shift(z, codes, classes), classes) / row.total
 
 
-@label_nll.defjvp
+@_other_probabilities.defjvp
+def _other_probabilities_jvp(classes, primals, tangents):
+    (z, codes, row), (dz, _, _) = primals, tangents
+    ignored = codes == IGNORED
+    z_kept, dz = jnp.where(ignored, 0, z), jnp.where(ignored, 0, dz)
+    _, d_log_p = _log_probabilities_jvp(classes, (z_kept, row), (dz, None))
+    p = _other_probabilities(z, codes, row, classes)
+    return p, p * d_log_p
+
+
 def _label_nll_jvp(classes, primals, tangents):
     (z, codes), (dz, _) = primals, tangents
-    nll, row = label_nll(z, codes, classes)
+    nll, row = _label_nll(z, codes, classes)
     d_nll = classes.sum(label_gradient(z, codes, nll, row, classes) * dz)
-    d_rest = classes.sum(_exponentials(z, codes, row) * dz)
-    return (nll, row), (d_nll, Normalizer(jnp.zeros_like(row.shift), d_rest))
+    exponentials = jnp.exp(jnp.where(codes == IGNORED, -jnp.inf, z - row.shift))
+    return (nll, row), (d_nll, Normalizer(jnp.zeros_like(row.shift), classes.sum(exponentials * dz)))
+
+
+label_nll.defjvp(_label_nll_jvp)
+_label_nll.defjvp(_label_nll_jvp)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -270,16 +317,15 @@ target_nll.defjvp(_target_nll_jvp, symbolic_zeros=True)
 def entropy(z: jax.Array, classes: ClassAxis) -> jax.Array:
     """`H = log1p(r) + sum_k p_k (m - z_k)`: no term is negative, so that a tiny entropy keeps its digits."""
     row = normalizer(z, classes)
-    return row.log_total + _mean_gap(z, row, classes)
+    return row.log_total + classes.sum(probabilities(z, row, classes) * _gaps(z, row))
 
 
 @entropy.defjvp
 def _entropy_jvp(classes, primals, tangents):
     (z,), (dz,) = primals, tangents
     row = normalizer(z, classes)
-    mean_gap = _mean_gap(z, row, classes)
-    gradient = softmax(z, classes) * (_gaps(z, row) - mean_gap)
-    return row.log_total + mean_gap, classes.sum(gradient * dz)
+    gradient = probabilities(z, row, classes) * _centred_gaps(z, row, classes)
+    return entropy(z, classes), classes.sum(gradient * dz)
 
 
 def _gaps(z: jax.Array, row: Normalizer) -> jax.Array:
@@ -287,8 +333,20 @@ def _gaps(z: jax.Array, row: Normalizer) -> jax.Array:
     return jnp.where(jnp.isneginf(z), 0, row.shift - z)
 
 
-def _mean_gap(z: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Array:
-    return classes.sum(softmax(z, classes) * _gaps(z, row))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _centred_gaps(z: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Array:
+    """`(m - z_k) - sum_j p_j (m - z_j)`, which is `-log p_k - H`."""
+    gaps = _gaps(z, row)
+    return gaps - classes.sum(probabilities(z, row, classes) * gaps)
+
+
+@_centred_gaps.defjvp
+def _centred_gaps_jvp(classes, primals, tangents):
+    # By -log p_k, whose derivative keeps its digits where one class has nearly everything, and by -H.
+    (z, row), (dz, _) = primals, tangents
+    _, d_log_p = _log_probabilities_jvp(classes, (z, row), (dz, None))
+    gradient = probabilities(z, row, classes) * _centred_gaps(z, row, classes)
+    return _centred_gaps(z, row, classes), -d_log_p - classes.sum(gradient * dz)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -347,12 +405,13 @@ class RowTargets(NamedTuple):
     weights: jax.Array | None = None  # the caller's weight of the row
     label_weights: jax.Array | None = None  # the class weight of the row's label
 
-    def total_weights(self) -> jax.Array:
+    def total_weights(self, classes: ClassAxis) -> jax.Array:
         """What the rows weigh in a mean: 0 where ignored, `w_i c_{y_i}` elsewhere."""
-        weights = jnp.where(self.codes == IGNORED, 0.0, 1.0)
+        ignored = jnp.squeeze(self.codes, classes.axis) == IGNORED
+        weights = jnp.where(ignored, 0.0, 1.0)
         for factor in (self.weights, self.label_weights):
             if factor is not None:
-                weights = jnp.where(self.codes == IGNORED, 0, weights.astype(factor.dtype) * factor)
+                weights = jnp.where(ignored, 0, weights.astype(factor.dtype) * jnp.squeeze(factor, classes.axis))
         return weights
 
 
@@ -408,7 +467,9 @@ def softmax_loss_gradient(z: jax.Array, rows: RowTargets, options: LossOptions, 
             gradient *= rows.label_weights
         if options.smoothing is not None:
             uniform = _smoothed(jnp.zeros_like(z), options, count)
-            gradient += target_gradient(z, uniform, row, classes)
+            # Of the kept rows' own normaliser where class weights may leave only a tiny share: see `_uniform_nll`.
+            share = row if options.class_weights is None else normalizer(z, classes)
+            gradient += target_gradient(z, uniform, share, classes)
     else:
         z = jnp.where(ignored, 0, z)
         targets = _smoothed(jnp.where(ignored, 0, rows.probabilities), options, count)
@@ -434,7 +495,13 @@ def _smoothed(targets: jax.Array, options: LossOptions, count: int) -> jax.Array
 
 
 def _uniform_nll(z: jax.Array, row: Normalizer, options: LossOptions, classes: ClassAxis) -> jax.Array:
-    """`e/C sum_k c_k nll_k`, the smoothing's share; a class of weight 0 adds 0 even if its logit is -inf."""
+    """`e/C sum_k c_k nll_k`, the smoothing's share, given the normaliser of the label's loss.
+
+    That one's `r` has absolute accuracy only where the label does not hold the maximum. It is lost in the gaps
+    `m - z_k`, unless class weights of 0 take them out: logits (0, -20), label 1, weights (1, 0).
+    """
     targets = _smoothed(jnp.zeros_like(z), options, classes.size(z))
+    if options.class_weights is not None:
+        return target_nll(z, targets, classes)[0]
     gaps = jnp.where(targets == 0, 0, row.shift - z)
     return classes.sum(targets * gaps) + classes.sum(targets) * row.log_total

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike
 
 from jaxent import _arrays
@@ -120,7 +121,8 @@ def row_targets(
     probabilities = label_weights = None
     if jnp.issubdtype(arguments.targets.dtype, jnp.integer):
         labels = jnp.expand_dims(arguments.targets, classes.axis)
-        codes = label_codes(labels, classes.size(z), ignore_index, where)
+        # Once a row: XLA would fuse it into what is done once a logit.
+        codes = lax.optimization_barrier(label_codes(labels, classes.size(z), ignore_index, where))
         if weights is not None:
             codes = jnp.where((weights == 0) & (codes == INVALID), IGNORED, codes)
         if class_weights is not None:

@@ -89,7 +89,7 @@ def _softmax_cross_entropy_gradient(
     rows, options = _targets.row_targets(arguments, z, classes, ignore_index)
     gradient = _rows.softmax_loss_gradient(z, rows, options, classes)
     if reduction == "mean":
-        weight = (jnp.sum(rows.total_weights()) if divisor is None else divisor).astype(z.dtype)
+        weight = (jnp.sum(rows.total_weights(classes)) if divisor is None else divisor).astype(z.dtype)
         # A mean of total 1 is the derivative of a mean by its total: 1 / weight, and 0 for an empty one.
         gradient *= WeightedSum(jnp.ones_like(weight), weight).mean()
     return gradient.astype(logits.dtype)

@@ -163,7 +163,7 @@ def _stream(
     if reduction == "none":
         return stream_rows(row_fn, heads, rows, shared, layout, products)
     dtype = _heads.logits_like(*heads).dtype
-    weight = jnp.sum(rows.total_weights()).astype(dtype)
+    weight = jnp.sum(rows.total_weights(ClassAxis())).astype(dtype)
     if reduction == "mean":
         # The rows are divided before the products, not the gradients after them: those are as large as the kernel.
         scale = WeightedSum(jnp.ones_like(weight), weight if divisor is None else divisor.astype(dtype)).mean()

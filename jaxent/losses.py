@@ -121,7 +121,7 @@ def _softmax_cross_entropy(
     (z,) = _arrays.accumulated(logits)
     rows, options = _targets.row_targets(arguments, z, classes, ignore_index)
     losses = jnp.squeeze(_rows.softmax_loss(z, rows, options, classes), classes.axis)
-    return _reduction.reduce(losses, rows.total_weights(), reduction, divisor)
+    return _reduction.reduce(losses, rows.total_weights(classes), reduction, divisor)
 
 
 def nll_loss(
@@ -182,7 +182,7 @@ def _nll_loss(
     (log_p,) = _arrays.accumulated(log_probs)
     rows, _ = _targets.row_targets(arguments, log_p, classes, ignore_index)
     losses = jnp.squeeze(_rows.picked_nll(log_p, rows, classes), classes.axis)
-    return _reduction.reduce(losses, rows.total_weights(), reduction, divisor)
+    return _reduction.reduce(losses, rows.total_weights(classes), reduction, divisor)
 
 
 def sigmoid_cross_entropy(

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import oracles
 import pytest
@@ -29,6 +30,8 @@ from cases import (
 )
 from jax.test_util import check_grads
 from oracles import assert_close
+
+from jaxent import entropy_with_logits
 
 SHAPE = (4, 3)
 
@@ -283,3 +286,47 @@ def test_the_gradient_of_long_rows_three_ways(count: int, rng: np.random.Generat
     p[np.arange(3), labels] += 1
     exact = p * (direction - np.sum(p * direction, axis=-1, keepdims=True))
     np.testing.assert_allclose(product, exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("label", [0, 1, 2])
+@pytest.mark.parametrize("z", [[0.0, -20.0, -25.0], [3.0, 0.0, -41.0]])
+def test_tiny_hessians(z: list[float], label: int):
+    e = np.exp(np.array(z) - z[0])
+    p, others = e / e.sum(), np.array([e[1] + e[2], e[0] + e[2], e[0] + e[1]]) / e.sum()
+    want = np.where(np.eye(3) == 1, p * others, -p[:, None] * p[None, :])
+    logits = jnp.array(z)
+    for loss in (
+        lambda z: softmax_cross_entropy(z, jnp.array(label)),
+        lambda z: softmax_cross_entropy(z, jax.nn.one_hot(label, 3)),
+    ):
+        # exp(-nll) is the label's probability, and half an ulp of an nll of 44 is 16 of a number near one.
+        assert_close(jax.jacfwd(jax.grad(loss))(logits), want, ulp=16, dtype=np.float32)
+        assert_close(jax.jacrev(jax.jacrev(loss))(logits), want, ulp=16, dtype=np.float32)
+
+
+@pytest.mark.parametrize("z", [[0.0, -20.0, -25.0], [-24.0, 0.0, -23.0]])
+def test_the_hessian_of_a_tiny_entropy(z: list[float]):
+    # From dH/dz_k = -p_k (log p_k + H), and d log p_k / dz_j = [k = j] - p_j.
+    x = np.array(z) - max(z)
+    with mpmath.workdps(60):
+        e = [mpmath.exp(v) for v in x]
+        p = [v / sum(e) for v in e]
+        log_p = [mpmath.log(v) for v in p]
+        h = -sum(a * b for a, b in zip(p, log_p, strict=True))
+        slope = [-a * (b + h) for a, b in zip(p, log_p, strict=True)]
+        want = [
+            [slope[k] * ((k == j) - p[j]) - p[k] * ((k == j) - p[j] + slope[j]) for j in range(3)] for k in range(3)
+        ]
+        want = np.array(want, dtype=np.float64)
+    for hessian in (jax.hessian, lambda f: jax.jacrev(jax.jacrev(f))):
+        assert_close(hessian(entropy_with_logits)(jnp.array(z)), want, ulp=4, dtype=np.float32)
+
+
+def test_smoothing_over_a_class_that_nearly_everything_falls_in():
+    # Logits (0, -20), label 1 of weight 0: what is left is 0.25 / 2 of -log p_0 = log1p(exp(-20)).
+    options: dict[str, Any] = {"class_weights": jnp.array([1.0, 0.0]), "label_smoothing": 0.25, "reduction": "sum"}
+    logits, label, want = jnp.array([0.0, -20.0]), jnp.array(1), 0.125 * np.log1p(np.exp(-20.0))
+    assert_close(softmax_cross_entropy(logits, label, **options), want, ulp=2, dtype=np.float32)
+    slope = 0.125 * np.exp(-20.0) / (1 + np.exp(-20.0))
+    for gradient in (softmax_cross_entropy_gradient, jax.grad(softmax_cross_entropy)):
+        assert_close(gradient(logits, label, **options), np.array([-slope, slope]), ulp=4, dtype=np.float32)

@@ -239,9 +239,9 @@ def test_an_embedding_is_not_copied_in_every_chunk(wanted: tuple[int, ...]):
         return jax.value_and_grad(loss, argnums=wanted)(hidden, embedding)
 
     text = hlo(program, like(1024, 96), like(1511, 96), like(1024, dtype=np.int32))
-    # The CPU back end turns the embedding once, before the loop, and its gradient once, after it.
+    # The CPU back end turns the embedding before the loop, and its gradient after it; jax 0.12 in two steps each.
     found = moves(text, 96, 1511)
-    assert len(found) <= len(wanted)
+    assert len(found) <= 2 * len(wanted)
     entry = text[text.index("ENTRY") :]
     for move in found:
         assert entry.count(f"calls={move.split(':')[0]}") == text.count(f"calls={move.split(':')[0]}") == 1

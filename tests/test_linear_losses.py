@@ -376,7 +376,8 @@ def test_a_plan_tells_what_the_compiler_allocates(shape: tuple[int, int, int, in
     arrays = like((rows, features), dtype), like((features, classes), dtype), like((rows,), np.int32)
     compiled: Any = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arrays).compile()
     allocated = compiled.memory_analysis().temp_size_in_bytes
-    assert allocated / 1.35 <= plan.temp_bytes <= allocated * 1.35
+    # An estimate from above: jax 0.12 needs one array of the kernel's size less than 0.10.
+    assert allocated / 1.35 <= plan.temp_bytes <= allocated * 1.5
     assert (plan.num_chunks, plan.chunk_rows, plan.matrix_products) == (rows // chunk_rows, chunk_rows, 3)
     assert plan.multiply_adds == 3 * rows * features * classes
     assert plan.dense_logits_bytes == rows * classes * 4
