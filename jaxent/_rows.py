@@ -105,7 +105,7 @@ def _other_exponentials(z: jax.Array, codes: jax.Array, shift: jax.Array, classe
     reach = jnp.where(codes == IGNORED, 2**30, 0)
     left_out = jnp.abs(classes.index(z) - (codes - classes.first(z))) <= reach
     # A column that depends on the row: a scan would keep a constant block of -inf, as large as the logits.
-    nothing = jnp.minimum(shift, -jnp.inf)
+    nothing = jnp.where(codes == IGNORED, -jnp.inf, jnp.minimum(shift, -jnp.inf))
     return jnp.exp(jnp.where(left_out, nothing, z - shift))
 
 
