@@ -1,5 +1,6 @@
 """The text of `jaxent train`: tokens lose nothing, the split depends on names, bad input is one clear error."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from jaxent.cli.corpus import Document, read_corpus, read_documents
 from jaxent.cli.errors import CommandError
+from jaxent.cli.evaluation import parts
 from jaxent.cli.tokens import PIECE, Tokenizer
 
 CODE = b"def f(x):\n    return x + 1\n\n\nclass Name_of_It(f):\r\n\tpass  # \xc3\xa9 12345\n"
@@ -88,7 +90,35 @@ def test_the_standard_library_is_the_default():
 
 def test_a_file_named_twice_counts_once(tmp_path: Path):
     write(tmp_path, a=b"x")
-    assert read_documents([str(tmp_path / "a"), str(tmp_path)]) == [Document((tmp_path / "a").as_posix(), b"x")]
+    found = list(read_documents([str(tmp_path / "a"), str(tmp_path)]))
+    assert found == [Document((tmp_path / "a").as_posix(), b"x")]
+
+
+def test_a_folder_may_hold_what_is_not_text(tmp_path: Path):
+    """Pipes, devices, links that lead nowhere and binary files are passed over; named, a binary file is an error."""
+    write(tmp_path, a=b"some text", b=b"PNG\0", c=b"other text")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert [d.name[-1] for d in read_documents([str(tmp_path)])] == ["a", "c"]
+    corpus = read_corpus([str(tmp_path)], 1000)
+    assert len(corpus.train + corpus.held_out) == 2
+    assert corpus.left_out == 1
+    with pytest.raises(CommandError, match=r"b is not text"):
+        read_corpus([str(tmp_path), str(tmp_path / "b")][::-1], 1000)
+
+
+@pytest.mark.parametrize("endless", ["/dev/zero", "/dev/urandom"])
+def test_an_endless_file_ends(endless: str):
+    with pytest.raises(CommandError, match=r"is not text|is longer than"):
+        read_corpus([endless], 10**5)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.binary(max_size=60) | code_like.map(b"".join), st.integers(1, 20))
+def test_parts_add_up(text: bytes, size: int):
+    cut = list(parts(text, size))
+    assert b"".join(cut) == text
+    assert all(len(part) <= size for part in cut)
 
 
 @pytest.mark.parametrize(

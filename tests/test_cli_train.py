@@ -16,10 +16,11 @@ from cli_text import write_text
 
 from jaxent.cli import main
 from jaxent.cli.checkpoint import NAME, Checkpoint
+from jaxent.cli.devices import Devices
 from jaxent.cli.evaluation import measure
 from jaxent.cli.model import Batch, hidden_states
 from jaxent.cli.proposals import make_rows
-from jaxent.cli.storage import write_whole
+from jaxent.cli.storage import own_folder, write_whole
 from jaxent.cli.training import Schedule
 
 SMALL = ["--vocab-size", "270", "--width", "8", "--steps", "10", "--batch-rows", "32", "--checkpoint-every", "5"]
@@ -99,7 +100,7 @@ def test_evaluate_agrees_with_dense_float64(text: Path, trained: Path, capsys: p
     bits = []
     for file, line in zip(files, found["files"], strict=True):
         rows = make_rows(stored.tokenizer.encode([file.read_bytes()]), stored.tables)
-        hidden = np.asarray(hidden_states(stored.jax_params(), Batch.of(rows)), np.float64)
+        hidden = np.asarray(hidden_states(stored.params, Batch.of(rows)), np.float64)
         logits = hidden @ stored.params["output"].T.astype(np.float64) + stored.params["output_bias"]
         top = logits.max(1, keepdims=True)
         log_q = logits - top - np.log(np.exp(logits - top).sum(1, keepdims=True))
@@ -121,11 +122,13 @@ def test_rows_measured_alone_or_together_cost_the_same(text: Path, trained: Path
     stored = Checkpoint.load(trained)
     (ids,) = stored.tokenizer.encode([(text / "f1.txt").read_bytes() * 5])
     rows = make_rows([ids[:1500]], stored.tables)
-    risk, nats = measure(stored.jax_params(), rows)
+    devices = Devices.of()
+    params = devices.parameters(stored.params)
+    risk, nats = measure(params, rows, devices)
     assert nats.shape == (1500,)
     assert float(risk.weight) == 1500
     assert float(risk.mean()) == pytest.approx(nats.astype(np.float64).mean(), rel=1e-6)
-    _, part = measure(stored.jax_params(), rows.take(slice(1000, 1010)))
+    _, part = measure(params, rows.take(slice(1000, 1010)), devices)
     np.testing.assert_allclose(part, nats[1000:1010], rtol=1e-5)
 
 
@@ -166,12 +169,25 @@ def fails(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
     assert out == ""
 
 
-def test_checkpoints_are_not_overwritten(text: Path, trained: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_second_time(text: Path, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """The same command shows the result again, `--resume` needs no other option, and other settings are refused."""
     before = (trained / NAME).read_bytes()
-    fails(["train", str(text), *SMALL, "--out", str(trained)], "--resume goes on with it", capsys)
-    other = ["train", str(text), *SMALL, "--seed", "1", "--steps", "20", "--out", str(trained), "--resume"]
-    fails(other, "from other settings: steps was 10, is 20; seed was 0, is 1", capsys)
+    command = ["train", str(text), *SMALL, "--out", str(trained)]
+    other = [*command, "--seed", "1", "--steps", "20"]
+    for again in (other, [*other, "--resume"]):
+        fails(again, "from other settings: steps was 10, is 20; seed was 0, is 1; --out writes elsewhere", capsys)
+    monkeypatch.setattr("jaxent.cli.run.train", None)  # nothing is trained
+    for again in (command, ["train", "--resume", "--out", str(trained)]):
+        assert main(again) == 0
+        out, err = capsys.readouterr()
+        assert "H(P-hat, Q)" in out
+        assert "holds this run, finished" in err
     assert (trained / NAME).read_bytes() == before
+
+
+def test_two_runs_in_one_folder(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    with own_folder(tmp_path):
+        fails(["train", str(text), *SMALL, "--out", str(tmp_path)], "another `jaxent train` is writing", capsys)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +202,7 @@ def test_checkpoints_are_not_overwritten(text: Path, trained: Path, capsys: pyte
 def test_bad_text(content: bytes, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "a").write_bytes(content)
     fails(["train", str(tmp_path / "a"), *SMALL, *options, "--out", str(tmp_path / "o")], message, capsys)
-    assert not (tmp_path / "o").exists() or not list((tmp_path / "o").iterdir())
+    assert not (tmp_path / "o").exists()
 
 
 def test_unreadable_files(
@@ -196,10 +212,10 @@ def test_unreadable_files(
     fails(["evaluate", str(trained), str(tmp_path / "none")], "No such file or directory", capsys)
     (tmp_path / "secret").write_bytes(b"x")
 
-    def refuse(path: Path) -> bytes:
+    def refuse(path: Path, mode: str) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "read_bytes", refuse)
+    monkeypatch.setattr("jaxent.cli.corpus.open", refuse, raising=False)
     fails(["train", str(tmp_path / "secret")], "secret: Permission denied", capsys)
 
 
@@ -228,7 +244,7 @@ def test_full_disk(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     monkeypatch.setattr(os, "fsync", full)
     out = tmp_path / "o"
     fails(["train", str(text), *SMALL, "--out", str(out)], f"cannot write {out / NAME}: No space left", capsys)
-    assert list(out.iterdir()) == []
+    assert not out.exists()
 
 
 @pytest.fixture
@@ -305,4 +321,4 @@ def test_checkpoints_round_trip(trained: Path, tmp_path: Path):
     stored = Checkpoint.load(trained)
     stored.save(tmp_path)
     assert (tmp_path / NAME).read_bytes() == (trained / NAME).read_bytes()
-    assert jax.tree.all(jax.tree.map(lambda a: a.dtype == jnp.float32, stored.jax_params()))
+    assert jax.tree.all(jax.tree.map(lambda a: a.dtype == jnp.float32, stored.params))

@@ -1,17 +1,16 @@
 """A run on disk: one .npz file of arrays, without pickles."""
 
+import contextlib
 import dataclasses
 import io
 import json
-import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from jaxent.cli.errors import CommandError, reason
-from jaxent.cli.model import Params
 from jaxent.cli.proposals import ContextTable
 from jaxent.cli.storage import write_whole
 from jaxent.cli.tokens import Tokenizer
@@ -24,11 +23,12 @@ FORMAT = "jaxent-train-1"
 class Checkpoint:
     """All that a run needs to go on, and `evaluate` needs to begin.
 
-    `settings` says what the run was asked to do, the corpus hash included: only a run of equal settings may go on.
-    `state` holds the numbers of the training state, by name; `history` the losses so far.
+    `settings` decide the result to the last bit, the corpus hash included: only a run of equal settings may go on.
+    `text` says where the corpus was read, and how much of it; `history` holds the losses so far.
     """
 
     settings: dict[str, Any]
+    text: dict[str, Any]
     step: int
     tokenizer: Tokenizer
     tables: tuple[ContextTable, ...]
@@ -37,7 +37,8 @@ class Checkpoint:
     history: dict[str, list[float]]
 
     def save(self, folder: Path) -> None:
-        head = {"format": FORMAT, "settings": self.settings, "step": self.step, "history": self.history}
+        head = {"format": FORMAT, "step": self.step, "history": self.history}
+        head |= {"settings": self.settings, "text": self.text}
         pieces = self.tokenizer.pieces
         arrays = {
             "head": np.frombuffer(json.dumps(head).encode(), np.uint8),
@@ -56,33 +57,53 @@ class Checkpoint:
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":
         """From the file, or from the folder that holds it."""
-        file = path / NAME if path.is_dir() else path
-        try:
-            with open(file, "rb") as raw, np.load(raw, allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in stored.files}
-            head = json.loads(arrays["head"].tobytes())
-            if head["format"] != FORMAT:
-                raise CommandError(f"{file} has format {head['format']!r}, this version reads {FORMAT!r}")
-            ends = np.cumsum(arrays["lengths"])
+        with _stored(path) as arrays:
+            head = _head(arrays)
+            lengths = arrays["lengths"]
             text = arrays["pieces"].tobytes()
-            pieces = tuple(text[end - n : end] for end, n in zip(ends, arrays["lengths"], strict=True))
+            pieces = tuple(text[end - n : end] for end, n in zip(np.cumsum(lengths), lengths, strict=True))
             fields = [field.name for field in dataclasses.fields(ContextTable)]
             count = len({name.split("/")[1] for name in arrays if name.startswith("table/")})
             return cls(
                 head["settings"],
+                head["text"],
                 head["step"],
                 Tokenizer(pieces),
                 tuple(ContextTable(*(arrays[f"table/{i}/{name}"] for name in fields)) for i in range(count)),
-                {name.removeprefix("params/"): a for name, a in arrays.items() if name.startswith("params/")},
+                {name.removeprefix("params/"): arrays[name] for name in arrays if name.startswith("params/")},
                 tuple(arrays[f"optimizer/{i}"] for i in range(sum(n.startswith("optimizer/") for n in arrays))),
                 head["history"],
             )
-        except FileNotFoundError as error:
-            raise CommandError(f"there is no checkpoint at {path}: run `jaxent train --out {path}` first") from error
-        except OSError as error:
-            raise CommandError(f"cannot read {file}: {reason(error)}") from error
-        except (ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-            raise CommandError(f"{file} is not a checkpoint of `jaxent train`") from error
 
-    def jax_params(self) -> Params:
-        return {name: jnp.asarray(value) for name, value in self.params.items()}
+    @staticmethod
+    def options(path: Path) -> dict[str, Any]:
+        """The options of `jaxent train` that wrote the checkpoint; none where there is no checkpoint."""
+        if not (path / NAME).exists():
+            return {}
+        with _stored(path) as arrays:
+            head = _head(arrays)
+            return {name: value for name, value in (head["settings"] | head["text"]).items() if name != "corpus"}
+
+
+def _head(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    head = json.loads(arrays["head"].tobytes())
+    if head["format"] != FORMAT:
+        raise CommandError(f"the checkpoint has format {head['format']!r}, this version reads {FORMAT!r}")
+    return head
+
+
+@contextlib.contextmanager
+def _stored(path: Path) -> Iterator[Mapping[str, np.ndarray]]:
+    """The arrays of the file, or of the folder that holds it; whatever is wrong with them is one clear error."""
+    file = path / NAME if path.is_dir() else path
+    try:
+        with open(file, "rb") as raw, np.load(raw, allow_pickle=False) as arrays:
+            yield arrays
+    except CommandError:
+        raise
+    except FileNotFoundError as error:
+        raise CommandError(f"there is no checkpoint at {path}: run `jaxent train --out {path}` first") from error
+    except OSError as error:
+        raise CommandError(f"cannot read {file}: {reason(error)}") from error
+    except Exception as error:  # what a damaged archive raises depends on which byte is wrong
+        raise CommandError(f"{file} is not a checkpoint of `jaxent train`") from error

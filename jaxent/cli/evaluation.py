@@ -1,7 +1,7 @@
 """What text costs under a trained model: `jaxent evaluate` and `jaxent tokens`."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,16 @@ import numpy as np
 from jaxent.cli import model, report
 from jaxent.cli.checkpoint import Checkpoint
 from jaxent.cli.corpus import read_documents
+from jaxent.cli.devices import Devices
 from jaxent.cli.errors import CommandError
 from jaxent.cli.model import Batch, Params
 from jaxent.cli.proposals import Rows, make_rows
 from jaxent.risk import EmpiricalRisk
 
 ROWS_AT_A_TIME = 1024
+PART_BYTES = 2**22  # of a file, for which all rows are made at once: about a million rows of 1 kB each
 
-_token_losses = jax.jit(model.token_losses)
+_token_losses = jax.jit(model.token_losses, static_argnums=2)
 
 
 @jax.jit
@@ -26,43 +28,60 @@ def _update(risk: EmpiricalRisk, losses: jax.Array, counted: jax.Array) -> Empir
     return risk.update(losses, counted)
 
 
-def measure(params: Params, rows: Rows) -> tuple[EmpiricalRisk, np.ndarray]:
+def measure(params: Params, rows: Rows, devices: Devices) -> tuple[EmpiricalRisk, np.ndarray]:
     """The risk over all rows, and the self-information of each target in nats."""
     risk, losses = EmpiricalRisk(), []
-    for start in range(0, len(rows), ROWS_AT_A_TIME):
+    at_a_time = -(-ROWS_AT_A_TIME // devices.data) * devices.data
+    for start in range(0, len(rows), at_a_time):
         # The last part is filled up with copies of its last row, which count for nothing.
-        index = np.arange(start, start + ROWS_AT_A_TIME)
+        index = np.arange(start, start + at_a_time)
         counted = index < len(rows)
-        part = _token_losses(params, Batch.of(rows.take(np.minimum(index, len(rows) - 1))))
+        batch = Batch.of(rows.take(np.minimum(index, len(rows) - 1)), devices.rows)
+        part = devices.fetch(_token_losses(params, batch, devices.data))
         risk = _update(risk, part, counted)
-        losses.append(np.asarray(part)[counted])
+        losses.append(part[counted])
     return risk, np.concatenate([np.zeros(0, np.float32), *losses])
 
 
-def figures(risk: EmpiricalRisk, size: int) -> dict[str, float]:
+def figures(risk: EmpiricalRisk, size: int, tokens: int) -> dict[str, float]:
     return {
         "bytes": size,
-        "tokens": int(risk.weight),
+        "tokens": tokens,
         "bits_per_token": float(risk.mean(2)),
         "bits_per_byte": float(risk.bits_per(size)),
         "perplexity": float(risk.perplexity()),
     }
 
 
+def parts(text: bytes, size: int = PART_BYTES) -> Iterator[bytes]:
+    r"""A long text in parts of at most `size` bytes, which end with a line where they can; each is a file to the model.
+
+    >>> list(parts(b"one\ntwo\nthree", 6))
+    [b'one\n', b'two\n', b'three']
+    """
+    start = 0
+    while len(text) - start > size:
+        end = text.rfind(b"\n", start, start + size) + 1 or start + size
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
 def evaluate(checkpoint: Path, paths: Sequence[str], *, as_json: bool, quiet: bool) -> None:
     """Bits per byte and perplexity of files, each and in total."""
-    stored = Checkpoint.load(checkpoint)
-    documents = [d for d in read_documents(paths) if d.text]
-    if not documents:
-        raise CommandError(f"there is no text in {' '.join(paths)}")
+    stored, devices = Checkpoint.load(checkpoint), Devices.of()
+    params = devices.parameters(stored.params)
     files: list[dict[str, Any]] = []
     whole = EmpiricalRisk()
-    for document in documents:
-        rows = make_rows(stored.tokenizer.encode([document.text]), stored.tables)
-        risk, _ = measure(stored.jax_params(), rows)
+    for document in read_documents(paths):
+        risk, count = EmpiricalRisk(), 0
+        for part in parts(document.text):
+            rows = make_rows(stored.tokenizer.encode([part]), stored.tables)
+            risk, count = risk.merge(measure(params, rows, devices)[0]), count + len(rows)
+        files.append({"file": document.name, **figures(risk, len(document.text), count)})
         whole = whole.merge(risk)
-        files.append({"file": document.name, **figures(risk, len(document.text))})
-    total = {"file": "total", **figures(whole, sum(len(d.text) for d in documents))}
+    size, count = (sum(file[name] for file in files) for name in ("bytes", "tokens"))
+    total = {"file": "total", **figures(whole, size, count)}
     if as_json:
         report.print_json({"files": files, "total": total})
     elif not quiet:
@@ -71,17 +90,17 @@ def evaluate(checkpoint: Path, paths: Sequence[str], *, as_json: bool, quiet: bo
 
 def tokens(checkpoint: Path, text: str, *, style: str, as_json: bool) -> None:
     """The self-information of each token of a text; `-` reads standard input."""
-    stored = Checkpoint.load(checkpoint)
+    stored, devices = Checkpoint.load(checkpoint), Devices.of()
     content = sys.stdin.buffer.read() if text == "-" else text.encode("utf-8", "surrogateescape")
     if not content:
         raise CommandError("the text is empty")
     encoded = stored.tokenizer.encode([content])
-    risk, nats = measure(stored.jax_params(), make_rows(encoded, stored.tables))
+    risk, nats = measure(devices.parameters(stored.params), make_rows(encoded, stored.tables), devices)
     texts = stored.tokenizer.texts()
     pairs = [(texts[i], float(bits)) for i, bits in zip(encoded[0], nats / np.log(2), strict=True)]
     if as_json:
         found = [{"token": t.decode("utf-8", "backslashreplace"), "bits": bits} for t, bits in pairs]
-        report.print_json({**figures(risk, len(content)), "per_token": found})
+        report.print_json({**figures(risk, len(content), len(pairs)), "per_token": found})
         return
     if style == "line":
         report.print_coloured(pairs)

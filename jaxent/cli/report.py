@@ -1,12 +1,15 @@
 """What a run found out, as a table, as JSON and as a picture."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from jaxent.cli.storage import write_whole
+
+NAME, PICTURE = "report.json", "loss.png"
 
 
 def print_json(value: Any) -> None:
@@ -67,6 +70,7 @@ def print_summary(result: Mapping[str, Any]) -> None:
     lines = [
         ("unigram entropy H(P-hat)", unigram["entropy"]),
         ("unigram code of the training text", unigram["code"]),
+        ("bigram entropy H(P-hat | token before)", result["bigram"]["entropy"]),
         ("the model H(P-hat, Q)", held),
     ]
     for name, line in lines:
@@ -80,24 +84,26 @@ def print_summary(result: Mapping[str, Any]) -> None:
 
 
 def draw(folder: Path, result: Mapping[str, Any], history: Mapping[str, Sequence[float]]) -> None:
-    """`loss.png`: the cross-entropy of the batches and of a held-out sample, falling towards what others reach."""
+    """`loss.png`: the cross-entropy of the batches and of a held-out sample, falling towards the entropy floors."""
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # the first figure on a machine builds a cache of fonts
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(9, 5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot(history["step"], history["byte"], color="0.6", linewidth=1, label="training batches")
     axes.plot(history["held_step"], history["held_byte"], color="C0", marker="o", markersize=4, label="held-out sample")
+    lines = [
+        ("unigram entropy H(P-hat)", result["unigram"]["entropy"]["bits_per_byte"], "black", "-."),
+        *((name, bits, f"C{i + 1}", ":") for i, (name, bits) in enumerate(result["compressors"].items())),
+        ("model, all held-out text", result["held_out"]["bits_per_byte"], "C0", "--"),
+        ("bigram entropy H(P-hat | token before)", result["bigram"]["entropy"]["bits_per_byte"], "black", "--"),
+    ]
+    for name, bits, colour, style in sorted(lines, key=lambda line: -line[1]):
+        axes.axhline(bits, color=colour, linestyle=style, linewidth=1, label=f"{name}: {bits:.3f}")
     axes.set_xlabel("optimiser step")
     axes.set_ylabel("cross-entropy, bits per byte")
-    floors = {
-        "unigram entropy": result["unigram"]["entropy"]["bits_per_byte"],
-        **result["compressors"],
-        "model, all held-out text": result["held_out"]["bits_per_byte"],
-    }
-    for i, (name, bits) in enumerate(floors.items()):
-        axes.axhline(bits, color=f"C{i + 1}", linestyle="--", linewidth=1, label=f"{name}: {bits:.3f}")
     axes.set_ylim(bottom=0)
     axes.set_xlim(0, history["step"][-1])
     axes.grid(alpha=0.2)
@@ -105,8 +111,23 @@ def draw(folder: Path, result: Mapping[str, Any], history: Mapping[str, Sequence
     axes.spines[["top", "right"]].set_visible(False)
     content = BytesIO()
     figure.savefig(content, format="png")
-    write_whole(folder / "loss.png", content.getbuffer())
+    write_whole(folder / PICTURE, content.getbuffer())
 
 
 def save(folder: Path, result: Mapping[str, Any]) -> None:
-    write_whole(folder / "report.json", (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
+    write_whole(folder / NAME, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
+
+
+def load(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What `save`, the last act of a run, has written; None where no run of these settings has come so far."""
+    try:
+        result = json.loads((folder / NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return result if isinstance(result, dict) and result.get("settings") == settings else None
+
+
+def remove(folder: Path) -> None:
+    """The report and the picture of an earlier run."""
+    for name in (NAME, PICTURE):
+        (folder / name).unlink(missing_ok=True)

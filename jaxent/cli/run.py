@@ -1,35 +1,31 @@
 """`jaxent train`: from files to a trained model and an account of what was learnt."""
 
-import bz2
 import dataclasses
-import functools
-import lzma
+import hashlib
+import json
+import shlex
 import sys
 import time
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxent import information
 from jaxent.cli import model, report
+from jaxent.cli.account import account
 from jaxent.cli.checkpoint import NAME, Checkpoint
 from jaxent.cli.corpus import Corpus, read_corpus
-from jaxent.cli.errors import CommandError, require
-from jaxent.cli.evaluation import figures, measure
-from jaxent.cli.proposals import CORPUS_ORDERS, ContextTable, Rows, Stream, make_rows
-from jaxent.cli.storage import make_folder
-from jaxent.cli.tokens import Tokenizer
+from jaxent.cli.data import Data
+from jaxent.cli.devices import Devices, join
+from jaxent.cli.errors import CommandError, Stopped, require
+from jaxent.cli.evaluation import measure
+from jaxent.cli.proposals import Rows
+from jaxent.cli.storage import own_folder
 from jaxent.cli.training import Schedule, State, train
-from jaxent.gradients import softmax_cross_entropy_gradient
-from jaxent.planning import plan
 
-FITTED_SHARE = 0.3  # at most so much of the text trains the model; the rest is counted for its proposals; heuristic
 SAMPLE_ROWS = 2048  # of the held-out text, measured at every checkpoint
 
 
@@ -47,6 +43,10 @@ class Options:
     learning_rate: float
     seed: int
     checkpoint_every: int
+    mesh: Mapping[str, int] | None
+    coordinator: str | None
+    num_processes: int | None
+    process_id: int | None
     resume: bool
     overwrite: bool
     quiet: bool
@@ -55,137 +55,168 @@ class Options:
     def settings(self, corpus: Corpus) -> dict[str, Any]:
         """What decides the result to the last bit."""
         names = ("vocab_size", "width", "steps", "batch_rows", "learning_rate", "seed")
-        return {"corpus": corpus.digest, **{name: getattr(self, name) for name in names}}
+        mesh = None if self.mesh is None else ",".join(f"{axis}={size}" for axis, size in self.mesh.items())
+        return {"corpus": corpus.digest, **{name: getattr(self, name) for name in names}, "mesh": mesh}
+
+    def devices(self) -> Devices:
+        if self.mesh is not None:
+            join(self.coordinator, self.num_processes, self.process_id)
+        elif (self.coordinator, self.num_processes, self.process_id) != (None, None, None):
+            raise CommandError("--coordinator, --num-processes and --process-id go with --mesh")
+        devices = Devices.of(**(self.mesh or {}))
+        devices.check(self.batch_rows, self.vocab_size)
+        return devices
 
 
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """The corpus as the model sees it. It is trained on other files than are counted.
+@dataclasses.dataclass
+class Work:
+    """What is known before the first step."""
 
-    Counts of the very text that is trained on would look like certain knowledge.
-    """
-
-    tokenizer: Tokenizer
-    tables: tuple[ContextTable, ...]
-    counted: Stream
-    fitted: Rows
-    held_out: Rows
-
-    @classmethod
-    def of(cls, corpus: Corpus, vocab_size: int, wanted: int) -> "Data":
-        tokenizer = Tokenizer.fit([d.text for d in corpus.train], vocab_size)
-        counted, fitted = _cut(tokenizer.encode([d.text for d in corpus.train]), wanted)
-        stream = Stream.of(counted)
-        tables = tuple(ContextTable.count(stream, order) for order in CORPUS_ORDERS)
-        held_out = make_rows(tokenizer.encode([d.text for d in corpus.held_out]), tables)
-        return cls(tokenizer, tables, stream, make_rows(fitted, tables), held_out)
-
-
-def _cut(documents: Sequence[np.ndarray], wanted: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The first documents to count and the last ones to fit; the one between is cut."""
-    total = sum(map(len, documents))
-    start = total - max(1, min(wanted, int(FITTED_SHARE * total)))
-    if start < 1:
-        raise CommandError("the corpus is too small: it has a single token to learn from")
-    counted, fitted, position = [], [], 0
-    for document in documents:
-        cut = min(max(start - position, 0), len(document))
-        counted += [document[:cut]] if cut else []
-        fitted += [document[cut:]] if cut < len(document) else []
-        position += len(document)
-    return counted, fitted
+    corpus: Corpus
+    settings: dict[str, Any]
+    stored: Checkpoint | None
+    finished: dict[str, Any] | None  # the account of a run that was here before
 
 
 def run(options: Options) -> None:
     """Trains, or goes on training, and reports."""
     began = time.monotonic()
     require("tqdm", "matplotlib")
-    say = _speaker(options)
-    corpus = read_corpus(options.paths, options.max_bytes)
-    settings = options.settings(corpus)
-    make_folder(options.out)
-    stored = _stored(options, settings)
-    sizes = [sum(len(d.text) for d in part) for part in (corpus.train, corpus.held_out)]
-    say(f"corpus     {corpus.source}")
-    say(f"           {len(corpus.train):,} files, {sizes[0]:,} bytes to learn from; SHA-256 {corpus.digest[:16]}")
-    say(f"           {len(corpus.held_out):,} files, {sizes[1]:,} bytes held out")
-    schedule = Schedule(options.steps, options.batch_rows, options.learning_rate, options.seed)
-    data = Data.of(corpus, options.vocab_size, options.steps * options.batch_rows)
-    say(
-        f"tokens     vocabulary {options.vocab_size:,}; {len(data.counted.ids):,} counted, "
-        f"{len(data.fitted):,} to train on, {len(data.held_out):,} held out"
-    )
-    state = _start(options, data, schedule, stored)
-    say(
-        f"model      {model.count_parameters(state.params):,} parameters; {options.steps:,} steps of "
-        f"{options.batch_rows:,} tokens{f', from step {state.step:,}' if state.step else ''}"
-    )
-    sample = data.held_out.take(np.sort(np.random.default_rng(0).permutation(len(data.held_out))[:SAMPLE_ROWS]))
-    lengths = data.tokenizer.lengths()
-
-    def save(state: State) -> None:
-        _measure_sample(state, sample, lengths)
-        leaves = tuple(np.asarray(leaf) for leaf in jax.tree.leaves(state.optimizer))
-        params = {name: np.asarray(value) for name, value in state.params.items()}
-        Checkpoint(settings, state.step, data.tokenizer, data.tables, params, leaves, state.history).save(options.out)
-
-    if stored is None:
-        save(state)
-    with _progress(options, state, schedule) as show:
-        train(state, schedule, data.fitted, lengths, every=options.checkpoint_every, at_interval=save, show=show)
-    result = {"settings": settings, "source": corpus.source, **_account(state.params, data, corpus, options.batch_rows)}
-    result["seconds"] = round(time.monotonic() - began, 1)
-    report.save(options.out, result)
-    report.draw(options.out, result, state.history)
+    devices = options.devices()
+    options = dataclasses.replace(options, quiet=options.quiet or not devices.is_first)
+    with ExitStack() as held:
+        work = devices.together(lambda: _prepare(options, devices, held))
+        _check_agreement(work, devices)
+        result = work.finished or _train(options, devices, work, began)
+    if not devices.is_first:
+        return
     if options.as_json:
         report.print_json(result)
     elif not options.quiet:
         report.print_summary(result)
-        print(f"\n{options.out / NAME}, report.json and loss.png written after {result['seconds']:.0f} s")
+        seconds = f" after {result['seconds']:.0f} s" if work.finished is None else ""
+        print(f"\n{options.out / NAME}, report.json and loss.png written{seconds}")
 
 
-def _speaker(options: Options) -> Callable[[str], None]:
-    def say(line: str) -> None:
-        if not options.quiet:
-            print(line, file=sys.stderr, flush=True)
+def _say(options: Options, line: str) -> None:
+    if not options.quiet:
+        print(line, file=sys.stderr, flush=True)
 
-    return say
+
+def _prepare(options: Options, devices: Devices, held: ExitStack) -> Work:
+    corpus = read_corpus(options.paths, options.max_bytes)
+    settings = options.settings(corpus)
+    if devices.is_first:
+        held.enter_context(own_folder(options.out))
+    stored = _stored(options, settings)
+    is_done = stored is not None and stored.step == options.steps
+    finished = report.load(options.out, settings) if is_done else None
+    sizes = [sum(len(d.text) for d in part) for part in (corpus.train, corpus.held_out)]
+    _say(options, f"corpus     {corpus.source}")
+    _say(options, f"           {len(corpus.train):,} files, {sizes[0]:,} bytes to learn from")
+    _say(options, f"           {len(corpus.held_out):,} files, {sizes[1]:,} bytes held out")
+    if corpus.left_out:
+        cap = f"beyond --max-bytes {options.max_bytes:,}"
+        _say(options, f"           {corpus.left_out:,} files left out: not text, or {cap}")
+    _say(options, f"           SHA-256 {corpus.digest}")
+    if finished is not None:
+        _say(options, f"{options.out} holds this run, finished; --overwrite would train again")
+    return Work(corpus, settings, stored, finished)
+
+
+def _check_agreement(work: Work, devices: Devices) -> None:
+    """Every process must start from the same text and the same step."""
+    start = [work.settings, None if work.stored is None else work.stored.step, work.finished is None]
+    digest = hashlib.sha256(json.dumps(start).encode()).digest()
+    if len(set(devices.every(int.from_bytes(digest[:3], "big")))) > 1:
+        raise CommandError("the processes do not see the same text, options and checkpoint: --out must be shared")
 
 
 def _stored(options: Options, settings: dict[str, Any]) -> Checkpoint | None:
-    """The checkpoint to go on from; an error for one that must not be replaced or does not fit."""
+    """The checkpoint to go on from; an error for one from other settings, which must not be replaced."""
     path = options.out / NAME
-    if not path.exists() or options.overwrite:
+    if options.overwrite or not path.exists():
         return None
-    if not options.resume:
-        raise CommandError(f"{path} exists: --resume goes on with it, --overwrite replaces it, --out writes elsewhere")
-    stored = Checkpoint.load(path)
+    stored = Checkpoint.load(options.out)
     different = [
         f"{name} was {stored.settings.get(name)!s:.16}, is {value!s:.16}"
         for name, value in settings.items()
         if stored.settings.get(name) != value
     ]
     if different:
-        raise CommandError(f"{path} is from other settings: {'; '.join(different)}")
+        ways = "--out writes elsewhere, --overwrite replaces it"
+        raise CommandError(f"{path} is from other settings: {'; '.join(different)}; {ways}")
     return stored
 
 
-def _start(options: Options, data: Data, schedule: Schedule, stored: Checkpoint | None) -> State:
+def _train(options: Options, devices: Devices, work: Work, began: float) -> dict[str, Any]:
+    """The rest of the steps, with a checkpoint at intervals, and the account, which the first process writes."""
+    schedule = Schedule(options.steps, options.batch_rows, options.learning_rate, options.seed)
+    data = devices.together(lambda: Data.of(work.corpus, options.vocab_size, options.steps * options.batch_rows))
+    _say(
+        options,
+        f"tokens     vocabulary {options.vocab_size:,}; {len(data.counted.ids):,} counted, "
+        f"{len(data.fitted):,} to train on, {len(data.held_out):,} held out",
+    )
+    state = devices.together(lambda: _start(options, devices, data, schedule, work.stored))
+    _say(
+        options,
+        f"model      {model.count_parameters(state.params):,} parameters; {options.steps:,} steps of "
+        f"{options.batch_rows:,} tokens{f', from step {state.step:,}' if state.step else ''}",
+    )
+    sample = data.held_out.take(np.sort(np.random.default_rng(0).permutation(len(data.held_out))[:SAMPLE_ROWS]))
+    lengths = data.tokenizer.lengths()
+    text = {"paths": list(options.paths), "max_bytes": options.max_bytes}
+
+    def save(state: State) -> None:
+        _measure_sample(state, sample, lengths, devices)
+        params, optimizer = devices.fetch((state.params, jax.tree.leaves(state.optimizer)))
+        checkpoint = Checkpoint(
+            work.settings, text, state.step, data.tokenizer, data.tables, params, tuple(optimizer), state.history
+        )
+        devices.together(lambda: checkpoint.save(options.out) if devices.is_first else None)
+
+    if work.stored is None:
+        save(state)
+        if devices.is_first:
+            report.remove(options.out)
+    try:
+        with _progress(options, state, schedule) as show:
+            every = options.checkpoint_every
+            train(state, schedule, data.fitted, lengths, devices, every=every, at_interval=save, show=show)
+    except Stopped as stopped:
+        command = f"jaxent train --resume --out {shlex.quote(str(options.out))}"
+        raise Stopped(stopped.signum, f"{stopped}; `{command}` goes on") from None
+    learnt = account(state.params, data, work.corpus, options.batch_rows, devices)
+    result = {"settings": work.settings, "source": work.corpus.source, **learnt}
+    result["seconds"] = round(time.monotonic() - began, 1)
+
+    def write() -> None:
+        if devices.is_first:
+            report.draw(options.out, result, state.history)
+            report.save(options.out, result)
+
+    devices.together(write)
+    return result
+
+
+def _start(options: Options, devices: Devices, data: Data, schedule: Schedule, stored: Checkpoint | None) -> State:
     if stored is None:
         params = model.initial_params(data.counted, options.vocab_size, options.width, 4 * options.width, options.seed)
-        return State(0, params, schedule.optimizer().init(params), {})
-    params = stored.jax_params()
-    structure = jax.tree.structure(jax.eval_shape(schedule.optimizer().init, params))
+        optimizer = schedule.optimizer().init(params)
+        return State(0, devices.parameters(params), devices.parameters(optimizer), {})
+    structure = jax.tree.structure(jax.eval_shape(schedule.optimizer().init, stored.params))
     if structure.num_leaves != len(stored.optimizer):
         raise CommandError(f"{options.out / NAME} is from another version of optax: --overwrite starts again")
-    return State(stored.step, params, structure.unflatten(map(jnp.asarray, stored.optimizer)), stored.history)
+    optimizer = structure.unflatten(stored.optimizer)
+    return State(stored.step, devices.parameters(stored.params), devices.parameters(optimizer), stored.history)
 
 
-def _measure_sample(state: State, sample: Rows, lengths: np.ndarray) -> None:
+def _measure_sample(state: State, sample: Rows, lengths: np.ndarray, devices: Devices) -> None:
     """Adds the cost of the held-out sample to the history, once a step."""
     if state.history.get("held_step", [-1])[-1] == state.step:
         return
-    risk, _ = measure(state.params, sample)
+    risk, _ = measure(state.params, sample, devices)
     bits = float(risk.bits_per(int(np.sum(lengths[sample.targets], dtype=np.int64))))
     state.history.setdefault("held_step", []).append(state.step)
     state.history.setdefault("held_byte", []).append(bits)
@@ -207,66 +238,3 @@ def _progress(options: Options, state: State, schedule: Schedule) -> Iterator[Ca
             bar.update(tokens)
 
         yield show
-
-
-def _account(params: model.Params, data: Data, corpus: Corpus, batch_rows: int) -> dict[str, Any]:
-    """What the model, counts and compressors make of the held-out text, and what the loss cost."""
-    text = b"".join(d.text for d in corpus.held_out)
-    held = data.held_out.targets
-    seen = information.empirical_distribution(held, data.tokenizer.size)
-    known = np.bincount(data.counted.ids, minlength=data.tokenizer.size) + 0.5
-    unigram = {
-        "entropy": information.entropy(seen, base=2),
-        "code": information.cross_entropy(seen, jnp.asarray(known / known.sum(), jnp.float32), base=2),
-    }
-    risk, _ = measure(params, data.held_out)
-    return {
-        "corpus": {
-            "train_files": len(corpus.train),
-            "train_bytes": sum(len(d.text) for d in corpus.train),
-            "held_out_files": [d.name for d in corpus.held_out],
-        },
-        "held_out": figures(risk, len(text)),
-        "unigram": {
-            name: {
-                "bits_per_token": float(bits),
-                "bits_per_byte": float(bits) * len(held) / len(text),
-                "perplexity": 2 ** float(bits),
-            }
-            for name, bits in unigram.items()
-        },
-        "compressors": {
-            "zlib -9": 8 * len(zlib.compress(text, 9)) / len(text),
-            "bz2 -9": 8 * len(bz2.compress(text, 9)) / len(text),
-            "lzma -9e": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text),
-        },
-        "loss": _loss_figures(params, data.fitted, batch_rows),
-    }
-
-
-_head_gradient = jax.jit(jax.grad(model.head_loss, (0, 1, 2)))
-
-
-@functools.lru_cache
-def _temporary_bytes(rows: int, vocab_size: int, width: int) -> int:
-    """What XLA sets aside for the gradient of the loss of `rows` hidden states."""
-    shapes = ((rows, width), (vocab_size, width), (vocab_size,))
-    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    compiled = _head_gradient.lower(*arguments, jax.ShapeDtypeStruct((rows,), jnp.int32)).compile()
-    memory = compiled.memory_analysis()
-    return 0 if memory is None else int(memory.temp_size_in_bytes)
-
-
-def _loss_figures(params: model.Params, rows: Rows, batch_rows: int) -> dict[str, float]:
-    """The memory of the loss for one batch, and how far `jax.grad` is from `softmax(z) - onehot(y)` on real rows."""
-    output, bias = params["output"], params["output_bias"]
-    batch = model.Batch.of(rows.take(slice(0, 2 * model.CHUNK_ROWS)))
-    hidden = model.hidden_states(params, batch)
-    by_logit = softmax_cross_entropy_gradient(hidden @ output.T + bias[None, :], batch.targets)
-    closed = (by_logit @ output, by_logit.T @ hidden, by_logit.sum(0))
-    pairs = list(zip(closed, _head_gradient(hidden, output, bias, batch.targets), strict=True))
-    return {
-        "temporary_bytes": _temporary_bytes(batch_rows, *output.shape),
-        "dense_logits_bytes": plan(batch_rows, output.shape[1], len(bias)).dense_logits_bytes,
-        "gradient_difference": max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(a))) for a, b in pairs),
-    }

@@ -3,9 +3,15 @@
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from jaxent.cli.errors import CommandError, reason
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 
 def write_whole(path: Path, content: bytes | memoryview) -> None:
@@ -29,15 +35,43 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
                 os.unlink(temporary)
 
 
-def make_folder(path: Path) -> None:
-    """The folder, without what a killed process left half written in it."""
+@contextlib.contextmanager
+def own_folder(path: Path) -> Iterator[None]:
+    """The folder, for this process alone, without what a killed one left half written; gone again if nothing came."""
+    is_new = not path.exists()
+    with contextlib.ExitStack() as held:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            held.enter_context(_locked(path))
+            for name in ("checkpoint.npz", "report.json", "loss.png"):
+                for stale in path.glob(f".{name}.*"):
+                    stale.unlink()
+        except OSError as error:
+            raise CommandError(f"cannot write to {path}: {reason(error)}") from error
+        try:
+            yield
+        finally:
+            if is_new:
+                with contextlib.suppress(OSError):
+                    path.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """The lock ends with the process, however that ends. Windows and some network file systems have none."""
+    if fcntl is None:
+        yield
+        return
+    folder = os.open(path, os.O_RDONLY)
     try:
-        path.mkdir(parents=True, exist_ok=True)
-        for name in ("checkpoint.npz", "report.json", "loss.png"):
-            for stale in path.glob(f".{name}.*"):
-                stale.unlink()
-    except OSError as error:
-        raise CommandError(f"cannot write to {path}: {reason(error)}") from error
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CommandError(f"another `jaxent train` is writing to {path}") from error
+        yield
+    finally:
+        os.close(folder)
 
 
 def _umask() -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from jaxent.cli import model
+from jaxent.cli.devices import Devices
 from jaxent.cli.errors import CommandError, Stopped
 from jaxent.cli.model import Batch, Params
 from jaxent.cli.proposals import Rows
@@ -67,19 +68,19 @@ class State:
     history: dict[str, list[float]]
 
 
-@functools.partial(jax.jit, static_argnames=("schedule",), donate_argnames=("params", "optimizer"))
+@functools.partial(jax.jit, static_argnames=("schedule", "devices"), donate_argnames=("params", "optimizer"))
 def _train_block(
-    params: Params, optimizer: OptimizerState, batches: Batch, schedule: Schedule
+    params: Params, optimizer: OptimizerState, batches: Batch, schedule: Schedule, devices: Devices
 ) -> tuple[Params, OptimizerState, jax.Array]:
     transformation = schedule.optimizer()
 
     def step(carry: tuple[Params, OptimizerState], batch: Batch) -> tuple[tuple[Params, OptimizerState], jax.Array]:
         params, optimizer = carry
-        value, gradient = jax.value_and_grad(model.loss)(params, batch)
+        value, gradient = jax.value_and_grad(model.loss)(params, batch, devices.data)
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to an integer power
             updates, optimizer = transformation.update(gradient, optimizer, params)
-        params = jax.tree.map(jnp.add, params, updates)
-        return (params, optimizer), value
+        carry = jax.tree.map(jnp.add, params, updates), optimizer
+        return jax.lax.with_sharding_constraint(carry, devices.shardings(carry)), value
 
     (params, optimizer), losses = jax.lax.scan(step, (params, optimizer), batches)
     return params, optimizer, losses
@@ -90,6 +91,7 @@ def train(
     schedule: Schedule,
     rows: Rows,
     lengths: np.ndarray,
+    devices: Devices,
     *,
     every: int,
     at_interval: Callable[[State], None],
@@ -104,9 +106,11 @@ def train(
     with deferred_signals() as received:
         while state.step < schedule.steps:
             index = np.stack([schedule.rows_of(state.step + i, len(rows)) for i in range(schedule.block)])
-            batches = Batch.of(rows.take(index))
-            state.params, state.optimizer, losses = _train_block(state.params, state.optimizer, batches, schedule)
-            bits = float(np.mean(np.asarray(losses, np.float64)) / np.log(2))
+            batches = Batch.of(rows.take(index), lambda x: devices.rows(x, axis=1))
+            state.params, state.optimizer, losses = _train_block(
+                state.params, state.optimizer, batches, schedule, devices
+            )
+            bits = float(np.mean(devices.fetch(losses), dtype=np.float64) / np.log(2))
             if not np.isfinite(bits):
                 raise CommandError(f"the loss is no longer finite at step {state.step}: try a lower --learning-rate")
             tokens_per_byte = index.size / int(np.sum(lengths[rows.targets[index]], dtype=np.int64))
@@ -114,8 +118,9 @@ def train(
             for name, value in (("step", state.step), ("token", bits), ("byte", bits * tokens_per_byte)):
                 state.history.setdefault(name, []).append(value)
             show(index.size, bits, bits * tokens_per_byte)
-            if received.signum or state.step - saved >= every or state.step == schedule.steps:
+            signum = max(devices.every(received.signum))
+            if signum or state.step - saved >= every or state.step == schedule.steps:
                 at_interval(state)
                 saved = state.step
-            if received.signum:
-                raise Stopped(received.signum, f"stopped at step {state.step} of {schedule.steps}")
+            if signum:
+                raise Stopped(signum, f"stopped at step {state.step} of {schedule.steps}")

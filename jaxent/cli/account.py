@@ -1,0 +1,124 @@
+"""What a run has learnt: the held-out text under the model, under counts and under compressors, and the loss's cost."""
+
+import bz2
+import functools
+import lzma
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxent import information
+from jaxent.cli import model
+from jaxent.cli.corpus import Corpus
+from jaxent.cli.data import Data
+from jaxent.cli.devices import DATA, VOCAB, Devices
+from jaxent.cli.evaluation import figures, measure
+from jaxent.cli.proposals import Rows
+from jaxent.gradients import softmax_cross_entropy_gradient
+from jaxent.planning import plan
+
+DENSE_BYTES = 2**27  # of logits, for as many rows of which the gradient is also taken in closed form
+
+
+def account(params: model.Params, data: Data, corpus: Corpus, batch_rows: int, devices: Devices) -> dict[str, Any]:
+    text = b"".join(d.text for d in corpus.held_out)
+    held = data.held_out.targets
+    risk, _ = measure(params, data.held_out, devices)
+    bits = _entropies(data)
+    return {
+        "corpus": {
+            "train_files": len(corpus.train),
+            "train_bytes": sum(len(d.text) for d in corpus.train),
+            "held_out_files": [d.name for d in corpus.held_out],
+        },
+        "held_out": figures(risk, len(text), len(held)),
+        "unigram": {name: _units(bits[name], len(held) / len(text)) for name in ("entropy", "code")},
+        "bigram": {"entropy": _units(bits["after_one"], len(held) / len(text))},
+        "compressors": {
+            "zlib -9": 8 * len(zlib.compress(text, 9)) / len(text),
+            "bz2 -9": 8 * len(bz2.compress(text, 9)) / len(text),
+            "lzma -9e": 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text),
+        },
+        "loss": _loss_figures(params, data.fitted, batch_rows, devices),
+    }
+
+
+def _units(bits: float, tokens_per_byte: float) -> dict[str, float]:
+    return {"bits_per_token": bits, "bits_per_byte": bits * tokens_per_byte, "perplexity": 2**bits}
+
+
+def _entropies(data: Data) -> dict[str, float]:
+    """Bits per token of the held-out text. The entropies are those of its own counts, which no code knew before.
+
+    No code that ignores the context is shorter than the first, none that sees one token is shorter than the second,
+    `H(P-hat of pairs) - H(P-hat of their first tokens)`.
+    """
+    size, held = data.tokenizer.size, data.held_out.targets
+    seen = information.empirical_distribution(held, size)
+    known = np.bincount(data.counted.ids, minlength=size) + 0.5
+    before = data.held_out.lags[:, 0].astype(np.int64)
+    pairs, of_first = (np.unique(x, return_counts=True)[1] / len(held) for x in (before * size + held, before))
+    return {
+        "entropy": float(information.entropy(seen, base=2)),
+        "code": float(information.cross_entropy(seen, jnp.asarray(known / known.sum(), jnp.float32), base=2)),
+        "after_one": float(
+            information.entropy(jnp.asarray(pairs, jnp.float32), base=2)
+            - information.entropy(jnp.asarray(of_first, jnp.float32), base=2)
+        ),
+    }
+
+
+_head_gradient = jax.jit(jax.grad(model.head_loss, (0, 1, 2)), static_argnums=4)
+
+
+@jax.jit
+def _closed_gradient(params: model.Params, batch: model.Batch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same from `softmax(z) - onehot(y)`."""
+    hidden, output = model.hidden_states(params, batch), params["output"]
+    by_logit = softmax_cross_entropy_gradient(hidden @ output.T + params["output_bias"][None, :], batch.targets)
+    return by_logit @ output, by_logit.T @ hidden, by_logit.sum(0)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _streamed_gradient(params: model.Params, batch: model.Batch, shards: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    hidden = model.hidden_states(params, batch)
+    return _head_gradient(hidden, params["output"], params["output_bias"], batch.targets, shards)
+
+
+@jax.jit
+def _largest_differences(expected: Sequence[jax.Array], found: Sequence[jax.Array]) -> jax.Array:
+    """In parts of the largest entry of each array."""
+    pairs = zip(expected, found, strict=True)
+    return jnp.stack([jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(a)) for a, b in pairs])
+
+
+def _loss_figures(params: model.Params, rows: Rows, batch_rows: int, devices: Devices) -> dict[str, float]:
+    """The memory of the loss for one batch, on each device, and the gradient of real rows, two ways."""
+    size, width = params["output"].shape
+    count = max(1, min(batch_rows, DENSE_BYTES // (4 * size)) // devices.data) * devices.data
+    batch = model.Batch.of(rows.take(np.arange(count) % len(rows)), devices.rows)
+    streamed = _streamed_gradient(params, batch, devices.data)
+    differences = devices.fetch(_largest_differences(_closed_gradient(params, batch), streamed))
+    return {
+        "temporary_bytes": _temporary_bytes(batch_rows, size, width, devices),
+        "dense_logits_bytes": plan(batch_rows, width, size).dense_logits_bytes // devices.mesh.size,
+        "gradient_difference": float(np.max(differences)),
+    }
+
+
+@functools.lru_cache
+def _temporary_bytes(rows: int, vocab_size: int, width: int, devices: Devices) -> int:
+    """What XLA sets aside on each device for the gradient of the loss of `rows` hidden states."""
+
+    def argument(axis: str, *shape: int, dtype: DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=devices.split(axis))
+
+    head = argument(VOCAB, vocab_size, width), argument(VOCAB, vocab_size)
+    arguments = argument(DATA, rows, width), *head, argument(DATA, rows, dtype=jnp.int32)
+    memory = _head_gradient.lower(*arguments, devices.data).compile().memory_analysis()
+    return 0 if memory is None else int(memory.temp_size_in_bytes)
