@@ -13,40 +13,29 @@ from cli_text import write_text
 
 from jaxent.cli.checkpoint import NAME, Checkpoint
 
-STEPS = 600
-SETTINGS = [
-    "--vocab-size",
-    "262",
-    "--width",
-    "4",
-    "--steps",
-    str(STEPS),
-    "--batch-rows",
-    "4",
-    "--checkpoint-every",
-    "5",
-]
-PATIENCE = 120  # seconds
+# So many that no run reaches the end before its signal, however late a busy machine sends it.
+STEPS = 1500
+SETTINGS = ["--vocab-size", "262", "--width", "4", "--steps", str(STEPS), "--batch-rows", "4"]
+MESH = ["--mesh", "data=2,vocab=2"]
+PATIENCE = 240  # seconds
 
 
 class Runner:
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, options: list[str]):
         self.folder = folder
-        self.text = write_text(folder / "src")
+        self.command = [sys.executable, "-m", "jaxent.cli", "train", str(write_text(folder / "src")), *SETTINGS]
+        self.command += ["--checkpoint-every", "10", "--quiet", *options]
         self.environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "4",
             "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
 
     def start(self, out: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "jaxent.cli", "train", str(self.text), *SETTINGS, "--resume", "--quiet"]
+        command = [*self.command, "--out", str(self.folder / out)]
         return subprocess.Popen(
-            [*command, "--out", str(self.folder / out)],
-            env=self.environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
 
     def finish(self, out: str) -> None:
@@ -54,8 +43,8 @@ class Runner:
         _, err = process.communicate(timeout=PATIENCE)
         assert (process.returncode, err) == (0, "")
 
-    def stop(self, out: str, signum: int, chance: random.Random) -> tuple[int, str]:
-        """Starts a run and sends the signal some time after it has written a checkpoint."""
+    def stop(self, out: str, signum: int, wait: float) -> tuple[int, str]:
+        """Starts a run and sends the signal `wait` seconds after it has written a checkpoint."""
         path = self.folder / out / NAME
         before = path.stat().st_mtime_ns if path.exists() else 0
         process = self.start(out)
@@ -64,32 +53,57 @@ class Runner:
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
             time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.3))
+        time.sleep(wait)
         process.send_signal(signum)
         _, err = process.communicate(timeout=PATIENCE)
         return process.returncode, err
 
+    def same(self, a: str, b: str) -> bool:
+        return (self.folder / a / NAME).read_bytes() == (self.folder / b / NAME).read_bytes()
+
 
 @pytest.mark.skipif(os.name != "posix", reason="there is no SIGKILL elsewhere")
 def test_killed_and_resumed(tmp_path: Path):
-    runner, chance = Runner(tmp_path), random.Random(0)
+    runner, chance = Runner(tmp_path, []), random.Random(0)
     runner.finish("alone")
     steps = [0]
     for signum, code in (
         (signal.SIGKILL, -signal.SIGKILL),
-        (signal.SIGINT, 130),
-        (signal.SIGKILL, -signal.SIGKILL),
-        (signal.SIGTERM, 143),
+        (signal.SIGTERM, 128 + signal.SIGTERM),
         (signal.SIGKILL, -signal.SIGKILL),
     ):
-        returned, err = runner.stop("killed", signum, chance)
+        returned, err = runner.stop("killed", signum, chance.uniform(0, 0.15))
         stored = Checkpoint.load(tmp_path / "killed")
         steps.append(stored.step)
         assert returned == code, err
         if code > 0:
-            assert err == f"jaxent: stopped at step {stored.step} of {STEPS}; --resume goes on\n"
+            command = f"jaxent train --resume --out {tmp_path / 'killed'}"
+            assert err == f"jaxent: stopped at step {stored.step} of {STEPS}; `{command}` goes on\n"
     assert steps == sorted(steps)
     assert 0 < steps[-1] < STEPS
     runner.finish("killed")
-    assert (tmp_path / "killed" / NAME).read_bytes() == (tmp_path / "alone" / NAME).read_bytes()
+    assert runner.same("killed", "alone")
+    assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == [NAME, "loss.png", "report.json"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="there is no SIGKILL elsewhere")
+@pytest.mark.parametrize("options", [[], MESH], ids=["one device", "mesh"])
+def test_killed_at_any_moment(options: list[str], tmp_path: Path):
+    """Before the first checkpoint, in a write, in a step, in the report: the last good one is always there."""
+    runner, chance = Runner(tmp_path, options), random.Random(1)
+    began = time.monotonic()
+    runner.finish("alone")
+    runner.finish("killed again")
+    whole = (time.monotonic() - began) / 2
+    for _ in range(12):
+        process = runner.start("killed")
+        time.sleep(chance.uniform(0.2, 1) * whole)
+        process.kill()
+        process.communicate(timeout=PATIENCE)
+        if (tmp_path / "killed" / NAME).exists():
+            assert Checkpoint.load(tmp_path / "killed").step <= STEPS
+    runner.finish("killed")
+    assert runner.same("killed", "alone")
+    assert runner.same("killed again", "alone")
     assert sorted(p.name for p in (tmp_path / "killed").iterdir()) == [NAME, "loss.png", "report.json"]

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cli_text import write_text
+from cli_text import SMALL, fails, write_text
 
 from jaxent.cli import main
 from jaxent.cli.checkpoint import NAME, Checkpoint
@@ -22,8 +22,6 @@ from jaxent.cli.model import Batch, hidden_states
 from jaxent.cli.proposals import make_rows
 from jaxent.cli.storage import own_folder, write_whole
 from jaxent.cli.training import Schedule
-
-SMALL = ["--vocab-size", "270", "--width", "8", "--steps", "10", "--batch-rows", "32", "--checkpoint-every", "5"]
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +47,7 @@ def test_what_a_run_leaves(trained: Path):
     assert held["bits_per_byte"] * held["bytes"] == pytest.approx(held["bits_per_token"] * held["tokens"], rel=1e-5)
     assert set(report["compressors"]) == {"zlib -9", "bz2 -9", "lzma -9e"}
     assert report["loss"]["gradient_difference"] < 1e-5
-    assert report["loss"]["dense_logits_bytes"] == 4 * 32 * 270
+    assert report["loss"]["dense_logits_bytes"] == 4 * 32 * 272
     history = Checkpoint.load(trained).history
     assert history["step"] == [5, 10]
     assert history["held_step"] == [0, 5, 10]
@@ -159,16 +157,6 @@ def test_tokens_from_standard_input(
     assert "8 bytes" in capsys.readouterr().out
 
 
-def fails(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], code: int = 2) -> None:
-    assert main(arguments) == code
-    out, err = capsys.readouterr()
-    *stages, last = err.splitlines()
-    assert last.startswith("jaxent: ")
-    assert message in last
-    assert not any(line.startswith(("Traceback", "jaxent:")) for line in stages)
-    assert out == ""
-
-
 def test_a_second_time(text: Path, trained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """The same command shows the result again, `--resume` needs no other option, and other settings are refused."""
     before = (trained / NAME).read_bytes()
@@ -195,7 +183,7 @@ def test_two_runs_in_one_folder(text: Path, tmp_path: Path, capsys: pytest.Captu
     [
         (b"", [], "the corpus is empty"),
         (b"\0\1", [], "is not text"),
-        (b"one two three four", [], "--vocab-size 270 is larger than the corpus"),
+        (b"one two three four", [], "--vocab-size 272 is larger than the corpus"),
         (b"ab", ["--vocab-size", "256"], "too small"),
     ],
 )

@@ -120,6 +120,8 @@ def save(folder: Path, result: Mapping[str, Any]) -> None:
 
 def load(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """What `save`, the last act of a run, has written; None where no run of these settings has come so far."""
+    if not (folder / PICTURE).exists():
+        return None
     try:
         result = json.loads((folder / NAME).read_bytes())
     except (OSError, ValueError):

@@ -22,11 +22,10 @@ from jaxent.cli.data import Data
 from jaxent.cli.devices import Devices, join
 from jaxent.cli.errors import CommandError, Stopped, require
 from jaxent.cli.evaluation import measure
-from jaxent.cli.proposals import Rows
 from jaxent.cli.storage import own_folder
 from jaxent.cli.training import Schedule, State, train
 
-SAMPLE_ROWS = 2048  # of the held-out text, measured at every checkpoint
+SAMPLE_ROWS = 2048  # of the held-out text, measured on the way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,21 +168,36 @@ def _train(options: Options, devices: Devices, work: Work, began: float) -> dict
     text = {"paths": list(options.paths), "max_bytes": options.max_bytes}
 
     def save(state: State) -> None:
-        _measure_sample(state, sample, lengths, devices)
         params, optimizer = devices.fetch((state.params, jax.tree.leaves(state.optimizer)))
         checkpoint = Checkpoint(
             work.settings, text, state.step, data.tokenizer, data.tables, params, tuple(optimizer), state.history
         )
         devices.together(lambda: checkpoint.save(options.out) if devices.is_first else None)
 
+    def look(state: State) -> None:
+        risk, _ = measure(state.params, sample, devices)
+        bits = float(risk.bits_per(int(np.sum(lengths[sample.targets], dtype=np.int64))))
+        state.history.setdefault("held_step", []).append(state.step)
+        state.history.setdefault("held_byte", []).append(bits)
+
     if work.stored is None:
+        look(state)
         save(state)
         if devices.is_first:
             report.remove(options.out)
     try:
         with _progress(options, state, schedule) as show:
-            every = options.checkpoint_every
-            train(state, schedule, data.fitted, lengths, devices, every=every, at_interval=save, show=show)
+            train(
+                state,
+                schedule,
+                data.fitted,
+                lengths,
+                devices,
+                every=options.checkpoint_every,
+                at_interval=save,
+                at_sample=look,
+                show=show,
+            )
     except Stopped as stopped:
         command = f"jaxent train --resume --out {shlex.quote(str(options.out))}"
         raise Stopped(stopped.signum, f"{stopped}; `{command}` goes on") from None
@@ -210,16 +224,6 @@ def _start(options: Options, devices: Devices, data: Data, schedule: Schedule, s
         raise CommandError(f"{options.out / NAME} is from another version of optax: --overwrite starts again")
     optimizer = structure.unflatten(stored.optimizer)
     return State(stored.step, devices.parameters(stored.params), devices.parameters(optimizer), stored.history)
-
-
-def _measure_sample(state: State, sample: Rows, lengths: np.ndarray, devices: Devices) -> None:
-    """Adds the cost of the held-out sample to the history, once a step."""
-    if state.history.get("held_step", [-1])[-1] == state.step:
-        return
-    risk, _ = measure(state.params, sample, devices)
-    bits = float(risk.bits_per(int(np.sum(lengths[sample.targets], dtype=np.int64))))
-    state.history.setdefault("held_step", []).append(state.step)
-    state.history.setdefault("held_byte", []).append(bits)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from jaxent.cli.proposals import Rows
 from jaxent.cli.signals import deferred_signals
 
 MAX_BLOCK = 5  # optimiser steps in one call; heuristic: about two seconds, the longest wait after Ctrl-C
+SAMPLES = 12
 
 OptimizerState = Any
 
@@ -35,6 +36,14 @@ class Schedule:
     def block(self) -> int:
         """Steps in one call: a divisor of `steps`, so that one compiled program serves them all."""
         return max(n for n in range(1, MAX_BLOCK + 1) if self.steps % n == 0)
+
+    @property
+    def sample_every(self) -> int:
+        """Steps between two looks at the held-out sample: whole blocks, about `SAMPLES` in all.
+
+        It does not depend on when checkpoints are written, nor on where a run was ended.
+        """
+        return max(1, self.steps // (SAMPLES * self.block)) * self.block
 
     def optimizer(self) -> optax.GradientTransformation:
         warm = max(1, self.steps // 10)
@@ -95,12 +104,14 @@ def train(
     *,
     every: int,
     at_interval: Callable[[State], None],
+    at_sample: Callable[[State], None],
     show: Callable[[int, float, float], None],
 ) -> None:
     """Trains `state` to the end of the schedule, in place.
 
     `at_interval` is called with the state at least every `every` steps, at the end, and before a signal stops the run;
-    `show` after every block, with its tokens, bits per token and bits per byte.
+    `at_sample` every `schedule.sample_every` steps; `show` after every block, with its tokens, bits
+    per token and bits per byte.
     """
     saved = state.step
     with deferred_signals() as received:
@@ -118,6 +129,8 @@ def train(
             for name, value in (("step", state.step), ("token", bits), ("byte", bits * tokens_per_byte)):
                 state.history.setdefault(name, []).append(value)
             show(index.size, bits, bits * tokens_per_byte)
+            if state.step % schedule.sample_every == 0 or state.step == schedule.steps:
+                at_sample(state)
             signum = max(devices.every(received.signum))
             if signum or state.step - saved >= every or state.step == schedule.steps:
                 at_interval(state)
