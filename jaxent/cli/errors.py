@@ -15,6 +15,15 @@ class Stopped(Exception):
         self.signum = signum
 
 
+def visible(text: str, kept: str = "") -> str:
+    r"""The text with its control characters, save those that are `kept`, spelt out: a terminal obeys none of them.
+
+    >>> print(visible("red \x1b[31m\n"))
+    red \x1b[31m\n
+    """
+    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in text)
+
+
 def reason(error: OSError) -> str:
     """`No space left on device` rather than `[Errno 28] ...`."""
     return error.strerror or str(error)

@@ -18,7 +18,7 @@ from jaxent.cli.proposals import Rows, make_rows
 from jaxent.risk import EmpiricalRisk
 
 ROWS_AT_A_TIME = 1024
-PART_BYTES = 2**22  # of a file, for which all rows are made at once: about a million rows of 1 kB each
+PART_BYTES = 2**20  # of a file, for which all rows are made at once: a row takes about 1 kB, a token 1 byte or more
 
 _token_losses = jax.jit(model.token_losses, static_argnums=2)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxent.cli.errors import CommandError, Stopped, reason
+from jaxent.cli.errors import CommandError, Stopped, reason, visible
 
 DEFAULT_OUT = Path("jaxent-run")
 
@@ -85,7 +85,7 @@ def _remembered(out: Path) -> dict[str, Any]:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"jaxent: {' '.join(message.split())}", file=sys.stderr)
+    print(f"jaxent: {visible(' '.join(message.split()))}", file=sys.stderr)
     return code
 
 

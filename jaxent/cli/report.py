@@ -7,6 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from jaxent.cli.errors import visible
 from jaxent.cli.storage import write_whole
 
 NAME, PICTURE = "report.json", "loss.png"
@@ -20,7 +21,7 @@ def print_columns(rows: Sequence[Mapping[str, Any]]) -> None:
     """One line for each mapping, under the names of the first one's entries."""
     cells = [[name.replace("_", " ") for name in rows[0]]]
     cells += [
-        [f"{v:,.3f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v for v in row.values()]
+        [f"{v:,.3f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else visible(v) for v in row.values()]
         for row in rows
     ]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
@@ -53,7 +54,7 @@ def print_coloured(pairs: Sequence[tuple[bytes, float]]) -> None:
     for token, bits in pairs:
         colour = next(c for limit, c in COLOURS if bits <= limit)
         # A line end would paint the rest of the line.
-        lines = _shown(token).split("\n")
+        lines = visible(_shown(token), "\n\t").split("\n")
         parts.append("\n".join(f"\x1b[48;5;{colour}m\x1b[97m{line}\x1b[0m" if line else "" for line in lines))
     print("".join(parts))
     legend = [
