@@ -98,7 +98,7 @@ def test_evaluate_agrees_with_dense_float64(text: Path, trained: Path, capsys: p
     bits = []
     for file, line in zip(files, found["files"], strict=True):
         rows = make_rows(stored.tokenizer.encode([file.read_bytes()]), stored.tables)
-        hidden = np.asarray(hidden_states(stored.params, Batch.of(rows)), np.float64)
+        hidden = np.asarray(hidden_states(Devices.of().parameters(stored.params), Batch.of(rows)), np.float64)
         logits = hidden @ stored.params["output"].T.astype(np.float64) + stored.params["output_bias"]
         top = logits.max(1, keepdims=True)
         log_q = logits - top - np.log(np.exp(logits - top).sum(1, keepdims=True))

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax.experimental.multihost_utils import process_allgather
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxent.cli.errors import CommandError
@@ -68,7 +68,10 @@ class Devices:
             if size % self.mesh.shape[axis]:
                 raise CommandError(f"{option} {size} is no multiple of the {self.mesh.shape[axis]} shards of {axis!r}")
 
-    def split(self, *axes: str | None) -> NamedSharding:
+    def split(self, *axes: str | None) -> Sharding:
+        if self.mesh.size == 1:
+            # XLA's partitioner, though it has nothing to split, keeps two copies more of a kernel.
+            return SingleDeviceSharding(self.mesh.devices.item())
         return NamedSharding(self.mesh, P(*axes))
 
     def rows(self, x: np.ndarray, axis: int = 0) -> jax.Array:
@@ -78,7 +81,7 @@ class Devices:
     def shardings(self, tree: Pytree) -> Pytree:
         """How parameters, or an optimiser's state that holds arrays under the same names, are split over `vocab`."""
 
-        def of_leaf(path: tuple[Any, ...], _: Any) -> NamedSharding:
+        def of_leaf(path: tuple[Any, ...], _: Any) -> Sharding:
             split = any(getattr(key, "key", None) in PER_TOKEN for key in path)
             return self.split(VOCAB) if split else self.split()
 
@@ -87,7 +90,7 @@ class Devices:
     def parameters(self, tree: Pytree) -> Pytree:
         return jax.tree.map(self._place, tree, self.shardings(tree))
 
-    def _place(self, x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    def _place(self, x: np.ndarray, sharding: Sharding) -> jax.Array:
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
@@ -117,7 +120,7 @@ class Devices:
 
 
 @functools.lru_cache
-def _replicated(sharding: NamedSharding) -> Callable[[Pytree], Pytree]:
+def _replicated(sharding: Sharding) -> Callable[[Pytree], Pytree]:
     return jax.jit(lambda tree: tree, out_shardings=sharding)
 
 
