@@ -74,6 +74,15 @@ def test_merging_is_independent_of_order(rng: np.random.Generator):
     assert max(results) - min(results) <= ULP * max(results)
 
 
+def test_the_mean_is_within_an_ulp(rng: np.random.Generator):
+    """The quotient of the rounded sums would be 2 ulp off."""
+    x = rng.exponential(1.0, (2000, 3)).astype(np.float32)
+    w = rng.random(x.shape).astype(np.float32)
+    means = np.asarray(jax.vmap(lambda x, w: EmpiricalRisk().update(x, w).mean())(x, w), np.float64)
+    expected = np.sum(x * w, axis=1, dtype=np.float64) / np.sum(w, axis=1, dtype=np.float64)
+    assert np.max(np.abs(means - expected) / np.spacing(expected.astype(np.float32))) <= 1
+
+
 def test_merging_commutes_exactly(rng: np.random.Generator):
     a, b = (EmpiricalRisk().update(rng.exponential(s, 1000).astype(np.float32)) for s in (1e-3, 1e4))
     jax.tree.map(np.testing.assert_array_equal, a.merge(b), b.merge(a))
