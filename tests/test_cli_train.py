@@ -305,6 +305,17 @@ def test_a_loss_that_is_not_finite(text: Path, tmp_path: Path, capsys: pytest.Ca
     assert all(np.isfinite(p).all() for p in kept.params.values())
 
 
+def test_a_device_without_memory(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def train(*arguments: object, **options: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 3 TiB")
+
+    monkeypatch.setattr("jaxent.cli.run.train", train)
+    command = ["train", str(text), *SMALL, "--out", str(tmp_path / "o")]
+    fails(command, "JAX gave up: RESOURCE_EXHAUSTED: Out of memory; --resume goes on", capsys)
+
+
 def test_checkpoints_round_trip(trained: Path, tmp_path: Path):
     stored = Checkpoint.load(trained)
     stored.save(tmp_path)

@@ -86,7 +86,11 @@ def run(options: Options) -> None:
     with ExitStack() as held:
         work = devices.together(lambda: _prepare(options, devices, held))
         _check_agreement(work, devices)
-        result = work.finished or _train(options, devices, work, began)
+        try:
+            result = work.finished or _train(options, devices, work, began)
+        except jax.errors.JaxRuntimeError as error:  # no memory left on a device, another process lost
+            what = str(error).splitlines()[0]
+            raise CommandError(f"JAX gave up: {what}; --resume goes on from the last checkpoint") from error
     if not devices.is_first:
         return
     if options.as_json:
