@@ -328,6 +328,35 @@ def _entropy_jvp(classes, primals, tangents):
     return entropy(z, classes), classes.sum(gradient * dz)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def half_variance(z: jax.Array, step: jax.Array, classes: ClassAxis) -> jax.Array:
+    """`sum_k p_k (u_k - <p, u>)^2 / 2`, half the quadratic form of `diag(p) - p p^T` at `u`: never negative."""
+    p, centred = _centred(z, step, classes)
+    return classes.sum(p * jnp.square(centred)) / 2
+
+
+def _half_variance_jvp(classes, primals, tangents):
+    (z, step), (dz, d_step) = primals, tangents
+    p, centred = _centred(z, step, classes)
+    squares = jnp.square(centred)
+    half = classes.sum(p * squares) / 2
+    tangent = jnp.zeros_like(half)
+    if not isinstance(d_step, jax.custom_derivatives.SymbolicZero):
+        tangent += classes.sum((p * centred) * d_step)
+    if not isinstance(dz, jax.custom_derivatives.SymbolicZero):
+        tangent += classes.sum(p * (squares / 2 - half) * dz)
+    return half, tangent
+
+
+half_variance.defjvp(_half_variance_jvp, symbolic_zeros=True)
+
+
+def _centred(z: jax.Array, step: jax.Array, classes: ClassAxis) -> tuple[jax.Array, jax.Array]:
+    """`p` and `u_k - <p, u>`, the derivative of `log p_k` along `u`."""
+    _, centred = jax.jvp(lambda z: log_softmax(z, classes), (z,), (step,))
+    return softmax(z, classes), centred
+
+
 def _gaps(z: jax.Array, row: Normalizer) -> jax.Array:
     """`m - z_k`; 0 where `z_k` is -inf and its probability, which multiplies it, is 0."""
     return jnp.where(jnp.isneginf(z), 0, row.shift - z)
@@ -480,6 +509,19 @@ def softmax_loss_gradient(z: jax.Array, rows: RowTargets, options: LossOptions, 
     if rows.weights is not None:
         gradient *= rows.weights
     return jnp.where(ignored, 0, gradient)
+
+
+def target_mass(z: jax.Array, rows: RowTargets, options: LossOptions, classes: ClassAxis) -> jax.Array:
+    """`S`, what a row's targets add up to in its loss, with smoothing and class weights; 1 in the plain case."""
+    count = classes.size(z)
+    if rows.probabilities is not None:
+        return classes.sum(_smoothed(jnp.where(rows.codes == IGNORED, 0, rows.probabilities), options, count))
+    mass = jnp.where(rows.codes == INVALID, jnp.nan, jnp.ones_like(z, shape=rows.codes.shape))
+    if rows.label_weights is not None:
+        mass *= rows.label_weights
+    if options.smoothing is not None and options.class_weights is not None:
+        mass = (1 - options.smoothing) * mass + classes.sum(_smoothed(jnp.zeros_like(z), options, count))
+    return mass
 
 
 def weighted(weights: jax.Array, losses: jax.Array) -> jax.Array:

@@ -144,12 +144,12 @@ def _linear_softmax_cross_entropy(
 ) -> jax.Array | WeightedSum:
     logits = _heads.logits_like(head)
     rows, options = _targets.row_targets(arguments, logits, classes, ignore_index)
-    rows, hidden = _without_ignored(rows, head.hidden)
+    rows, hidden = without_ignored(rows, head.hidden)
     heads = (head._replace(hidden=hidden),)
-    return _stream(_SoftmaxRows(classes), heads, rows, (shaping, options), reduction, divisor, layout, products)
+    return stream_reduced(_SoftmaxRows(classes), heads, rows, (shaping, options), reduction, divisor, layout, products)
 
 
-def _stream(
+def stream_reduced(
     row_fn: RowFunction,
     heads: tuple[Head, ...],
     rows: RowTargets,
@@ -172,7 +172,7 @@ def _stream(
     return WeightedSum(total, weight) if reduction == "sum_and_weight" else total
 
 
-def _without_ignored(rows: RowTargets, hidden: jax.Array) -> tuple[RowTargets, jax.Array]:
+def without_ignored(rows: RowTargets, hidden: jax.Array) -> tuple[RowTargets, jax.Array]:
     """Ignored rows have hidden states of 0: their gradient is 0, and 0 times a nan would still reach the kernel's."""
     codes = rows.codes
     if rows.weights is not None:
@@ -370,9 +370,9 @@ def _linear_kl_divergence(
 ) -> jax.Array | WeightedSum:
     rows, _ = _targets.row_targets(arguments, _heads.logits_like(*heads), row_fn.classes, None)
     for head in heads:
-        rows, _ = _without_ignored(rows, head.hidden)
-    heads = tuple(head._replace(hidden=_without_ignored(rows, head.hidden)[1]) for head in heads)
-    return _stream(row_fn, heads, rows, (shaping_p, shaping_q, mixture), reduction, divisor, layout, products)
+        rows, _ = without_ignored(rows, head.hidden)
+    heads = tuple(head._replace(hidden=without_ignored(rows, head.hidden)[1]) for head in heads)
+    return stream_reduced(row_fn, heads, rows, (shaping_p, shaping_q, mixture), reduction, divisor, layout, products)
 
 
 def linear_loss(

@@ -99,7 +99,7 @@ def check_softmax_call(
     **options: Any,
 ) -> tuple[tuple[jax.Array, SoftmaxArguments, jax.Array | None], dict[str, Any]]:
     """The checked arguments of a softmax loss, traced ones and static ones, for the loss and for its gradient."""
-    z, axis = _check_logits(function, "logits", logits, axis)
+    z, axis = check_logits(function, "logits", logits, axis)
     arguments = _targets.check_softmax_arguments(function, z.shape, axis, targets, **options)
     divisor = _reduction.check(function, reduction, denominator)
     check_vocab_axis(function, vocab_axis)
@@ -155,7 +155,7 @@ def nll_loss(
     Array(0.9162907, dtype=float32)
     """
     name = "nll_loss"
-    log_p, axis = _check_logits(name, "log_probs", log_probs, axis)
+    log_p, axis = check_logits(name, "log_probs", log_probs, axis)
     rows = _targets.rows_shape(log_p.shape, axis)
     where, weights = _targets.check_row_arguments(name, rows, where, weights)
     arguments = SoftmaxArguments(
@@ -304,7 +304,7 @@ def token_statistics(
     (2, 1)
     """
     name = "token_statistics"
-    z, axis = _check_logits(name, "logits", logits, axis)
+    z, axis = check_logits(name, "logits", logits, axis)
     if labels is not None:
         labels = _targets.check_labels(name, "labels", labels, _targets.rows_shape(z.shape, axis))
     check_vocab_axis(name, vocab_axis)
@@ -363,7 +363,7 @@ def row_statistics(z: jax.Array, codes: jax.Array | None, classes: ClassAxis, to
     )
 
 
-def _check_logits(function: str, argument: str, logits: ArrayLike, axis: int) -> tuple[jax.Array, int]:
+def check_logits(function: str, argument: str, logits: ArrayLike, axis: int) -> tuple[jax.Array, int]:
     z = _arrays.floating(function, argument, logits)
     if z.ndim == 0:
         raise _arrays.shape_error(function, argument, "have a class axis", z)
