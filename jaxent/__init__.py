@@ -2,6 +2,16 @@
 
 from importlib import metadata as _metadata
 
+from jaxent.curvature import fisher_vector_product as fisher_vector_product
+from jaxent.curvature import ggn_vector_product as ggn_vector_product
+from jaxent.curvature import linear_fisher_vector_product as linear_fisher_vector_product
+from jaxent.curvature import linear_ggn_vector_product as linear_ggn_vector_product
+from jaxent.curvature import logit_hessian as logit_hessian
+from jaxent.curvature import logit_hessian_product as logit_hessian_product
+from jaxent.gradient_norms import GradientNoise as GradientNoise
+from jaxent.gradient_norms import GradientNorms as GradientNorms
+from jaxent.gradient_norms import gradient_noise_scale as gradient_noise_scale
+from jaxent.gradient_norms import linear_gradient_norms as linear_gradient_norms
 from jaxent.gradients import softmax_cross_entropy_gradient as softmax_cross_entropy_gradient
 from jaxent.information import conditional_entropy as conditional_entropy
 from jaxent.information import cross_entropy as cross_entropy

@@ -1,0 +1,57 @@
+"""Quadratic forms of rows of logits: half of `u^T A u`, whose derivative by `u` is the curvature product `A u`.
+
+For logits that depend linearly on a step `v`, `u = J v`, the derivative of the summed forms by `v` is `J^T A J v`. A
+sum of row losses of that kind is what the engine streams and what any `logits_fn` can be led back through, so that
+both take the matrix from here.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxent import _rows
+from jaxent._rows import IGNORED, LossOptions, RowTargets
+from jaxent._sharding import ClassAxis
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussNewton:
+    """`A` is the Hessian of the row's loss by its logits: `w (S + 2 zeta lse) (diag p - p p^T) + 2 w zeta p p^T`."""
+
+    classes: ClassAxis
+
+    def __call__(self, z: jax.Array, step: jax.Array, rows: RowTargets, options: LossOptions) -> jax.Array:
+        rows = _rows.without_weightless(z, rows, self.classes)
+        ignored = rows.codes == IGNORED
+        z, step = jnp.where(ignored, 0, z), jnp.where(ignored, 0, step)
+        slope = _rows.target_mass(z, rows, options, self.classes)
+        if options.z_loss is None:
+            return _weighted(rows, slope * _rows.half_variance(z, step, self.classes))
+        row = _rows.normalizer(z, self.classes)
+        slope += 2 * options.z_loss * (row.shift + row.log_total)
+        mean = self.classes.sum(_rows.probabilities(z, row, self.classes) * step)
+        form = slope * _rows.half_variance(z, step, self.classes) + options.z_loss * jnp.square(mean)
+        return _weighted(rows, form)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fisher:
+    """`A` is `w d d^T`, where `d` is the derivative by the logits of the row's loss without its weight."""
+
+    classes: ClassAxis
+
+    def __call__(self, z: jax.Array, step: jax.Array, rows: RowTargets, options: LossOptions) -> jax.Array:
+        rows = _rows.without_weightless(z, rows, self.classes)
+        gradient = _rows.softmax_loss_gradient(z, rows._replace(weights=None), options, self.classes)
+        slope = self.classes.sum(gradient * jnp.where(rows.codes == IGNORED, 0, step))
+        return _weighted(rows, jnp.square(slope) / 2)
+
+
+Form = GaussNewton | Fisher
+
+
+def _weighted(rows: RowTargets, forms: jax.Array) -> jax.Array:
+    ignored = rows.codes == IGNORED
+    forms = jnp.where(ignored, 0, forms)
+    return forms if rows.weights is None else jnp.where(ignored, 0, rows.weights) * forms
