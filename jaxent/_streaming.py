@@ -110,7 +110,8 @@ def _block_sum(row_loss, layout, chunk, logits, row_args, params) -> jax.Array:
 
 
 def _summed_jvp(row_loss, layout, products, primals, tangents):
-    total, gradients = _sum_and_gradients(row_loss, layout, products, primals, jax.tree.map(_is_wanted, tangents))
+    wanted = jax.tree.map(_is_wanted, tangents)
+    total, gradients = _with_rules_kept(_sum_and_gradients, row_loss, layout, products, wanted)(primals)
     steps = [tangent for tangent in jax.tree.leaves(tangents) if _is_wanted(tangent)]
     terms = [
         sum_to_type(jnp.sum(gradient * step.astype(gradient.dtype)), total).astype(total.dtype)
@@ -122,12 +123,33 @@ def _summed_jvp(row_loss, layout, products, primals, tangents):
 _summed.defjvp(_summed_jvp, symbolic_zeros=True)
 
 
+def _with_rules_kept(f: Callable[..., Pytree], *static: Any) -> Callable[[Pytree], Pytree]:
+    """`f(*static, inputs)`, whose scan keeps the derivative rules inside it however often it is differentiated.
+
+    A scan in a derivative rule is partially evaluated for what does not depend on the loop, and JAX drops the rules of
+    the loop's body when it does so: the Hessian of the row loss was then that of its bare formulas, in which a maximum
+    is a constant, wrong in the first digit. A function with a rule of its own is left alone.
+    """
+
+    @jax.custom_jvp
+    def kept(inputs: Pytree) -> Pytree:
+        return f(*static, inputs)
+
+    def rule(primals: Pytree, tangents: Pytree) -> Pytree:
+        moving, fixed = _partition(primals, jax.tree.map(_is_wanted, tangents))
+        steps, _ = _partition(tangents, jax.tree.map(_is_wanted, tangents))
+        return jax.jvp(lambda moving: f(*static, *_merge(moving, fixed)), (moving,), (steps,))
+
+    kept.defjvp(rule, symbolic_zeros=True)
+    return kept
+
+
 def _is_wanted(tangent: Any) -> bool:
     """Whether a derivative by this input was asked for: no product is spent on a frozen kernel."""
     return not isinstance(tangent, SymbolicZero)
 
 
-def _sum_and_gradients(row_loss, layout, products, inputs, wanted):
+def _sum_and_gradients(row_loss, layout, products, wanted, inputs):
     """The sum and its gradient by every wanted leaf of `inputs = (heads, row_args, params)`; None at the others."""
     heads, row_args, params = inputs
     heads = jax.tree.map(lambda x: like_varying(x, jax.tree.leaves(heads)), heads)
