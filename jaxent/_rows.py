@@ -353,8 +353,9 @@ half_variance.defjvp(_half_variance_jvp, symbolic_zeros=True)
 
 def _centred(z: jax.Array, step: jax.Array, classes: ClassAxis) -> tuple[jax.Array, jax.Array]:
     """`p` and `u_k - <p, u>`, the derivative of `log p_k` along `u`."""
-    _, centred = jax.jvp(lambda z: log_softmax(z, classes), (z,), (step,))
-    return softmax(z, classes), centred
+    row = normalizer(z, classes)
+    _, centred = jax.jvp(lambda z: log_probabilities(z, row, classes), (z,), (step,))
+    return probabilities(z, row, classes), centred
 
 
 def _gaps(z: jax.Array, row: Normalizer) -> jax.Array:
@@ -516,7 +517,7 @@ def target_mass(z: jax.Array, rows: RowTargets, options: LossOptions, classes: C
     count = classes.size(z)
     if rows.probabilities is not None:
         return classes.sum(_smoothed(jnp.where(rows.codes == IGNORED, 0, rows.probabilities), options, count))
-    mass = jnp.where(rows.codes == INVALID, jnp.nan, jnp.ones_like(z, shape=rows.codes.shape))
+    mass = jnp.where(rows.codes == INVALID, jnp.nan, 1).astype(z.dtype)
     if rows.label_weights is not None:
         mass *= rows.label_weights
     if options.smoothing is not None and options.class_weights is not None:

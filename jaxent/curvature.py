@@ -254,9 +254,9 @@ def _product(
     if not (isinstance(logits, jax.Array) and jnp.issubdtype(logits.dtype, jnp.floating)):
         raise _arrays.dtype_error(function, "logits_fn", "return floating logits", logits)
     logits, axis = check_logits(function, "logits_fn(params)", logits, axis)
+    check_vocab_axis(function, options["vocab_axis"])
     if targets is None:
-        # Taken from the logits, so that they are sharded and typed as their rows are.
-        targets, ignore_index = jnp.sum(jnp.zeros_like(logits, jnp.int32), axis=axis, dtype=jnp.int32), None
+        targets, ignore_index = _no_labels(logits, ClassAxis(axis, options["vocab_axis"])), None
     arrays, static = check_softmax_call(function, logits, targets, axis=axis, ignore_index=ignore_index, **options)
 
     def half_form(v: Pytree) -> jax.Array:
@@ -445,7 +445,7 @@ def _linear_product(
     head, batch = _heads.check_head(function, hidden, kernel, bias)
     steps = _check_steps(function, v, (hidden, kernel, bias))
     if targets is None:
-        targets, ignore_index = jnp.sum(jnp.zeros_like(head.hidden, jnp.int32), 1, dtype=jnp.int32).reshape(batch), None
+        targets, ignore_index = _no_labels(head.hidden, ClassAxis()).reshape(batch), None
     shape = (*batch, head.kernel.shape[1])
     arguments = _targets.check_softmax_arguments(function, shape, -1, targets, **options)
     divisor = _reduction.check(function, reduction, denominator)
@@ -477,7 +477,9 @@ class _StreamedForm:
     ) -> jax.Array:
         shaping, options, by_bias = shared
         raw, *steps = logits
-        step = sum(steps, jnp.zeros_like(raw) if by_bias is None else jnp.broadcast_to(by_bias[None, :], raw.shape))
+        if by_bias is not None:
+            steps.append(jnp.broadcast_to(by_bias[None, :], raw.shape))
+        step = functools.reduce(jnp.add, steps)
         z, step = jax.jvp(shaping, (raw,), (step,))
         return self.form(z, step, rows, options)[:, 0]
 
@@ -514,11 +516,16 @@ def _linear_curvature(
         total: Any = stream_reduced(row_fn, tuple(heads), rows, shared, reduction, divisor, layout, products)
         return total
 
-    return jax.grad(half_form)(steps)
+    return steps if all(x is None for x in steps) else jax.grad(half_form)(steps)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Arguments
+
+
+def _no_labels(x: jax.Array, axis: ClassAxis) -> jax.Array:
+    """The label 0 for each row, taken from the rows so that it is sharded and typed as they are."""
+    return jnp.squeeze(axis.sum(jnp.zeros_like(x, jnp.int32)), axis.axis)
 
 
 def _check_reduction(function: str, reduction: Any) -> None:
