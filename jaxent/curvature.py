@@ -280,7 +280,7 @@ def _half_form(
 ) -> jax.Array:
     z, step = _arrays.accumulated(logits, step)
     rows, options = _targets.row_targets(arguments, z, classes, ignore_index)
-    total: Any = _reduction.reduce(form(z, step, rows, options), rows.total_weights(), reduction, divisor)
+    total: Any = _reduction.reduce(form(z, step, rows, options), rows.total_weights(classes), reduction, divisor)
     return total
 
 
