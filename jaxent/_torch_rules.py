@@ -1,0 +1,220 @@
+"""The rules of PyTorch that are not this library's: reductions, result types, and where a result is nan."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxent import _arrays, _targets
+from jaxent._rows import IGNORED, label_codes
+from jaxent._sharding import ClassAxis
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Reductions
+
+
+def legacy_reduction(size_average: bool | None, reduce: bool | None, stacklevel: int) -> str:
+    """What the deprecated `size_average` and `reduce` stand for, of which None counts as True.
+
+    `stacklevel` counts from the caller of this function.
+    """
+    averaged, reduced = (flag is None or bool(flag) for flag in (size_average, reduce))
+    reduction = ("mean" if averaged else "sum") if reduced else "none"
+    warnings.warn(
+        f"size_average and reduce are deprecated: pass reduction={reduction!r} instead",
+        DeprecationWarning,
+        stacklevel=stacklevel + 1,
+    )
+    return reduction
+
+
+def check_reduction(
+    function: str,
+    reduction: str,
+    size_average: bool | None = None,
+    reduce: bool | None = None,
+    *,
+    allowed: tuple[str, ...] = ("mean", "sum", "none"),
+) -> str:
+    """One of `allowed`; the deprecated flags, if there are any, override `reduction`. Called by the public function."""
+    if size_average is not None or reduce is not None:
+        return legacy_reduction(size_average, reduce, stacklevel=3)
+    if reduction == "elementwise_mean":
+        message = "reduction='elementwise_mean' is deprecated: pass reduction='mean' instead"
+        warnings.warn(message, DeprecationWarning, stacklevel=3)
+        return "mean"
+    if reduction not in allowed:
+        expected = ", ".join(map(repr, allowed))
+        raise ValueError(f"jaxent.{function}: `reduction` must be one of {expected}, got {reduction!r}")
+    return reduction
+
+
+def reduce_rows(
+    loss: Callable[..., Any], counted: jax.Array, lost: jax.Array | None, reduction: str, dtype: np.dtype
+) -> jax.Array:
+    """`loss(reduction=...)`, a loss of this library, with PyTorch's mean: nan over nothing, and a quotient by whatever
+    the weights sum to otherwise.
+
+    `counted` are the rows that are not ignored; the derivative of a mean over nothing is 0. `lost` are the rows whose
+    loss is nan in PyTorch, which leaves their derivative as it is; None is none.
+    """
+    if reduction == "none":
+        return with_nan(loss(reduction="none"), lost).astype(dtype)
+    summed = loss(reduction="sum_and_weight")
+    total = with_nan(summed.total, None if lost is None else jnp.any(lost))
+    if reduction == "mean":
+        nothing = ~jnp.any(counted)
+        total = jnp.where(nothing, jnp.nan, total / jnp.where(nothing, 1, summed.weight))
+    return total.astype(dtype)
+
+
+def reduce_entries(losses: jax.Array, reduction: str, dtype: np.dtype) -> jax.Array:
+    """The mean divides by the number of entries, whatever they weigh."""
+    if reduction == "none":
+        return losses.astype(dtype)
+    return (jnp.mean(losses) if reduction == "mean" else jnp.sum(losses)).astype(dtype)
+
+
+def with_nan(losses: jax.Array, lost: jax.Array | None) -> jax.Array:
+    return losses if lost is None else losses + jnp.where(lost, jnp.nan, 0).astype(losses.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Arguments
+
+
+def promoted_dtype(*arrays: jax.Array | None) -> np.dtype:
+    """The common type of the arrays; one without dimensions does not widen those that have some."""
+    present = [a for a in arrays if a is not None]
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*([a.dtype for a in present if a.ndim] or [a.dtype for a in present]))
+
+
+def class_loss_dtype(z: jax.Array, target: jax.Array, weight: jax.Array | None) -> np.dtype:
+    """Class indices are looked up, and probabilities multiplied: their type counts."""
+    return z.dtype if jnp.issubdtype(target.dtype, jnp.integer) else promoted_dtype(z, target, weight)
+
+
+def check_target(function: str, target: ArrayLike, shape: tuple[int, ...], axis: int) -> jax.Array:
+    """Class indices or class probabilities for logits of `shape`; PyTorch tells them apart by their shape, which for
+    every valid target is what their type says.
+    """
+    kind = getattr(target, "dtype", None) or np.asarray(target).dtype
+    if jnp.issubdtype(kind, jnp.integer):
+        return _targets.check_labels(function, "target", target, _targets.rows_shape(shape, axis))
+    target = _arrays.floating(function, "target", target)
+    _arrays.check_shape(function, "target", target, shape, "class probabilities are shaped like the logits")
+    return target
+
+
+def check_class_weight(function: str, weight: ArrayLike | None, count: int) -> jax.Array | None:
+    if weight is None:
+        return None
+    weight = _arrays.real(function, "weight", weight)
+    _arrays.check_shape(function, "weight", weight, (count,), "one weight for each class")
+    return weight
+
+
+def check_entry_weight(
+    function: str, argument: str, weight: ArrayLike | None, shape: tuple[int, ...]
+) -> jax.Array | None:
+    if weight is None:
+        return None
+    weight = _arrays.real(function, argument, weight)
+    _arrays.check_broadcast(function, argument, weight, shape, "`input`")
+    return weight
+
+
+def class_axis(z: jax.Array) -> int:
+    """1 of `(N, C, ...)`, 0 of `(C,)`, counted from the end."""
+    return (0 if z.ndim == 1 else 1) - z.ndim
+
+
+def cast(function: str, x: ArrayLike, dtype: DTypeLike | None) -> jax.Array:
+    """`x` in `dtype`, which must be floating, as `x` must without one."""
+    if dtype is None:
+        return _arrays.floating(function, "input", x)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise _arrays.dtype_error(function, "dtype", "be floating", np.dtype(dtype).name)
+    return jnp.asarray(x).astype(jax.dtypes.canonicalize_dtype(dtype))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Where PyTorch multiplies 0 and infinity
+
+
+def lost_rows(
+    z: jax.Array,
+    target: jax.Array,
+    weight: jax.Array | None,
+    smoothing: jax.Array | None,
+    classes: ClassAxis,
+    ignore_index: int,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Which rows count, and which of them are nan because a class with log-probability -inf has a share of 0 in the
+    loss; None if no row can be. `z` are logits or log-probabilities.
+    """
+    if jnp.issubdtype(target.dtype, jnp.integer):
+        codes = label_codes(jnp.expand_dims(target, classes.axis), classes.size(z), ignore_index, None)
+        counted = codes != IGNORED
+        lost = None
+        if weight is not None or smoothing is not None:
+            share = jnp.ones(codes.shape, jnp.float32) if weight is None else classes.look_up(weight, codes)
+            share = share if smoothing is None else share * (1 - smoothing).astype(share.dtype)
+            lost = jnp.isinf(classes.take(z, codes)) & (share == 0)
+            if weight is not None and smoothing is not None:
+                lost |= counted & _any(jnp.isinf(z) & (_along(weight, z, classes) == 0), classes)
+    else:
+        counted = _any(jnp.ones_like(z, bool), classes)
+        if smoothing is not None:
+            smoothing = smoothing.astype(target.dtype)
+            target = (1 - smoothing) * target + smoothing / classes.size(z)
+        no_share = target == 0 if weight is None else (target == 0) | (_along(weight, z, classes) == 0)
+        lost = _any(jnp.isinf(z) & no_share, classes)
+    counted = jnp.squeeze(counted, classes.axis)
+    return counted, None if lost is None else jnp.squeeze(lost, classes.axis)
+
+
+def _any(mask: jax.Array, classes: ClassAxis) -> jax.Array:
+    return jnp.any(mask, axis=classes.axis, keepdims=True)
+
+
+def _along(weight: jax.Array, z: jax.Array, classes: ClassAxis) -> jax.Array:
+    """One number a class, shaped to broadcast against `z`."""
+    return weight.reshape([-1 if i - z.ndim == classes.axis else 1 for i in range(z.ndim)])
+
+
+def lost_logits(z: jax.Array, t: jax.Array, pos_weight: jax.Array | None) -> jax.Array:
+    """The infinite logits at which `(1 - t) z - (1 + (c - 1) t) log sigmoid(z)` is nan."""
+    slope = 1 if pos_weight is None else 1 + (pos_weight - 1) * t
+    return jnp.isinf(z) & jnp.isnan((1 - t) * z - slope * jnp.minimum(z, 0))
+
+
+@jax.custom_jvp
+def clamped_binary_nll(x: jax.Array, t: jax.Array) -> jax.Array:
+    """`-t log x - (1 - t) log(1 - x)` with logarithms of at least -100; nan for an operand outside [0, 1].
+
+    The derivative by `x` divides by at least 1e-12. Both bounds are PyTorch's.
+    """
+    log_x, log_rest = _clamped_logs(x)
+    inside = (x >= 0) & (x <= 1) & (t >= 0) & (t <= 1)
+    return (t - 1) * log_rest - t * log_x + jnp.where(inside, 0, jnp.nan).astype(x.dtype)
+
+
+def _clamped_logs(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.maximum(jnp.log(x), -100), jnp.maximum(jnp.log1p(-x), -100)
+
+
+@clamped_binary_nll.defjvp
+def _clamped_binary_nll_jvp(primals, tangents):
+    (x, t), (dx, dt) = primals, tangents
+    log_x, log_rest = _clamped_logs(x)
+    value = clamped_binary_nll(x, t)
+    by_x = (x - t) / jnp.maximum((1 - x) * x, 1e-12)
+    # `0 * value` is nan where the value is.
+    return value, (by_x + 0 * lax.stop_gradient(value)) * dx + (log_rest - log_x) * dt
