@@ -157,8 +157,10 @@ def _cross_entropy(
         ignore_index=ignore_index,
         label_smoothing=0.0 if smoothing is None else smoothing,
     )
-    counted, lost = _torch_rules.lost_rows(z, target, weight, smoothing, classes, ignore_index)
-    return _torch_rules.reduce_rows(loss, counted, lost, reduction, _torch_rules.class_loss_dtype(z, target, weight))
+    (wide,) = _arrays.accumulated(z)
+    rows = _torch_rules.row_targets(wide, target, weight, classes, ignore_index)
+    lost = _torch_rules.lost_rows(wide, rows, weight, smoothing, classes)
+    return _torch_rules.reduce_rows(loss, rows, lost, reduction, _torch_rules.class_loss_dtype(z, target, weight))
 
 
 def nll_loss(
@@ -199,8 +201,10 @@ def _nll_loss(
     loss = functools.partial(
         losses.nll_loss, log_p, labels, axis=classes.axis, class_weights=weight, ignore_index=ignore_index
     )
-    counted, lost = _torch_rules.lost_rows(log_p, labels, weight, None, classes, ignore_index)
-    return _torch_rules.reduce_rows(loss, counted, lost, reduction, log_p.dtype)
+    (wide,) = _arrays.accumulated(log_p)
+    rows = _torch_rules.row_targets(wide, labels, weight, classes, ignore_index)
+    lost = _torch_rules.lost_rows(wide, rows, weight, None, classes)
+    return _torch_rules.reduce_rows(loss, rows, lost, reduction, log_p.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

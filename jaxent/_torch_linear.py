@@ -7,11 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 
-from jaxent import _arrays, _torch_rules, linear
+from jaxent import _arrays, _heads, _torch_rules, linear, losses
+from jaxent._rows import IGNORED, RowTargets
 from jaxent._sharding import ClassAxis
+from jaxent._streaming import Head, Logits, stream_rows, stream_sum
+from jaxent.planning import layout_for
+from jaxent.risk import WeightedSum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +97,7 @@ def linear_cross_entropy(
     **Arguments:**
 
     - `input`: `(D,)` or `(N, D)`. `linear_weight`: `(C, D)`, or, for rows, `(C, d_1, ..., d_K, D)`: a linear layer for
-      each of the `d_1 x ... x d_K` places, which run one after the other. `linear_bias`: `linear_weight.shape[:-1]`.
+      each of the `d_1 x ... x d_K` places. `linear_bias`: `linear_weight.shape[:-1]`.
     - `target`, `weight`, `reduction`, `label_smoothing`: as in `cross_entropy` for logits `(C,)`, `(N, C)` or
       `(N, C, d_1, ..., d_K)`. `ignore_index`: None is -100.
     - `options`: a `LinearCrossEntropyOptions`; None leaves the chunks to `jaxent.plan`.
@@ -118,26 +121,24 @@ def linear_cross_entropy(
     if linear_bias is not None:
         linear_bias = _arrays.floating(name, "linear_bias", linear_bias)
         _arrays.check_shape(name, "linear_bias", linear_bias, w.shape[:-1], "one for each row of `linear_weight`")
-    shape = (*h.shape[:-1], *w.shape[:-1])
-    target = _torch_rules.check_target(name, target, shape, 1 - w.ndim)
+    target = _torch_rules.check_target(name, target, (*h.shape[:-1], *w.shape[:-1]), 1 - w.ndim)
     if jnp.issubdtype(target.dtype, jnp.floating) and ignore_index is not None:
         raise ValueError(f"jaxent.{name}: `ignore_index` goes with class indices, got {ignore_index} and probabilities")
-    rows = math.prod(h.shape[:-1])
     chunking = LinearCrossEntropyOptions() if options is None else options
-    if not isinstance(chunking, LinearCrossEntropyOptions):
+    if not isinstance(chunking, LinearCrossEntropyOptions):  # PyTorch's own
         chunking = LinearCrossEntropyOptions(
             batch_chunk_size=chunking.batch_chunk_size, chunking_method=chunking.chunking_method
         )
     return _linear_cross_entropy(
         h,
         w,
-        target,
         linear_bias,
+        target,
         _torch_rules.check_class_weight(name, weight, w.shape[0]),
         _arrays.scalar(name, "label_smoothing", label_smoothing, low=0.0, high=1.0, neutral=0.0),
         reduction=_torch_rules.check_reduction(name, reduction),
         ignore_index=-100 if ignore_index is None else ignore_index,
-        chunk_rows=chunking.chunk_rows(rows, w.shape[-1], w.shape[0]),
+        chunk_rows=chunking.chunk_rows(math.prod(h.shape[:-1]), w.shape[-1], math.prod(w.shape[:-1])),
     )
 
 
@@ -145,8 +146,8 @@ def linear_cross_entropy(
 def _linear_cross_entropy(
     h: jax.Array,
     w: jax.Array,
-    target: jax.Array,
     bias: jax.Array | None,
+    target: jax.Array,
     weight: jax.Array | None,
     smoothing: jax.Array | None,
     *,
@@ -154,38 +155,81 @@ def _linear_cross_entropy(
     ignore_index: int,
     chunk_rows: int | None,
 ) -> jax.Array:
-    places = w.shape[1:-1]
-    shape = (*h.shape[:-1], *w.shape[:-1])
-
-    def at_one_place(head: tuple[jax.Array, jax.Array | None, jax.Array], reduction: Any) -> Any:
-        kernel, bias, target = head
-        return linear.linear_softmax_cross_entropy(
-            h,
-            kernel,
-            target,
-            bias=bias,
-            class_weights=weight,
-            ignore_index=ignore_index,
-            label_smoothing=0.0 if smoothing is None else smoothing,
-            reduction=reduction,
-            chunk_rows=chunk_rows,
-        )
-
-    def loss(reduction: str) -> Any:
-        if not places:
-            return at_one_place((w.T, bias, target), reduction)
-        count = math.prod(places)
-        kernels = w.reshape(w.shape[0], count, w.shape[-1]).transpose(1, 2, 0)
-        biases = None if bias is None else bias.reshape(w.shape[0], count).T
-        targets = jnp.moveaxis(target.reshape(*target.shape[: target.ndim - len(places)], count), -1, 0)
-        parts = lax.map(lambda head: at_one_place(head, reduction), (kernels, biases, targets))
-        if reduction == "none":
-            return jnp.moveaxis(parts, 0, -1).reshape(*h.shape[:-1], *places)
-        return jax.tree.map(lambda x: jnp.sum(x, axis=0), parts)
-
-    # A logit is -inf where the bias is.
-    z = jnp.broadcast_to(jnp.zeros((), h.dtype) if bias is None else bias, shape)
+    # A logit is -inf where the bias is, and no other is looked for.
+    shape, dtype = (*h.shape[:-1], *w.shape[:-1]), _arrays.accumulation_dtype(h, w)
+    z = jnp.zeros(shape, dtype) if bias is None else jnp.broadcast_to(bias.astype(dtype), shape)
     classes = ClassAxis(1 - w.ndim)
-    counted, lost = _torch_rules.lost_rows(z, target, weight, smoothing, classes, ignore_index)
-    lost = None if bias is None else lost
-    return _torch_rules.reduce_rows(loss, counted, lost, reduction, _torch_rules.class_loss_dtype(h, target, weight))
+    rows = _torch_rules.row_targets(z, target, weight, classes, ignore_index)
+    lost = None if bias is None else _torch_rules.lost_rows(z, rows, weight, smoothing, classes)
+    options = {
+        "class_weights": weight,
+        "ignore_index": ignore_index,
+        "label_smoothing": 0.0 if smoothing is None else smoothing,
+    }
+    if w.ndim == 2:
+        loss = functools.partial(
+            linear.linear_softmax_cross_entropy, h, w.T, target, bias=bias, chunk_rows=chunk_rows, **options
+        )
+    else:
+        loss = functools.partial(
+            _loss_of_places, h, w, bias, target, rows, (weight, smoothing), ignore_index, chunk_rows
+        )
+    return _torch_rules.reduce_rows(loss, rows, lost, reduction, _torch_rules.class_loss_dtype(h, target, weight))
+
+
+def _loss_of_places(
+    h: jax.Array,
+    w: jax.Array,
+    bias: jax.Array | None,
+    target: jax.Array,
+    rows: RowTargets,
+    shared: tuple[jax.Array | None, jax.Array | None],
+    ignore_index: int,
+    chunk_rows: int | None,
+    reduction: str,
+) -> Any:
+    """The classes of all places are the columns of one product, and a row's loss is the sum over its places."""
+    count, places, features = w.shape[0], math.prod(w.shape[1:-1]), w.shape[-1]
+    if h.dtype != w.dtype:
+        h, w = _arrays.accumulated(h, w)
+    ignored = jnp.all((rows.codes == IGNORED).reshape(h.shape[0], places), axis=1, keepdims=True)
+    head = Head(
+        jnp.where(ignored, 0, h),
+        w.reshape(count * places, features).T,
+        None if bias is None else bias.reshape(count * places),
+    )
+    # In the dtype of the sums: a gradient by bf16 probabilities would be rounded before it is divided by the weight.
+    target = target if rows.probabilities is None else rows.probabilities
+    target = target.reshape(*target.shape[: target.ndim + 2 - w.ndim], places)
+    layout = layout_for("torch_compat.linear_cross_entropy", h.shape[0], max(1, count * places), chunk_rows)
+    row_fn = _PlacesRows(count, places, ignore_index, reduction != "none")
+    stream = stream_rows if reduction == "none" else stream_sum
+    losses = stream(row_fn, (head,), target, shared, layout, _heads.products(None, head))
+    if reduction == "none":
+        return losses.reshape(h.shape[0], *w.shape[1:-1])
+    return WeightedSum(losses, jnp.sum(rows.total_weights()).astype(losses.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class _PlacesRows:
+    """The losses of rows `(rows, places)`, or their sums `(rows,)`, as the engine takes them."""
+
+    count: int
+    places: int
+    ignore_index: int
+    summed: bool
+
+    def __call__(
+        self, logits: Logits, target: jax.Array, shared: tuple[jax.Array | None, jax.Array | None]
+    ) -> jax.Array:
+        weight, smoothing = shared
+        rows: Any = losses.softmax_cross_entropy(
+            logits[0].reshape(logits[0].shape[0], self.count, self.places),
+            target,
+            axis=1,
+            class_weights=weight,
+            ignore_index=self.ignore_index,
+            label_smoothing=0.0 if smoothing is None else smoothing,
+            reduction="none",
+        )
+        return jnp.sum(rows, axis=1) if self.summed else rows

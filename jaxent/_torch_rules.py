@@ -11,8 +11,9 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxent import _arrays, _targets
-from jaxent._rows import IGNORED, label_codes
+from jaxent._rows import IGNORED, RowTargets
 from jaxent._sharding import ClassAxis
+from jaxent._targets import SoftmaxArguments
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reductions
@@ -55,20 +56,19 @@ def check_reduction(
 
 
 def reduce_rows(
-    loss: Callable[..., Any], counted: jax.Array, lost: jax.Array | None, reduction: str, dtype: np.dtype
+    loss: Callable[..., Any], rows: RowTargets, lost: jax.Array | None, reduction: str, dtype: np.dtype
 ) -> jax.Array:
-    """`loss(reduction=...)`, a loss of this library, with PyTorch's mean: nan over nothing, and a quotient by whatever
-    the weights sum to otherwise.
+    """`loss(reduction=...)`, a loss of this library, with PyTorch's mean: nan, with derivative 0, if no row counts, and
+    otherwise a quotient by whatever the weights sum to.
 
-    `counted` are the rows that are not ignored; the derivative of a mean over nothing is 0. `lost` are the rows whose
-    loss is nan in PyTorch, which leaves their derivative as it is; None is none.
+    `lost` are the rows whose loss is nan in PyTorch, which leaves their derivative as it is; None is none.
     """
     if reduction == "none":
         return with_nan(loss(reduction="none"), lost).astype(dtype)
     summed = loss(reduction="sum_and_weight")
     total = with_nan(summed.total, None if lost is None else jnp.any(lost))
     if reduction == "mean":
-        nothing = ~jnp.any(counted)
+        nothing = jnp.all(rows.codes == IGNORED)
         total = jnp.where(nothing, jnp.nan, total / jnp.where(nothing, 1, summed.weight))
     return total.astype(dtype)
 
@@ -148,45 +148,42 @@ def cast(function: str, x: ArrayLike, dtype: DTypeLike | None) -> jax.Array:
 # Where PyTorch multiplies 0 and infinity
 
 
+def row_targets(
+    z: jax.Array, target: jax.Array, weight: jax.Array | None, classes: ClassAxis, ignore_index: int
+) -> RowTargets:
+    return _targets.row_targets(SoftmaxArguments(target, class_weights=weight), z, classes, ignore_index)[0]
+
+
 def lost_rows(
-    z: jax.Array,
-    target: jax.Array,
-    weight: jax.Array | None,
-    smoothing: jax.Array | None,
-    classes: ClassAxis,
-    ignore_index: int,
-) -> tuple[jax.Array, jax.Array | None]:
-    """Which rows count, and which of them are nan because a class with log-probability -inf has a share of 0 in the
-    loss; None if no row can be. `z` are logits or log-probabilities.
+    z: jax.Array, rows: RowTargets, weight: jax.Array | None, smoothing: jax.Array | None, classes: ClassAxis
+) -> jax.Array | None:
+    """The rows in which a class with log-probability -inf has a share of 0 in the loss; None if no row can be one.
+
+    `z` are logits or log-probabilities.
     """
-    if jnp.issubdtype(target.dtype, jnp.integer):
-        codes = label_codes(jnp.expand_dims(target, classes.axis), classes.size(z), ignore_index, None)
-        counted = codes != IGNORED
-        lost = None
-        if weight is not None or smoothing is not None:
-            share = jnp.ones(codes.shape, jnp.float32) if weight is None else classes.look_up(weight, codes)
-            share = share if smoothing is None else share * (1 - smoothing).astype(share.dtype)
-            lost = jnp.isinf(classes.take(z, codes)) & (share == 0)
-            if weight is not None and smoothing is not None:
-                lost |= counted & _any(jnp.isinf(z) & (_along(weight, z, classes) == 0), classes)
-    else:
-        counted = _any(jnp.ones_like(z, bool), classes)
+    smoothing = None if smoothing is None else smoothing.astype(z.dtype)
+    weight = (
+        None if weight is None else weight.reshape([-1 if i - z.ndim == classes.axis else 1 for i in range(z.ndim)])
+    )
+    if rows.probabilities is not None:
+        shares = rows.probabilities
         if smoothing is not None:
-            smoothing = smoothing.astype(target.dtype)
-            target = (1 - smoothing) * target + smoothing / classes.size(z)
-        no_share = target == 0 if weight is None else (target == 0) | (_along(weight, z, classes) == 0)
-        lost = _any(jnp.isinf(z) & no_share, classes)
-    counted = jnp.squeeze(counted, classes.axis)
-    return counted, None if lost is None else jnp.squeeze(lost, classes.axis)
+            shares = (1 - smoothing) * shares + smoothing / classes.size(z)
+        no_share = shares == 0 if weight is None else (shares == 0) | (weight == 0)
+        return _any(jnp.isinf(z) & no_share, classes)
+    if weight is None and smoothing is None:
+        return None
+    shares = jnp.ones_like(rows.codes, z.dtype) if rows.label_weights is None else rows.label_weights
+    if smoothing is not None:
+        shares = (1 - smoothing) * shares
+    lost = jnp.squeeze(jnp.isinf(classes.take(z, rows.codes)) & (shares == 0), classes.axis)
+    if weight is None or smoothing is None:
+        return lost
+    return lost | (_any(jnp.isinf(z) & (weight == 0), classes) & jnp.squeeze(rows.codes != IGNORED, classes.axis))
 
 
 def _any(mask: jax.Array, classes: ClassAxis) -> jax.Array:
-    return jnp.any(mask, axis=classes.axis, keepdims=True)
-
-
-def _along(weight: jax.Array, z: jax.Array, classes: ClassAxis) -> jax.Array:
-    """One number a class, shaped to broadcast against `z`."""
-    return weight.reshape([-1 if i - z.ndim == classes.axis else 1 for i in range(z.ndim)])
+    return jnp.any(mask, axis=classes.axis)
 
 
 def lost_logits(z: jax.Array, t: jax.Array, pos_weight: jax.Array | None) -> jax.Array:
