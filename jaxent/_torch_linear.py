@@ -155,12 +155,14 @@ def _linear_cross_entropy(
     ignore_index: int,
     chunk_rows: int | None,
 ) -> jax.Array:
-    # A logit is -inf where the bias is, and no other is looked for.
-    shape, dtype = (*h.shape[:-1], *w.shape[:-1]), _arrays.accumulation_dtype(h, w)
-    z = jnp.zeros(shape, dtype) if bias is None else jnp.broadcast_to(bias.astype(dtype), shape)
-    classes = ClassAxis(1 - w.ndim)
-    rows = _torch_rules.row_targets(z, target, weight, classes, ignore_index)
-    lost = None if bias is None else _torch_rules.lost_rows(z, rows, weight, smoothing, classes)
+    classes, dtype = ClassAxis(1 - w.ndim), _arrays.accumulation_dtype(h, w)
+    logits = jax.ShapeDtypeStruct((*h.shape[:-1], *w.shape[:-1]), dtype)
+    rows = _torch_rules.row_targets(logits, target, weight, classes, ignore_index)
+    lost = None
+    if bias is not None:
+        # A logit is -inf where the bias is, and no other is looked for.
+        z = bias.reshape((1,) * (h.ndim - 1) + bias.shape).astype(dtype)
+        lost = _torch_rules.lost_rows(z, rows, weight, smoothing, classes)
     options = {
         "class_weights": weight,
         "ignore_index": ignore_index,

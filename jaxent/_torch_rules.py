@@ -149,7 +149,11 @@ def cast(function: str, x: ArrayLike, dtype: DTypeLike | None) -> jax.Array:
 
 
 def row_targets(
-    z: jax.Array, target: jax.Array, weight: jax.Array | None, classes: ClassAxis, ignore_index: int
+    z: jax.Array | jax.ShapeDtypeStruct,
+    target: jax.Array,
+    weight: jax.Array | None,
+    classes: ClassAxis,
+    ignore_index: int,
 ) -> RowTargets:
     return _targets.row_targets(SoftmaxArguments(target, class_weights=weight), z, classes, ignore_index)[0]
 
@@ -159,7 +163,7 @@ def lost_rows(
 ) -> jax.Array | None:
     """The rows in which a class with log-probability -inf has a share of 0 in the loss; None if no row can be one.
 
-    `z` are logits or log-probabilities.
+    `z` are logits or log-probabilities; one row may stand for all.
     """
     smoothing = None if smoothing is None else smoothing.astype(z.dtype)
     weight = (
