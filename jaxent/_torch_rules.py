@@ -68,8 +68,9 @@ def reduce_rows(
     summed = loss(reduction="sum_and_weight")
     total = with_nan(summed.total, None if lost is None else jnp.any(lost))
     if reduction == "mean":
-        nothing = jnp.all(rows.codes == IGNORED)
-        total = jnp.where(nothing, jnp.nan, total / jnp.where(nothing, 1, summed.weight))
+        # PyTorch divides each part of a smoothed loss: 0 / 0 makes the sum nan even where the other part is x / 0.
+        mean = total / jnp.where(jnp.all(rows.codes == IGNORED), 1, summed.weight)
+        return with_nan(mean, jnp.all(rows.total_weights() == 0)).astype(dtype)
     return total.astype(dtype)
 
 

@@ -1,8 +1,8 @@
 """`jaxent.torch_compat` beside PyTorch itself, wherever it is installed: values and gradients.
 
-The inputs are PyTorch's own samples (`torch.testing` needs `expecttest` for them), and the product of all shapes, targets,
-weights, smoothings, ignored labels and reductions. In float64 the two agree to 1e-12. In the other types both are measured
-against PyTorch in float64 on the same inputs: float32 to a few ulp, the narrow ones no worse than PyTorch itself.
+The inputs are PyTorch's own samples (for which `torch.testing` needs `expecttest`), and the product of all shapes,
+targets, weights, smoothings, ignored labels and reductions. In float64 the two agree to 1e-12. In the other types both
+are measured against PyTorch in float64 on the same inputs: float32 to a few ulp, the narrow ones no worse than PyTorch.
 """
 
 import itertools
@@ -132,7 +132,10 @@ class Errors:
         """Over all inputs: one of them may round better in either, where products of bf16 are summed."""
         for place, (mine, yours) in self.squares.items():
             if self.dtype in NARROW:
-                assert mine <= 1.01 * yours, f"output {place}: {np.sqrt(mine):.3g}, PyTorch {np.sqrt(yours):.3g}"
+                # Results in float64, of a `dtype` argument, are exact in both.
+                assert mine <= 1.01 * yours + 1e-24, (
+                    f"output {place}: {np.sqrt(mine):.3g}, PyTorch {np.sqrt(yours):.3g}"
+                )
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -124,6 +124,7 @@ def cases() -> list[tuple[str, list[Any], dict[str, Any]]]:
     add("cross_entropy", logits(2, 5, 0), np.zeros((2, 0), np.int64))
     add("cross_entropy", logits(3, 5), np.array([1, 0, 1]), weight=np.array([1.0, 0.0, 1.0, 1.0, 1.0]))
     add("cross_entropy", logits(2, 5), np.array([1, 1]), weight=np.array([1.0, 0.0, 1.0, 1.0, 1.0]))
+    add("cross_entropy", logits(5), np.array(1), weight=np.array([1.0, 0.0, 1.0, 1.0, 1.0]), label_smoothing=0.125)
     add("cross_entropy", logits(2, 5), distributions((2, 5)), weight=np.zeros(5))
     without = {"weight": np.array([1.0, 0.0, 1.0])}
     for options in ({}, without, {"label_smoothing": 0.125}, {"label_smoothing": 1.0}):
