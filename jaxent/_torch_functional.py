@@ -160,7 +160,9 @@ def _cross_entropy(
     (wide,) = _arrays.accumulated(z)
     rows = _torch_rules.row_targets(wide, target, weight, classes, ignore_index)
     lost = _torch_rules.lost_rows(wide, rows, weight, smoothing, classes)
-    return _torch_rules.reduce_rows(loss, rows, lost, reduction, _torch_rules.class_loss_dtype(z, target, weight))
+    return _torch_rules.reduce_rows(
+        loss, rows, lost, classes, reduction, _torch_rules.class_loss_dtype(z, target, weight)
+    )
 
 
 def nll_loss(
@@ -204,7 +206,7 @@ def _nll_loss(
     (wide,) = _arrays.accumulated(log_p)
     rows = _torch_rules.row_targets(wide, labels, weight, classes, ignore_index)
     lost = _torch_rules.lost_rows(wide, rows, weight, None, classes)
-    return _torch_rules.reduce_rows(loss, rows, lost, reduction, log_p.dtype)
+    return _torch_rules.reduce_rows(loss, rows, lost, classes, reduction, log_p.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

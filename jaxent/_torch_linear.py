@@ -176,7 +176,9 @@ def _linear_cross_entropy(
         loss = functools.partial(
             _loss_of_places, h, w, bias, target, rows, (weight, smoothing), ignore_index, chunk_rows
         )
-    return _torch_rules.reduce_rows(loss, rows, lost, reduction, _torch_rules.class_loss_dtype(h, target, weight))
+    return _torch_rules.reduce_rows(
+        loss, rows, lost, classes, reduction, _torch_rules.class_loss_dtype(h, target, weight)
+    )
 
 
 def _loss_of_places(
@@ -209,7 +211,7 @@ def _loss_of_places(
     losses = stream(row_fn, (head,), target, shared, layout, _heads.products(None, head))
     if reduction == "none":
         return losses.reshape(h.shape[0], *w.shape[1:-1])
-    return WeightedSum(losses, jnp.sum(rows.total_weights()).astype(losses.dtype))
+    return WeightedSum(losses, jnp.sum(rows.total_weights(ClassAxis(1 - w.ndim))).astype(losses.dtype))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -56,7 +56,12 @@ def check_reduction(
 
 
 def reduce_rows(
-    loss: Callable[..., Any], rows: RowTargets, lost: jax.Array | None, reduction: str, dtype: np.dtype
+    loss: Callable[..., Any],
+    rows: RowTargets,
+    lost: jax.Array | None,
+    classes: ClassAxis,
+    reduction: str,
+    dtype: np.dtype,
 ) -> jax.Array:
     """`loss(reduction=...)`, a loss of this library, with PyTorch's mean: nan, with derivative 0, if no row counts, and
     otherwise a quotient by whatever the weights sum to.
@@ -70,7 +75,7 @@ def reduce_rows(
     if reduction == "mean":
         # PyTorch divides each part of a smoothed loss: 0 / 0 makes the sum nan even where the other part is x / 0.
         mean = total / jnp.where(jnp.all(rows.codes == IGNORED), 1, summed.weight)
-        return with_nan(mean, jnp.all(rows.total_weights() == 0)).astype(dtype)
+        return with_nan(mean, jnp.all(rows.total_weights(classes) == 0)).astype(dtype)
     return total.astype(dtype)
 
 
