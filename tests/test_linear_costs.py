@@ -178,7 +178,7 @@ def gradient_of_row_losses(loss: Any, hidden: Any, kernel: Any) -> Any:
 def test_temporaries_do_not_grow_with_the_rows(f: Any):
     few, many = temporary_bytes(f, 2048), temporary_bytes(f, 8192)
     assert many < 1.1 * few
-    assert many < 4 * 8192 * CLASSES / 2
+    assert many < 9 * CHUNK_LOGITS
 
 
 # ----------------------------------------------------------------------------------------------------------------------
