@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxent import _arrays
-from jaxent._sharding import like_varying, sum_to_type
+from jaxent._sharding import like_varying, over_rows, sum_to_type
 from jaxent.planning import Layout
 
 Pytree = Any
@@ -87,7 +87,25 @@ def stream_sum(
     products: Products,
 ) -> jax.Array:
     """`sum_i row_loss(logits_i, row_args_i, params)`; `row_loss` returns `(chunk_rows,)` and closes over no tracer."""
-    return _summed(row_loss, layout, products, heads, row_args, params)
+
+    def part(heads: tuple[Head, ...], row_args: Pytree, params: Pytree) -> jax.Array:
+        return _summed(row_loss, layout, products, heads, row_args, params)
+
+    return _over_rows(part, heads, row_args, params, summed=True)
+
+
+def _over_rows(
+    f: Callable[..., Pytree], heads: tuple[Head, ...], row_args: Pytree, params: Pytree, *, summed: bool
+) -> Pytree:
+    """`f(heads, row_args, params)`, on an explicit mesh for each device's own rows."""
+
+    def part(per_row: Pytree, shared: Pytree) -> Pytree:
+        hidden, args = per_row
+        layers, params = shared
+        return f(tuple(Head(h, *layer) for h, layer in zip(hidden, layers, strict=True)), args, params)
+
+    layers = [(head.kernel, head.bias) for head in heads]
+    return over_rows(part, ([head.hidden for head in heads], row_args), (layers, params), summed=summed)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -197,6 +215,14 @@ def stream_rows(
     What all chunks share enters the scan in the accumulation dtype, in which the scan then adds its cotangents: see
     `_logits` for the kernel. `params` are floating.
     """
+
+    def part(heads: tuple[Head, ...], row_args: Pytree, params: Pytree) -> Pytree:
+        return _each_row(row_fn, layout, products, heads, row_args, params)
+
+    return _over_rows(part, heads, row_args, params, summed=False)
+
+
+def _each_row(row_fn, layout, products, heads, row_args, params) -> Pytree:
     varying = jax.tree.leaves((heads, row_args))
     heads, params = jax.tree.map(lambda x: like_varying(x, varying), (heads, params))
     biases, params, wide = jax.tree.map(

@@ -48,6 +48,12 @@ def check_softmax_arguments(
     )
 
 
+def of_rows(arguments: SoftmaxArguments) -> dict[str, jax.Array | None]:
+    """The arguments that have rows and no classes."""
+    labels = arguments.targets if jnp.issubdtype(arguments.targets.dtype, jnp.integer) else None
+    return {"targets": labels, "where": arguments.where, "weights": arguments.weights}
+
+
 def rows_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     """The shape without its class axis."""
     at = len(shape) + axis

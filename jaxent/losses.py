@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxent import _arrays, _reduction, _rows, _targets
 from jaxent._reduction import Reduction
-from jaxent._sharding import ClassAxis, check_vocab_axis
+from jaxent._sharding import ClassAxis, check_class_axis
 from jaxent._targets import SoftmaxArguments
 from jaxent.risk import WeightedSum
 
@@ -102,7 +102,7 @@ def check_softmax_call(
     z, axis = _check_logits(function, "logits", logits, axis)
     arguments = _targets.check_softmax_arguments(function, z.shape, axis, targets, **options)
     divisor = _reduction.check(function, reduction, denominator)
-    check_vocab_axis(function, vocab_axis)
+    check_class_axis(function, vocab_axis, {"logits": (z, axis)}, _targets.of_rows(arguments))
     ignore_index = _targets.check_ignore_index(function, ignore_index)
     static = {"classes": ClassAxis(axis, vocab_axis), "ignore_index": ignore_index, "reduction": reduction}
     return (z, arguments, divisor), static
@@ -156,15 +156,18 @@ def nll_loss(
     """
     name = "nll_loss"
     log_p, axis = _check_logits(name, "log_probs", log_probs, axis)
-    rows = _targets.rows_shape(log_p.shape, axis)
-    where, weights = _targets.check_row_arguments(name, rows, where, weights)
+    shape = _targets.rows_shape(log_p.shape, axis)
+    where, weights = _targets.check_row_arguments(name, shape, where, weights)
     arguments = SoftmaxArguments(
-        _targets.check_labels(name, "labels", labels, rows),
+        _targets.check_labels(name, "labels", labels, shape),
         where,
         weights,
         _targets.check_class_weights(name, class_weights, log_p.shape[axis]),
     )
     divisor = _reduction.check(name, reduction, denominator)
+    check_class_axis(
+        name, None, {"log_probs": (log_p, axis)}, {"labels": arguments.targets, "where": where, "weights": weights}
+    )
     ignore_index = _targets.check_ignore_index(name, ignore_index)
     return _nll_loss(log_p, arguments, divisor, classes=ClassAxis(axis), ignore_index=ignore_index, reduction=reduction)
 
@@ -307,7 +310,7 @@ def token_statistics(
     z, axis = _check_logits(name, "logits", logits, axis)
     if labels is not None:
         labels = _targets.check_labels(name, "labels", labels, _targets.rows_shape(z.shape, axis))
-    check_vocab_axis(name, vocab_axis)
+    check_class_axis(name, vocab_axis, {"logits": (z, axis)}, {"labels": labels})
     classes = ClassAxis(axis, vocab_axis)
     return _token_statistics(z, labels, classes=classes, top_k=check_top_k(name, top_k, classes.size(z)))
 
