@@ -8,7 +8,8 @@ and the classes are left to XLA, so that a row function may look at them as a wh
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ class ClassAxis:
     """
 
     axis: int = -1
-    mesh_axis: str | None = None
+    mesh_axis: str | tuple[str, ...] | None = None
 
     def size(self, x: jax.Array | jax.ShapeDtypeStruct) -> int:
         """How many classes there are, over all shards."""
@@ -43,6 +44,13 @@ class ClassAxis:
         shape = [1] * x.ndim
         shape[self.axis] = x.shape[self.axis]
         return jnp.arange(x.shape[self.axis], dtype=dtype).reshape(shape)
+
+    def zeros(self, x: jax.Array) -> jax.Array:
+        """An int32 zero for each row of `x`, the same on all devices that share the row."""
+        shape = list(x.shape)
+        shape[self.axis] = 1
+        own = self.mesh_axis if isinstance(self.mesh_axis, tuple) else (self.mesh_axis or "",)
+        return like_varying(jnp.zeros(shape, jnp.int32), [x], except_for=own)
 
     def is_class(self, labels: jax.Array, x: jax.Array) -> jax.Array:
         """Where `x` holds the row's label; false all along the row for a label outside the classes."""
@@ -81,8 +89,7 @@ class ClassAxis:
         """The `k` largest entries of each row and their classes, on a new last axis in place of the class axis."""
         x = jnp.moveaxis(x, self.axis, -1)
         if self.mesh_axis is None:
-            rows = _split(x)[:-1]
-            return automatic(lambda x: _top(x, k), x, mesh=_mesh(x), out_specs=P(*rows))
+            return _top(x, k)
         values, index = lax.top_k(x, min(k, x.shape[-1]))
         index += lax.axis_index(self.mesh_axis) * x.shape[-1]
         values, best = lax.top_k(self._beside(values), k)
@@ -97,14 +104,17 @@ class ClassAxis:
 
     def look_up(self, table: jax.Array, labels: jax.Array) -> jax.Array:
         """The entry of a table with one number a class (this shard's classes) at each label; 0 outside the classes."""
-        count = table.shape[0]
-        local = labels - (0 if self.mesh_axis is None else lax.axis_index(self.mesh_axis) * count)
+        rows, own = _split(labels), _split(table)[0]
+        axis = ClassAxis(mesh_axis=own) if own else self
 
-        def found(table: jax.Array, local: jax.Array) -> jax.Array:
-            return table.at[jnp.clip(local, 0, count - 1)].get(mode="promise_in_bounds")
+        def found(table: jax.Array, labels: jax.Array) -> jax.Array:
+            count = table.shape[0]
+            local = labels - axis.first(table)
+            entry = table.at[jnp.clip(local, 0, count - 1)].get(mode="promise_in_bounds")
+            return axis.across(jnp.where((local >= 0) & (local < count), entry, 0))
 
-        found_here = automatic(found, table, local, mesh=_mesh(table, local), out_specs=P(*_split(labels)))
-        return self.across(jnp.where((local >= 0) & (local < count), found_here, 0))
+        parts = _on_each(found, own + _names(rows), (P(own), P(*rows)), P(*rows))
+        return automatic(parts, table, labels, mesh=_mesh(table, labels), out_specs=P(*rows))
 
 
 def _top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
@@ -130,24 +140,25 @@ def _top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 # Manual meshes: along which axes a value differs between devices
 
 
-def _varying(x: jax.Array) -> frozenset[str]:
+def varying(x: jax.Array) -> frozenset[str]:
     """The manual mesh axes along which the value differs between devices."""
     return jax.typeof(x).manual_axis_type.varying
 
 
-def like_varying(x: jax.Array, others: Sequence[jax.Array]) -> jax.Array:
+def like_varying(x: jax.Array, others: Sequence[jax.Array], except_for: Collection[str] = ()) -> jax.Array:
     """`x`, typed inside `shard_map` as differing between devices along every axis that any of `others` differs along.
+
 
     A scan's carry must have its final type from the start, and a constant that is made varying before a scan is summed
     over the devices once, after it, on the way back, not once a step.
     """
-    axes = frozenset[str]().union(*map(_varying, others)) - _varying(x)
+    axes = frozenset[str]().union(*map(varying, others)).difference(varying(x), except_for)
     return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
 def sum_to_type(x: jax.Array, like: jax.Array) -> jax.Array:
     """`x`, summed over the mesh axes along which it differs between devices and `like` does not."""
-    axes = _varying(x) - _varying(like)
+    axes = varying(x) - varying(like)
     return lax.psum(x, tuple(sorted(axes))) if axes else x
 
 
@@ -207,6 +218,14 @@ def automatic(f: Callable[..., Any], *arrays: Any, mesh: AbstractMesh, out_specs
 def _on_each(f: Callable[..., Any], axes: tuple[str, ...], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
     """`f` of the parts, on every device of the mesh axes; for use inside `automatic`."""
     return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes)) if axes else f
+
+
+def elementwise(f: Callable[..., Any], x: jax.Array, *others: Any, without: int | None = None) -> Any:
+    """`f(x, *others)`, typed like `x`, or like `x` without an axis, after which the result may have more."""
+    split = _split(x)
+    if without is not None:
+        split = split[: x.ndim + without] + split[x.ndim + without + 1 :]
+    return automatic(f, x, *others, mesh=_mesh(x, *jax.tree.leaves(others)), out_specs=P(*split))
 
 
 def over_rows(f: Callable[..., Any], per_row: Any, shared: Any, *, summed: bool) -> Any:
@@ -286,9 +305,20 @@ def check_class_axis(
     vocab_axis: str | None,
     split: Mapping[str, tuple[jax.Array, int]],
     whole: Mapping[str, jax.Array | None],
+    along: Mapping[str, tuple[jax.Array | None, int]] = MappingProxyType({}),
 ) -> None:
-    """Arrays with classes, `name: (array, class axis)`, are split over `vocab_axis`; those with rows only are not."""
+    """Arrays with classes, `name: (array, class axis)`, are split over `vocab_axis`; those with rows only are not.
+
+    Those of `along` go with the first of `split`.
+    """
     check_vocab_axis(function, vocab_axis)
+    (first, (like, at)), *_ = split.items()
+    for name, (x, axis) in along.items():
+        if x is not None and _split(x)[axis] not in ((), _split(like)[at]):
+            raise ValueError(
+                f"jaxent.{function}: `{name}` must be split over the mesh axes that split the classes of `{first}`, or "
+                f"over none, got {jax.typeof(x)} and {jax.typeof(like)}; `jax.sharding.reshard` it"
+            )
     present = {name: x for name, x in whole.items() if x is not None}
     for name, (x, axis) in split.items():
         taken = _split(x)[axis]
@@ -300,14 +330,14 @@ def check_class_axis(
                     f"classes of `{name}`, got {jax.typeof(y)} and {jax.typeof(x)}; "
                     f"`jax.sharding.reshard` it so that {both[0]!r} splits only classes"
                 )
-        if vocab_axis in _axes(_mesh(x), AxisType.Manual) and vocab_axis not in _varying(x):
+        if vocab_axis in _axes(_mesh(x), AxisType.Manual) and vocab_axis not in varying(x):
             raise ValueError(
                 f"jaxent.{function}: `{name}` must hold each device's own classes along `vocab_axis`, got the same "
                 f"classes on all devices of {vocab_axis!r}; name the axis in the in_specs of jax.shard_map, and leave "
                 f"its check_vma on"
             )
     for name, x in present.items():
-        if vocab_axis in _varying(x):
+        if vocab_axis in varying(x):
             raise ValueError(
                 f"jaxent.{function}: `{name}` must be the same on all devices of `vocab_axis`, since labels count all "
                 f"classes and rows have all of them; got {jax.typeof(x)}, which differs along {vocab_axis!r}: leave "

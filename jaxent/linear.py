@@ -92,7 +92,7 @@ def linear_softmax_cross_entropy(
         z_loss=z_loss,
     )
     divisor = _reduction.check(name, reduction, denominator)
-    check_class_axis(name, vocab_axis, {"kernel": (head.kernel, 1)}, _targets.of_rows(arguments))
+    _targets.check_class_axis(name, vocab_axis, {"kernel": (head.kernel, 1)}, arguments)
     losses = _linear_softmax_cross_entropy(
         head,
         _heads.flat_rows(arguments, batch),
