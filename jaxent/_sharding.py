@@ -185,9 +185,10 @@ Split = tuple[tuple[str, ...], ...]
 
 
 def _split(x: jax.Array) -> Split:
-    """The explicit mesh axes that each dimension is split over."""
-    spec = jax.typeof(x).sharding.spec
-    return tuple(() if s is None else s if isinstance(s, tuple) else (s,) for s in spec)
+    """The explicit mesh axes that each dimension is split over, without those of size 1, which split nothing."""
+    mesh, spec = _mesh(x), jax.typeof(x).sharding.spec
+    names = (() if s is None else s if isinstance(s, tuple) else (s,) for s in spec)
+    return tuple(tuple(a for a in axes if mesh.shape[a] > 1) for axes in names)
 
 
 def _names(split: Split) -> tuple[str, ...]:
