@@ -8,8 +8,10 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxent import _arrays, _targets
+from jaxent._sharding import Batch, automatic_devices, check_linear_layer, local_shape
 from jaxent._streaming import Head, Precision, Products
 from jaxent._targets import SoftmaxArguments
+from jaxent.planning import Layout, layout_for
 
 
 class Shaping(NamedTuple):
@@ -27,8 +29,8 @@ class Shaping(NamedTuple):
 
 def check_head(
     function: str, hidden: ArrayLike, kernel: ArrayLike, bias: ArrayLike | None, suffix: str = ""
-) -> tuple[Head, tuple[int, ...]]:
-    """The head with its rows in one dimension, operands in one dtype, and the shape of the batch."""
+) -> tuple[Head, Batch]:
+    """The head with its rows in one dimension, operands in one dtype, and the batch."""
     h = _arrays.floating(function, f"hidden{suffix}", hidden)
     w = _arrays.floating(function, f"kernel{suffix}", kernel)
     if h.ndim == 0:
@@ -42,7 +44,9 @@ def check_head(
         _arrays.check_shape(function, f"bias{suffix}", bias, (w.shape[1],), "one for each class")
     if h.dtype != w.dtype:
         h, w = _arrays.accumulated(h, w)
-    return Head(h.reshape(-1, h.shape[-1]) if h.ndim != 2 else h, w, bias), h.shape[:-1]
+    check_linear_layer(function, h, w, suffix)
+    batch = Batch.of(h, h.ndim - 1)
+    return Head(batch.flatten(h), w, bias), batch
 
 
 def check_shaping(function: str, soft_cap: ArrayLike | None, temperature: ArrayLike) -> Shaping:
@@ -51,24 +55,31 @@ def check_shaping(function: str, soft_cap: ArrayLike | None, temperature: ArrayL
     return Shaping(soft_cap, _arrays.scalar(function, "temperature", temperature, low=0.0, open_low=True, neutral=1.0))
 
 
-def check_row_argument(function: str, x: ArrayLike, batch: tuple[int, ...]) -> jax.Array:
+def check_row_argument(function: str, x: ArrayLike, batch: Batch) -> jax.Array:
     x = jnp.asarray(x)
     if x.shape[: len(batch)] != batch:
         raise _arrays.shape_error(
             function, "row_args", f"have shapes that start with {batch}, the batch of `hidden`", x
         )
-    return x.reshape(-1, *x.shape[len(batch) :])
+    return batch.flatten(x)
 
 
-def flat_rows(arguments: SoftmaxArguments, batch_dims: int) -> SoftmaxArguments:
+def flat_rows(arguments: SoftmaxArguments, batch: Batch) -> SoftmaxArguments:
     """The arguments with their batch axes as one."""
+    flat: dict[str, Any] = {
+        name: batch.flatten(x)
+        for name, x in arguments._asdict().items()
+        if name in ("targets", "where", "weights") and x is not None
+    }
+    return arguments._replace(**flat)
 
-    def flat(x: jax.Array | None) -> jax.Array | None:
-        return None if x is None else x.reshape(-1, *x.shape[batch_dims:])
 
-    return arguments._replace(
-        targets=flat(arguments.targets), where=flat(arguments.where), weights=flat(arguments.weights)
-    )
+def layout(function: str, chunk_rows: int | None, *heads: Head) -> Layout:
+    """How the rows of a device are cut; the logits of all heads are held at a time."""
+    rows, _ = local_shape(heads[0].hidden)
+    classes = sum(local_shape(head.kernel)[1] for head in heads)
+    devices = max(automatic_devices(x) for head in heads for x in (head.hidden, head.kernel))
+    return layout_for(function, rows, classes, chunk_rows, devices)
 
 
 def logits_like(*heads: Head) -> jax.ShapeDtypeStruct:

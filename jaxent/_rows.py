@@ -388,7 +388,9 @@ def picked(log_p: jax.Array, codes: jax.Array, classes: ClassAxis) -> jax.Array:
 @picked.defjvp
 def _picked_jvp(classes, primals, tangents):
     (log_p, codes), (d_log_p, _) = primals, tangents
-    onehot = jnp.where(codes == INVALID, jnp.nan, classes.is_class(codes, log_p).astype(log_p.dtype))
+    # A comparison that never holds: without an operand of its shape XLA would give every device the whole gradient.
+    chosen = classes.is_class(codes, log_p) | (log_p > jnp.inf)
+    onehot = jnp.where(codes == INVALID, jnp.nan, chosen.astype(log_p.dtype))
     return picked(log_p, codes, classes), classes.sum(onehot * d_log_p)
 
 

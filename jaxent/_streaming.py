@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxent import _arrays
-from jaxent._sharding import like_varying, sum_to_type
+from jaxent._sharding import like_varying, over_rows, sum_to_type, varying
 from jaxent.planning import Layout
 
 Pytree = Any
@@ -87,7 +87,25 @@ def stream_sum(
     products: Products,
 ) -> jax.Array:
     """`sum_i row_loss(logits_i, row_args_i, params)`; `row_loss` returns `(chunk_rows,)` and closes over no tracer."""
-    return _summed(row_loss, layout, products, heads, row_args, params)
+
+    def part(heads: tuple[Head, ...], row_args: Pytree, params: Pytree) -> jax.Array:
+        return _summed(row_loss, layout, products, heads, row_args, params)
+
+    return _over_rows(part, heads, row_args, params, summed=True)
+
+
+def _over_rows(
+    f: Callable[..., Pytree], heads: tuple[Head, ...], row_args: Pytree, params: Pytree, *, summed: bool
+) -> Pytree:
+    """`f(heads, row_args, params)`, on an explicit mesh for each device's own rows."""
+
+    def part(per_row: Pytree, shared: Pytree) -> Pytree:
+        hidden, args = per_row
+        layers, params = shared
+        return f(tuple(Head(h, *layer) for h, layer in zip(hidden, layers, strict=True)), args, params)
+
+    layers = [(head.kernel, head.bias) for head in heads]
+    return over_rows(part, ([head.hidden for head in heads], row_args), (layers, params), summed=summed)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -152,13 +170,12 @@ def _is_wanted(tangent: Any) -> bool:
 def _sum_and_gradients(row_loss, layout, products, wanted, inputs):
     """The sum and its gradient by every wanted leaf of `inputs = (heads, row_args, params)`; None at the others."""
     heads, row_args, params = inputs
+    free_params, fixed_params = _partition(params, wanted[2])
+    free_params = _added_once(free_params, heads)
     heads = jax.tree.map(lambda x: like_varying(x, jax.tree.leaves(heads)), heads)
-    want_heads, want_args, want_params = wanted
+    want_heads, want_args, _ = wanted
     needs_logits = [any(jax.tree.leaves(want)) for want in want_heads]
     free_args, fixed_args = _partition(row_args, want_args)
-    free_params, fixed_params = _partition(params, want_params)
-    varying = jax.tree.leaves(inputs)
-    free_params = jax.tree.map(lambda x: like_varying(x, varying), free_params)
 
     def step(carry: Pytree, chunk: jax.Array, rows: Pytree) -> tuple[Pytree, Pytree]:
         hidden, free, fixed = rows
@@ -182,7 +199,7 @@ def _sum_and_gradients(row_loss, layout, products, wanted, inputs):
     kernels = [head.kernel if want.kernel else None for head, want in zip(heads, want_heads, strict=True)]
     biases = [head.bias if want.bias else None for head, want in zip(heads, want_heads, strict=True)]
     zeros = jax.tree.map(
-        lambda x: like_varying(jnp.zeros_like(x, dtype=_arrays.accumulation_dtype(x)), varying),
+        lambda x: like_varying(jnp.zeros_like(x, dtype=_arrays.accumulation_dtype(x)), [x]),
         (kernels, biases, free_params),
     )
     per_row = ([head.hidden for head in heads], free_args, fixed_args)
@@ -190,6 +207,15 @@ def _sum_and_gradients(row_loss, layout, products, wanted, inputs):
     d_hidden, d_args = jax.tree.map(layout.join, (d_hidden, d_args))
     d_heads = tuple(Head(*parts) for parts in zip(d_hidden, d_kernels, d_biases, strict=True))
     return jnp.sum(sums), (d_heads, d_args, d_params)
+
+
+def _added_once(params: Pytree, heads: tuple[Head, ...]) -> Pytree:
+    """`params`, typed as differing along the mesh axes that split rows, so that their cotangents are summed over them
+    after the scan and not in every step; not along those that split classes, where the losses do not differ.
+    """
+    rows = [head.hidden for head in heads]
+    split = frozenset[str]().union(*(varying(head.kernel) for head in heads))
+    return jax.tree.map(lambda x: like_varying(x, rows, except_for=split), params)
 
 
 def _partition(tree: Pytree, mask: Pytree) -> tuple[Pytree, Pytree]:
@@ -219,8 +245,16 @@ def stream_rows(
     What all chunks share enters the scan in the accumulation dtype, in which the scan then adds its cotangents: see
     `_logits` for the kernel. `params` are floating.
     """
-    varying = jax.tree.leaves((heads, row_args))
-    heads, params = jax.tree.map(lambda x: like_varying(x, varying), (heads, params))
+
+    def part(heads: tuple[Head, ...], row_args: Pytree, params: Pytree) -> Pytree:
+        return _each_row(row_fn, layout, products, heads, row_args, params)
+
+    return _over_rows(part, heads, row_args, params, summed=False)
+
+
+def _each_row(row_fn, layout, products, heads, row_args, params) -> Pytree:
+    params = _added_once(params, heads)
+    heads = jax.tree.map(lambda x: like_varying(x, jax.tree.leaves(heads)), heads)
     biases, params, wide = jax.tree.map(
         lambda x: x.astype(_arrays.accumulation_dtype(x)),
         ([head.bias for head in heads], params, [head.kernel for head in heads]),

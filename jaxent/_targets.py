@@ -8,7 +8,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxent import _arrays
+from jaxent import _arrays, _sharding
 from jaxent._rows import IGNORED, INVALID, LossOptions, RowTargets, label_codes
 from jaxent._sharding import ClassAxis
 
@@ -47,6 +47,20 @@ def check_softmax_arguments(
         _arrays.scalar(function, "label_smoothing", label_smoothing, low=0.0, high=1.0, neutral=0.0),
         _arrays.scalar(function, "z_loss", z_loss, low=0.0, neutral=0.0),
     )
+
+
+def check_class_axis(
+    function: str,
+    vocab_axis: str | None,
+    split: dict[str, tuple[jax.Array, int]],
+    arguments: SoftmaxArguments,
+    targets: str = "targets",
+) -> None:
+    """`split` has the logits or the kernel, with the class axis; `targets` is how the function calls its labels."""
+    whole = {"where": arguments.where, "weights": arguments.weights}
+    if jnp.issubdtype(arguments.targets.dtype, jnp.integer):
+        whole[targets] = arguments.targets
+    _sharding.check_class_axis(function, vocab_axis, split, whole, {"class_weights": (arguments.class_weights, 0)})
 
 
 def rows_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
@@ -129,8 +143,8 @@ def row_targets(
             label_weights = jnp.where(codes == INVALID, jnp.nan, classes.look_up(class_weights, codes))
     else:
         probabilities = arguments.targets.astype(z.dtype)
-        rows = jnp.sum(jnp.zeros_like(probabilities, jnp.int32), axis=classes.axis, keepdims=True)
-        codes = rows if where is None else jnp.where(where, rows, IGNORED)
+        codes = classes.zeros(probabilities)
+        codes = codes if where is None else jnp.where(where, codes, IGNORED)
     if class_weights is not None:
         class_weights = class_weights.reshape([-1 if i - z.ndim == classes.axis else 1 for i in range(z.ndim)])
     return RowTargets(codes, probabilities, weights, label_weights), LossOptions(class_weights, smoothing, z_loss)

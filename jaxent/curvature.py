@@ -13,12 +13,12 @@ from jaxent import _arrays, _heads, _reduction, _rows, _targets
 from jaxent._forms import Fisher, Form, GaussNewton
 from jaxent._heads import Shaping
 from jaxent._rows import LossOptions, RowTargets
-from jaxent._sharding import ClassAxis, check_vocab_axis
+from jaxent._sharding import ClassAxis, check_vocab_axis, elementwise
 from jaxent._streaming import Head, Logits, Precision, Products
 from jaxent._targets import SoftmaxArguments
 from jaxent.linear import stream_reduced, without_ignored
 from jaxent.losses import check_logits, check_softmax_call
-from jaxent.planning import Layout, layout_for
+from jaxent.planning import Layout
 
 Pytree = Any
 MatrixReduction = Literal["mean", "sum"]
@@ -278,9 +278,13 @@ def _half_form(
     ignore_index: int | None,
     reduction: MatrixReduction,
 ) -> jax.Array:
-    z, step = _arrays.accumulated(logits, step)
-    rows, options = _targets.row_targets(arguments, z, classes, ignore_index)
-    total: Any = _reduction.reduce(form(z, step, rows, options), rows.total_weights(classes), reduction, divisor)
+    def row_forms(logits: jax.Array, step: jax.Array, arguments: SoftmaxArguments) -> tuple[jax.Array, jax.Array]:
+        z, step = _arrays.accumulated(logits, step)
+        rows, options = _targets.row_targets(arguments, z, classes, ignore_index)
+        return jnp.squeeze(form(z, step, rows, options), classes.axis), rows.total_weights(classes)
+
+    forms, weights = elementwise(row_forms, logits, step, arguments, without=classes.axis)
+    total: Any = _reduction.reduce(forms, weights, reduction, divisor)
     return total
 
 
@@ -445,25 +449,26 @@ def _linear_product(
     head, batch = _heads.check_head(function, hidden, kernel, bias)
     steps = _check_steps(function, v, (hidden, kernel, bias))
     if targets is None:
-        targets, ignore_index = _no_labels(head.hidden, ClassAxis()).reshape(batch), None
+        targets, ignore_index = batch.unflatten(_no_labels(head.hidden, ClassAxis())), None
     shape = (*batch, head.kernel.shape[1])
     arguments = _targets.check_softmax_arguments(function, shape, -1, targets, **options)
     divisor = _reduction.check(function, reduction, denominator)
-    check_vocab_axis(function, vocab_axis)
-    products = _linear_curvature(
+    _targets.check_class_axis(function, vocab_axis, {"kernel": (head.kernel, 1)}, arguments)
+    by_hidden, *by_layer = steps
+    by_hidden, *by_layer = _linear_curvature(
         head,
-        steps,
-        _heads.flat_rows(arguments, len(batch)),
+        (None if by_hidden is None else batch.flatten(by_hidden), *by_layer),
+        _heads.flat_rows(arguments, batch),
         _heads.check_shaping(function, soft_cap, temperature),
         divisor,
         row_fn=_StreamedForm(form(ClassAxis(-1, vocab_axis))),
         ignore_index=_targets.check_ignore_index(function, ignore_index),
         reduction=reduction,
         # Two blocks at a time: the logits, and their step or its derivative.
-        layout=layout_for(function, head.hidden.shape[0], 2 * head.kernel.shape[1], chunk_rows),
+        layout=_heads.layout(function, chunk_rows, head, head),
         products=_heads.products(precision, head),
     )
-    return products[: len(v)]
+    return (None if by_hidden is None else batch.unflatten(by_hidden), *by_layer)[: len(v)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -508,7 +513,7 @@ def _linear_curvature(
         if by_kernel is not None:
             heads.append(Head(hidden, by_kernel.astype(hidden.dtype), None))
         if by_hidden is not None:
-            _, by_hidden = without_ignored(rows, by_hidden.reshape(hidden.shape).astype(hidden.dtype))
+            _, by_hidden = without_ignored(rows, by_hidden.astype(hidden.dtype))
             heads.append(Head(by_hidden, head.kernel, None))
         if by_bias is not None and head.bias is not None:
             by_bias = by_bias.astype(head.bias.dtype).astype(like.dtype)

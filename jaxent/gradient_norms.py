@@ -10,11 +10,11 @@ from jax.typing import ArrayLike
 from jaxent import _arrays, _heads, _rows, _targets
 from jaxent._heads import Shaping
 from jaxent._rows import IGNORED, LossOptions, RowTargets
-from jaxent._sharding import ClassAxis, check_vocab_axis
+from jaxent._sharding import ClassAxis
 from jaxent._streaming import Head, Logits, Precision, Products, stream_rows
 from jaxent._targets import SoftmaxArguments
 from jaxent.linear import without_ignored
-from jaxent.planning import Layout, layout_for
+from jaxent.planning import Layout
 
 
 class GradientNorms(NamedTuple):
@@ -87,17 +87,17 @@ def linear_gradient_norms(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
-    check_vocab_axis(name, vocab_axis)
+    _targets.check_class_axis(name, vocab_axis, {"kernel": (head.kernel, 1)}, arguments)
     norms = _linear_gradient_norms(
         head,
-        _heads.flat_rows(arguments, len(batch)),
+        _heads.flat_rows(arguments, batch),
         _heads.check_shaping(name, soft_cap, temperature),
         classes=ClassAxis(-1, vocab_axis),
         ignore_index=_targets.check_ignore_index(name, ignore_index),
-        layout=layout_for(name, head.hidden.shape[0], head.kernel.shape[1], chunk_rows),
+        layout=_heads.layout(name, chunk_rows, head),
         products=_heads.products(precision, head),
     )
-    return jax.tree.map(lambda x: x.reshape(batch), norms)
+    return jax.tree.map(batch.unflatten, norms)
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "ignore_index", "layout", "products"), inline=True)

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxent import _arrays, _rows, _targets
 from jaxent._reduction import Reduction
-from jaxent._sharding import ClassAxis
+from jaxent._sharding import ClassAxis, elementwise
 from jaxent._targets import SoftmaxArguments
 from jaxent.losses import check_softmax_call
 from jaxent.risk import WeightedSum
@@ -85,11 +85,14 @@ def _softmax_cross_entropy_gradient(
     ignore_index: int | None,
     reduction: Reduction,
 ) -> jax.Array:
-    (z,) = _arrays.accumulated(logits)
-    rows, options = _targets.row_targets(arguments, z, classes, ignore_index)
-    gradient = _rows.softmax_loss_gradient(z, rows, options, classes)
-    if reduction == "mean":
-        weight = (jnp.sum(rows.total_weights(classes)) if divisor is None else divisor).astype(z.dtype)
-        # A mean of total 1 is the derivative of a mean by its total: 1 / weight, and 0 for an empty one.
-        gradient *= WeightedSum(jnp.ones_like(weight), weight).mean()
-    return gradient.astype(logits.dtype)
+    def derivative(logits: jax.Array, arguments: SoftmaxArguments, divisor: jax.Array | None) -> jax.Array:
+        (z,) = _arrays.accumulated(logits)
+        rows, options = _targets.row_targets(arguments, z, classes, ignore_index)
+        gradient = _rows.softmax_loss_gradient(z, rows, options, classes)
+        if reduction == "mean":
+            weight = (jnp.sum(rows.total_weights(classes)) if divisor is None else divisor).astype(z.dtype)
+            # A mean of total 1 is the derivative of a mean by its total: 1 / weight, and 0 for an empty one.
+            gradient *= WeightedSum(jnp.ones_like(weight), weight).mean()
+        return gradient.astype(logits.dtype)
+
+    return elementwise(derivative, logits, arguments, divisor)

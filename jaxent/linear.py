@@ -15,11 +15,11 @@ from jaxent import _arrays, _heads, _measures, _reduction, _rows, _targets
 from jaxent._heads import Shaping
 from jaxent._reduction import Reduction
 from jaxent._rows import IGNORED, LossOptions, RowTargets
-from jaxent._sharding import ClassAxis, check_vocab_axis
+from jaxent._sharding import ClassAxis, check_class_axis, check_same_split
 from jaxent._streaming import Head, Logits, Precision, Products, RowFunction, stream_rows, stream_sum
 from jaxent._targets import SoftmaxArguments
 from jaxent.losses import TokenStatistics, check_top_k, row_statistics
-from jaxent.planning import Layout, layout_for
+from jaxent.planning import Layout
 from jaxent.risk import WeightedSum
 
 
@@ -92,19 +92,19 @@ def linear_softmax_cross_entropy(
         z_loss=z_loss,
     )
     divisor = _reduction.check(name, reduction, denominator)
-    check_vocab_axis(name, vocab_axis)
+    _targets.check_class_axis(name, vocab_axis, {"kernel": (head.kernel, 1)}, arguments)
     losses = _linear_softmax_cross_entropy(
         head,
-        _heads.flat_rows(arguments, len(batch)),
+        _heads.flat_rows(arguments, batch),
         _heads.check_shaping(name, soft_cap, temperature),
         divisor,
         classes=ClassAxis(-1, vocab_axis),
         ignore_index=_targets.check_ignore_index(name, ignore_index),
         reduction=reduction,
-        layout=layout_for(name, head.hidden.shape[0], head.kernel.shape[1], chunk_rows),
+        layout=_heads.layout(name, chunk_rows, head),
         products=_heads.products(precision, head),
     )
-    return losses.reshape(batch) if reduction == "none" else losses
+    return batch.unflatten(losses) if reduction == "none" else losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,19 +212,19 @@ def linear_token_statistics(
     name = "linear_token_statistics"
     head, batch = _heads.check_head(name, hidden, kernel, bias)
     if labels is not None:
-        labels = _targets.check_labels(name, "labels", labels, batch).reshape(-1)
-    check_vocab_axis(name, vocab_axis)
+        labels = _targets.check_labels(name, "labels", labels, batch)
+    check_class_axis(name, vocab_axis, {"kernel": (head.kernel, 1)}, {"labels": labels})
     classes = ClassAxis(-1, vocab_axis)
     statistics = _linear_token_statistics(
         head,
-        labels,
+        None if labels is None else batch.flatten(labels),
         _heads.check_shaping(name, soft_cap, temperature),
         classes=classes,
         top_k=check_top_k(name, top_k, classes.size(head.kernel)),
-        layout=layout_for(name, head.hidden.shape[0], head.kernel.shape[1], chunk_rows),
+        layout=_heads.layout(name, chunk_rows, head),
         products=_heads.products(precision, head),
     )
-    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), statistics)
+    return jax.tree.map(batch.unflatten, statistics)
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "top_k", "layout", "products"), inline=True)
@@ -303,6 +303,8 @@ def linear_kl_divergence(
     head_q, batch_q = _heads.check_head(name, hidden_q, kernel_q, bias_q, "_q")
     if batch_q != batch:
         raise _arrays.shape_error(name, "hidden_q", f"have the batch shape {batch} of `hidden_p`", hidden_q)
+    check_same_split(name, {"hidden_p": head_p.hidden, "hidden_q": head_q.hidden}, 0)
+    check_same_split(name, {"kernel_p": head_p.kernel, "kernel_q": head_q.kernel}, 1)
     if head_q.kernel.shape[1] != head_p.kernel.shape[1]:
         expected = f"have {head_p.kernel.shape[1]} classes, as `kernel_p` has"
         raise _arrays.shape_error(name, "kernel_q", expected, head_q.kernel)
@@ -312,20 +314,21 @@ def linear_kl_divergence(
         )
     where, weights = _targets.check_row_arguments(name, batch, where, weights)
     divisor = _reduction.check(name, reduction, denominator)
-    check_vocab_axis(name, vocab_axis)
+    kernels = {"kernel_p": (head_p.kernel, 1), "kernel_q": (head_q.kernel, 1)}
+    check_class_axis(name, vocab_axis, kernels, {"where": where, "weights": weights})
     losses = _linear_kl_divergence(
         (head_p, head_q),
-        _heads.flat_rows(SoftmaxArguments(jnp.zeros(batch, jnp.int32), where, weights), len(batch)),
+        _heads.flat_rows(SoftmaxArguments(jnp.zeros(batch, jnp.int32), where, weights), batch),
         _heads.check_shaping(name, soft_cap_p, temperature),
         _heads.check_shaping(name, soft_cap_q, temperature),
         _arrays.scalar(name, "mixture", mixture, low=0.0, high=1.0),
         divisor,
         row_fn=_DivergenceRows(ClassAxis(-1, vocab_axis), divergence),
         reduction=reduction,
-        layout=layout_for(name, head_p.hidden.shape[0], 2 * head_p.kernel.shape[1], chunk_rows),
+        layout=_heads.layout(name, chunk_rows, head_p, head_q),
         products=_heads.products(precision, head_p),
     )
-    return losses.reshape(batch) if reduction == "none" else losses
+    return batch.unflatten(losses) if reduction == "none" else losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -426,7 +429,7 @@ def linear_loss(
     head, batch = _heads.check_head(name, hidden, kernel, bias)
     row_args = jax.tree.map(lambda x: _heads.check_row_argument(name, x, batch), row_args)
     params = jax.tree.map(jnp.asarray, params)
-    layout = layout_for(name, head.hidden.shape[0], head.kernel.shape[1], chunk_rows)
+    layout = _heads.layout(name, chunk_rows, head)
     row_fn = _UserRows(row_loss, _takes_params(row_loss, len(row_args), params))
     block = jax.tree.map(lambda x: jax.ShapeDtypeStruct((layout.chunk_rows, *x.shape[1:]), x.dtype), row_args)
     logits = jax.ShapeDtypeStruct((layout.chunk_rows, head.kernel.shape[1]), _heads.logits_like(head).dtype)

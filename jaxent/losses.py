@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxent import _arrays, _reduction, _rows, _targets
 from jaxent._reduction import Reduction
-from jaxent._sharding import ClassAxis, check_vocab_axis
+from jaxent._sharding import ClassAxis, check_class_axis, elementwise
 from jaxent._targets import SoftmaxArguments
 from jaxent.risk import WeightedSum
 
@@ -102,7 +102,7 @@ def check_softmax_call(
     z, axis = check_logits(function, "logits", logits, axis)
     arguments = _targets.check_softmax_arguments(function, z.shape, axis, targets, **options)
     divisor = _reduction.check(function, reduction, denominator)
-    check_vocab_axis(function, vocab_axis)
+    _targets.check_class_axis(function, vocab_axis, {"logits": (z, axis)}, arguments)
     ignore_index = _targets.check_ignore_index(function, ignore_index)
     static = {"classes": ClassAxis(axis, vocab_axis), "ignore_index": ignore_index, "reduction": reduction}
     return (z, arguments, divisor), static
@@ -118,10 +118,14 @@ def _softmax_cross_entropy(
     ignore_index: int | None,
     reduction: Reduction,
 ) -> jax.Array | WeightedSum:
-    (z,) = _arrays.accumulated(logits)
-    rows, options = _targets.row_targets(arguments, z, classes, ignore_index)
-    losses = jnp.squeeze(_rows.softmax_loss(z, rows, options, classes), classes.axis)
-    return _reduction.reduce(losses, rows.total_weights(classes), reduction, divisor)
+    def row_losses(logits: jax.Array, arguments: SoftmaxArguments) -> tuple[jax.Array, jax.Array]:
+        (z,) = _arrays.accumulated(logits)
+        rows, options = _targets.row_targets(arguments, z, classes, ignore_index)
+        losses = _rows.softmax_loss(z, rows, options, classes)
+        return jnp.squeeze(losses, classes.axis), rows.total_weights(classes)
+
+    losses, weights = elementwise(row_losses, logits, arguments, without=classes.axis)
+    return _reduction.reduce(losses, weights, reduction, divisor)
 
 
 def nll_loss(
@@ -156,15 +160,16 @@ def nll_loss(
     """
     name = "nll_loss"
     log_p, axis = check_logits(name, "log_probs", log_probs, axis)
-    rows = _targets.rows_shape(log_p.shape, axis)
-    where, weights = _targets.check_row_arguments(name, rows, where, weights)
+    shape = _targets.rows_shape(log_p.shape, axis)
+    where, weights = _targets.check_row_arguments(name, shape, where, weights)
     arguments = SoftmaxArguments(
-        _targets.check_labels(name, "labels", labels, rows),
+        _targets.check_labels(name, "labels", labels, shape),
         where,
         weights,
         _targets.check_class_weights(name, class_weights, log_p.shape[axis]),
     )
     divisor = _reduction.check(name, reduction, denominator)
+    _targets.check_class_axis(name, None, {"log_probs": (log_p, axis)}, arguments, "labels")
     ignore_index = _targets.check_ignore_index(name, ignore_index)
     return _nll_loss(log_p, arguments, divisor, classes=ClassAxis(axis), ignore_index=ignore_index, reduction=reduction)
 
@@ -179,10 +184,14 @@ def _nll_loss(
     ignore_index: int | None,
     reduction: Reduction,
 ) -> jax.Array | WeightedSum:
-    (log_p,) = _arrays.accumulated(log_probs)
-    rows, _ = _targets.row_targets(arguments, log_p, classes, ignore_index)
-    losses = jnp.squeeze(_rows.picked_nll(log_p, rows, classes), classes.axis)
-    return _reduction.reduce(losses, rows.total_weights(classes), reduction, divisor)
+    def row_losses(log_probs: jax.Array, arguments: SoftmaxArguments) -> tuple[jax.Array, jax.Array]:
+        (log_p,) = _arrays.accumulated(log_probs)
+        rows, _ = _targets.row_targets(arguments, log_p, classes, ignore_index)
+        losses = _rows.picked_nll(log_p, rows, classes)
+        return jnp.squeeze(losses, classes.axis), rows.total_weights(classes)
+
+    losses, weights = elementwise(row_losses, log_probs, arguments, without=classes.axis)
+    return _reduction.reduce(losses, weights, reduction, divisor)
 
 
 def sigmoid_cross_entropy(
@@ -241,16 +250,25 @@ def _sigmoid_cross_entropy(
     *,
     reduction: Reduction,
 ) -> jax.Array | WeightedSum:
-    (z,) = _arrays.accumulated(logits)
-    counted = jnp.ones(z.shape, z.dtype) if weights is None else weights.astype(z.dtype)
-    dropped = jnp.zeros(z.shape, bool) if where is None else ~where
-    dropped |= (counted == 0) & jnp.isnan(z)
-    counted = jnp.where(dropped, 0, counted)
-    z = jnp.where(dropped, 0, z)
-    targets = jnp.where(dropped, 0, targets.astype(z.dtype))
-    if pos_weight is not None:
-        pos_weight = jnp.broadcast_to(pos_weight.astype(z.dtype), z.shape)
-    losses = _rows.weighted(counted, _rows.binary_nll(z, targets, pos_weight))
+    def losses_and_weights(
+        logits: jax.Array,
+        targets: jax.Array,
+        where: jax.Array | None,
+        weights: jax.Array | None,
+        pos_weight: jax.Array | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        (z,) = _arrays.accumulated(logits)
+        counted = jnp.ones(z.shape, z.dtype) if weights is None else weights.astype(z.dtype)
+        dropped = jnp.zeros(z.shape, bool) if where is None else ~where
+        dropped |= (counted == 0) & jnp.isnan(z)
+        counted = jnp.where(dropped, 0, counted)
+        z = jnp.where(dropped, 0, z)
+        targets = jnp.where(dropped, 0, targets.astype(z.dtype))
+        if pos_weight is not None:
+            pos_weight = jnp.broadcast_to(pos_weight.astype(z.dtype), z.shape)
+        return _rows.weighted(counted, _rows.binary_nll(z, targets, pos_weight)), counted
+
+    losses, counted = elementwise(losses_and_weights, logits, targets, where, weights, pos_weight)
     return _reduction.reduce(losses, counted, reduction, divisor)
 
 
@@ -307,7 +325,7 @@ def token_statistics(
     z, axis = check_logits(name, "logits", logits, axis)
     if labels is not None:
         labels = _targets.check_labels(name, "labels", labels, _targets.rows_shape(z.shape, axis))
-    check_vocab_axis(name, vocab_axis)
+    check_class_axis(name, vocab_axis, {"logits": (z, axis)}, {"labels": labels})
     classes = ClassAxis(axis, vocab_axis)
     return _token_statistics(z, labels, classes=classes, top_k=check_top_k(name, top_k, classes.size(z)))
 
@@ -324,11 +342,14 @@ def check_top_k(function: str, top_k: int, count: int) -> int:
 def _token_statistics(
     logits: jax.Array, labels: jax.Array | None, *, classes: ClassAxis, top_k: int
 ) -> TokenStatistics:
-    (z,) = _arrays.accumulated(logits)
-    codes = None
-    if labels is not None:
-        codes = _rows.label_codes(jnp.expand_dims(labels, classes.axis), classes.size(z), None, None)
-    return row_statistics(z, codes, classes, top_k)
+    def rows(logits: jax.Array, labels: jax.Array | None) -> TokenStatistics:
+        (z,) = _arrays.accumulated(logits)
+        codes = None
+        if labels is not None:
+            codes = _rows.label_codes(jnp.expand_dims(labels, classes.axis), classes.size(z), None, None)
+        return row_statistics(z, codes, classes, top_k)
+
+    return elementwise(rows, logits, labels, without=classes.axis)
 
 
 def row_statistics(z: jax.Array, codes: jax.Array | None, classes: ClassAxis, top_k: int) -> TokenStatistics:

@@ -1,6 +1,7 @@
 """How many rows of logits at a time: decided before anything runs, from the shapes alone."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -24,11 +25,13 @@ class Layout:
     """How `rows` are cut: `chunks` of `chunk_rows`, where chunk `i` holds the rows `i, i + chunks, i + 2 chunks, ...`.
 
     The stride keeps rows that are sharded over devices where they are: every device has its share of every chunk. Rows
-    in contiguous chunks would put the sharded dimension on the scan, and all activations would be gathered.
+    in contiguous chunks would put the sharded dimension on the scan, and all activations would be gathered. With
+    `groups` each of that many equal runs of rows, one or more to a device, is cut and filled up by itself.
     """
 
     rows: int
     chunk_rows: int
+    groups: int = 1
 
     @property
     def chunks(self) -> int:
@@ -39,21 +42,27 @@ class Layout:
         return self.chunks * self.chunk_rows - self.rows
 
     def cut(self, x: jax.Array) -> jax.Array:
-        """`(rows, ...)` to `(chunk_rows, chunks, ...)`; the last row fills up, since a zero row may have no loss."""
+        """`(rows, ...)` to `(chunk_rows, chunks, ...)`; a group's last row fills it up: a zero row may have no loss."""
+        shape = x.shape[1:]
         if self.padding:
-            x = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (self.padding, *x.shape[1:]))])
-        return x.reshape(self.chunk_rows, self.chunks, *x.shape[1:])
+            x = x.reshape(self.groups, -1, *shape)
+            last = jnp.broadcast_to(x[:, -1:], (self.groups, self.padding // self.groups, *shape))
+            x = jnp.concatenate([x, last], axis=1)
+        return x.reshape(self.chunk_rows, self.chunks, *shape)
 
     def counted(self, chunk: jax.Array) -> jax.Array | None:
         """Which rows of a chunk are not padding."""
         if not self.padding:
             return None
-        return jnp.arange(self.chunk_rows, dtype=jnp.int32) * self.chunks + chunk < self.rows
+        place = jnp.arange(self.chunk_rows, dtype=jnp.int32) % (self.chunk_rows // self.groups)
+        return place * self.chunks + chunk < self.rows // self.groups
 
     def join(self, x: jax.Array) -> jax.Array:
         """The chunks' results `(chunks, chunk_rows, ...)`, back in the order of the rows."""
         x = jnp.moveaxis(x, 0, 1)
-        return x.reshape(self.chunks * self.chunk_rows, *x.shape[2:])[: self.rows]
+        if self.padding:
+            x = x.reshape(self.groups, -1, *x.shape[2:])[:, : self.rows // self.groups]
+        return x.reshape(self.rows, *x.shape[2:])
 
     def scan(self, step: Callable, carry: Any, per_row: Any) -> tuple[Any, Any]:
         """`carry, out = step(carry, chunk, rows)` over the chunks; a single chunk needs no loop."""
@@ -69,21 +78,27 @@ class Layout:
         return lax.scan(body, carry, jnp.arange(self.chunks, dtype=jnp.int32))
 
 
-def layout_for(function: str, rows: int, num_classes: int, chunk_rows: int | None) -> Layout:
-    """The caller's `chunk_rows`, or the rows whose logits fit the budget, in chunks of equal size."""
+def layout_for(function: str, rows: int, num_classes: int, chunk_rows: int | None, devices: int = 1) -> Layout:
+    """The caller's `chunk_rows`, or the rows whose logits fit the budget, in chunks of equal size.
+
+    `devices` is over how many devices XLA may have split rows and classes. The budget is each one's, and where it could
+    have split the rows evenly each has its share of every chunk, which is then no smaller than that.
+    """
     if chunk_rows is None:
         budget = LOGITS_BUDGET.get(jax.default_backend(), ACCELERATOR_BUDGET)
-        chunk_rows = max(1, budget // (4 * num_classes))
+        chunk_rows = max(1, devices * budget // (4 * num_classes))
     elif isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
         raise _arrays.dtype_error(function, "chunk_rows", "be an int or None", chunk_rows)
     elif chunk_rows < 1:
         raise ValueError(f"jaxent.{function}: `chunk_rows` must be at least 1, got {chunk_rows}")
     if rows == 0:
         return Layout(0, 0)
-    least = -(-rows // chunk_rows)
+    groups = math.gcd(rows, devices)
+    rows_each = rows // groups
+    least = -(-rows_each // max(1, chunk_rows // groups))
     # A few chunks more avoid padding, and with it a copy of all rows.
-    even = (chunks for chunks in range(least, least + least // 4 + 1) if rows % chunks == 0)
-    return Layout(rows, -(-rows // next(even, least)))
+    even = (chunks for chunks in range(least, least + least // 4 + 1) if rows_each % chunks == 0)
+    return Layout(rows, groups * -(-rows_each // next(even, least)), groups)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -516,8 +516,6 @@ def test_derivatives_of_products(of: str, rng: np.random.Generator):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-13), got, want)
 
 
-# The engine's product by the kernel needs a named output sharding on explicit meshes.
-LATER = ("linear_ggn explicit", "linear_fisher explicit")
 PRODUCTS: dict[str, Any] = {
     "ggn": lambda h, w, b, y, c, v, **o: ggn_vector_product(linear, (h, w, b), v, weights=c, **o),
     "fisher": lambda h, w, b, y, c, v, **o: fisher_vector_product(linear, (h, w, b), y, v, weights=c, **o),
@@ -532,12 +530,7 @@ PRODUCTS: dict[str, Any] = {
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [
-        (name, kind)
-        for name in PRODUCTS
-        for kind in ("automatic", "explicit", "manual")
-        if f"{name} {kind}" not in LATER
-    ],
+    [(name, kind) for name in PRODUCTS for kind in ("automatic", "explicit", "manual")],
 )
 def test_products_on_meshes(name: str, kind: str, rng: np.random.Generator):
     axis_type = AxisType.Explicit if kind == "explicit" else AxisType.Auto
