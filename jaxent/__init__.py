@@ -2,12 +2,17 @@
 
 from importlib import metadata as _metadata
 
+from jaxent.checking import GradientReport as GradientReport
+from jaxent.checking import check_gradient as check_gradient
 from jaxent.curvature import fisher_vector_product as fisher_vector_product
 from jaxent.curvature import ggn_vector_product as ggn_vector_product
 from jaxent.curvature import linear_fisher_vector_product as linear_fisher_vector_product
 from jaxent.curvature import linear_ggn_vector_product as linear_ggn_vector_product
 from jaxent.curvature import logit_hessian as logit_hessian
 from jaxent.curvature import logit_hessian_product as logit_hessian_product
+from jaxent.diagnose import Finding as Finding
+from jaxent.diagnose import checked as checked
+from jaxent.diagnose import diagnose as diagnose
 from jaxent.gradient_norms import GradientNoise as GradientNoise
 from jaxent.gradient_norms import GradientNorms as GradientNorms
 from jaxent.gradient_norms import gradient_noise_scale as gradient_noise_scale

@@ -111,6 +111,7 @@ FINE: dict[str, tuple[np.ndarray, np.ndarray, Options]] = {
     "sure_and_exact": (np.where(np.eye(3, dtype=bool)[LABELS], 1.5, -INF), LABELS, {}),
     "ten_thousand": (CLEAN * np.float32(1e4), LABELS, {}),
     "shifted": (CLEAN + np.float32(1e4), LABELS, {}),
+    "one_row_by_chance": (np.array([[0.25, 0.75]], ml_dtypes.bfloat16), np.array([0]), {}),
     "one_class": (np.ones((4, 1), np.float32), np.zeros(4, np.int32), {}),
     "empty": (np.zeros((0, 3), np.float32), np.zeros(0, np.int32), {}),
     "int8_of_many_classes": (np.zeros((2, 300), np.float32), np.array([0, 127], np.int8), {}),

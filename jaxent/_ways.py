@@ -1,0 +1,161 @@
+"""The gradient of a function by several ways, in the dtypes of its arguments.
+
+All floating arguments are laid out as one flat vector of entries.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax import lax
+
+from jaxent import _arrays
+
+# So many entries are differentiated one at a time. Of more, so many are drawn, and a random direction takes them all.
+MAX_ENTRIES = 256
+
+
+# The entries, and of which of them something is known.
+Gradient = tuple[np.ndarray, np.ndarray]
+
+
+class Entries:
+    """The floating leaves of `args` as one vector, and the loss as a function of it."""
+
+    def __init__(self, name: str, loss_fn: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]):
+        self.name, self.loss_fn, self.options = name, loss_fn, options
+        paths, self.structure = jax.tree_util.tree_flatten_with_path(args)
+        self.leaves = [_leaf(leaf) for _, leaf in paths]
+        self.at = [i for i, leaf in enumerate(self.leaves) if _is_floating(leaf)]
+        if not self.at:
+            raise TypeError(f"jaxent.{name}: `args` must hold something floating, got {', '.join(map(repr, args))}")
+        self.names = [f"args{jax.tree_util.keystr(paths[i][0])}" for i in self.at]
+        self.shapes = [self.leaves[i].shape for i in self.at]
+        self.dtypes = [self.leaves[i].dtype for i in self.at]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
+        self.bounds = [0, *np.cumsum(self.sizes).tolist()]
+        self.count = self.bounds[-1]
+        self.epsilon = self._each(lambda d: float(ml_dtypes.finfo(d).eps))
+        self.floor = self._each(_least)
+        self.x = self.flat([self.leaves[i] for i in self.at])
+        drawn = np.random.default_rng(0).permutation(self.count)[:MAX_ENTRIES]
+        self.drawn = np.sort(drawn).astype(np.int32)
+        out = jax.eval_shape(self, [self.leaves[i] for i in self.at])
+        if getattr(out, "shape", None) != ():
+            raise _arrays.shape_error(name, "loss_fn", "return a scalar (take the sum, or reduction='sum')", out)
+        if not jnp.issubdtype(out.dtype, jnp.floating):
+            raise _arrays.dtype_error(name, "loss_fn", "return a floating scalar", out)
+
+    def _each(self, of: Callable[[Any], float]) -> np.ndarray:
+        return np.repeat([of(dtype) for dtype in self.dtypes], self.sizes)
+
+    def flat(self, leaves: list[Any]) -> np.ndarray:
+        return np.concatenate([np.asarray(leaf, np.float64).reshape(-1) for leaf in leaves])
+
+    def split(self, x: Any) -> list[Any]:
+        """The leaves in a vector of NumPy or JAX."""
+        return [x[a:b].reshape(s) for a, b, s in zip(self.bounds, self.bounds[1:], self.shapes, strict=False)]
+
+    def __call__(self, floating: list[Any]) -> jax.Array:
+        return self.loss_fn(*self.arguments(floating), **self.options)
+
+    def arguments(self, floating: list[Any]) -> tuple[Any, ...]:
+        leaves = list(self.leaves)
+        for i, leaf in zip(self.at, floating, strict=True):
+            leaves[i] = leaf
+        return self.structure.unflatten(leaves)
+
+    def gradient(self, given: Any, argument: str) -> Gradient:
+        """What was given by the first argument with floating leaves, or a tuple of one for each."""
+        marks = self.structure.unflatten([i if i in self.at else None for i in range(len(self.leaves))])
+        places = [places for mark in marks if (places := jax.tree.leaves(mark))]
+        parts = given if isinstance(given, tuple) and len(places) > 1 else (given,)
+        leaves: list[Any] = [np.zeros(shape) for shape in self.shapes]
+        known = [np.zeros(shape) for shape in self.shapes]
+        for part, at in zip(parts, places, strict=False):
+            for i, leaf in zip(at, jax.tree.leaves(part), strict=True):
+                if np.shape(leaf) != self.leaves[i].shape:
+                    expected = f"give a gradient of shape {self.leaves[i].shape} by {self.names[self.at.index(i)]}"
+                    raise _arrays.shape_error(self.name, argument, expected, np.asarray(leaf))
+                leaves[self.at.index(i)] = leaf
+                known[self.at.index(i)][...] = True
+        return self.flat(leaves), self.flat(known) > 0
+
+
+def _leaf(leaf: Any) -> Any:
+    return jnp.asarray(leaf) if isinstance(leaf, (bool, int, float, np.ndarray, np.generic)) else leaf
+
+
+def _is_floating(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _least(dtype: Any) -> float:
+    """The smallest number that every back end has: some flush subnormal numbers to zero, but not those of float16."""
+    info = ml_dtypes.finfo(dtype)
+    return float(info.smallest_subnormal if dtype == np.float16 else info.tiny)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Closed form, reverse, forward
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """The value and the gradients by several ways."""
+
+    value: float
+    epsilon: float
+    floor: float
+    gradients: dict[str, Gradient]
+    notes: list[str]
+
+
+Problem = tuple[Entries, Callable[..., Any] | None]
+
+
+def own_ways(problems: Sequence[Problem]) -> list[Own]:
+    """The closed form if there is one, `jax.grad`, and `jax.jvp` along the entries; one program for all problems."""
+    leaves, notes = [[entries.leaves[i] for i in entries.at] for entries, _ in problems], []
+
+    def all_ways(forward: bool, leaves: list[Any]) -> list[dict[str, Any]]:
+        return [_ways(*problem, each, forward) for problem, each in zip(problems, leaves, strict=True)]
+
+    try:
+        found = jax.jit(functools.partial(all_ways, True))(leaves)
+    except TypeError as error:  # a custom_vjp in the loss, or an error that comes again
+        found = jax.jit(functools.partial(all_ways, False))(leaves)
+        notes.append(f"no jax.jvp: {str(error).splitlines()[0]}")
+    return [_own(entries, each, notes) for (entries, _), each in zip(problems, found, strict=True)]
+
+
+def _ways(entries: Entries, closed_form: Any, leaves: list[jax.Array], forward: bool) -> dict[str, Any]:
+    def along(entry: jax.Array) -> jax.Array:
+        parts = entries.split(jnp.arange(entries.count, dtype=jnp.int32) == entry)
+        direction = [part.astype(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
+        return jax.jvp(entries, (leaves,), (direction,))[1]
+
+    found = {"jax.grad": jax.value_and_grad(entries)(leaves)}
+    if closed_form is not None:
+        found["closed form"] = closed_form(*entries.arguments(leaves), **entries.options)
+    if forward:
+        found["jax.jvp"] = lax.map(along, jnp.asarray(entries.drawn))
+    return found
+
+
+def _own(entries: Entries, found: dict[str, Any], notes: list[str]) -> Own:
+    value, gradient = found["jax.grad"]
+    gradients = {"jax.grad": (entries.flat(gradient), np.ones(entries.count, bool))}
+    if "closed form" in found:
+        gradients = {"closed form": entries.gradient(found["closed form"], "closed_form"), **gradients}
+    if "jax.jvp" in found:
+        forward, known = np.zeros(entries.count), np.zeros(entries.count, bool)
+        forward[entries.drawn], known[entries.drawn] = np.asarray(found["jax.jvp"], np.float64), True
+        gradients["jax.jvp"] = forward, known
+    return Own(float(value), float(ml_dtypes.finfo(value.dtype).eps), _least(value.dtype), gradients, notes)

@@ -1,0 +1,335 @@
+"""What `jaxent check` runs: every loss with every option, on small inputs that all dtypes hold exactly.
+
+Logits and hidden states lie on binary grids, so that what is measured is the loss and not the rounding of its inputs.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxent
+from jaxent import WeightedSum
+from jaxent.cli import check_oracles as oracles
+from jaxent.cli.check_oracles import WIDE, Array, Cap, Exact
+
+ROWS, CLASSES, FEATURES = 5, 4, 3
+EVERY_DTYPE = ("float32", "bfloat16", "float16", "float64")
+WIDE_DTYPES = ("float32", "float64")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One loss with one option: a scalar function of floating arguments, and what it should return."""
+
+    loss: str
+    option: str
+    function: Callable[..., jax.Array]
+    args: tuple[Array, ...]
+    oracle: Callable[..., Exact]
+    closed_form: Callable[..., jax.Array] | None = None
+    dtypes: tuple[str, ...] = EVERY_DTYPE
+    products: bool = False
+    """Whether it multiplies matrices, so that half precision rounds twice."""
+
+    def exact(self) -> Exact:
+        return self.oracle(*(x.astype(WIDE) for x in self.args))
+
+
+def cases() -> Iterator[Case]:
+    yield from _softmax_cases()
+    yield from _other_dense_cases()
+    yield from _linear_cases()
+    yield from _measure_cases()
+
+
+def total(result: Any) -> jax.Array:
+    """A scalar of whatever a reduction returns."""
+    return result.total if isinstance(result, WeightedSum) else jnp.sum(result)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Inputs
+
+
+def _rng(name: str) -> np.random.Generator:
+    return np.random.default_rng(list(name.encode()))
+
+
+def _grid(rng: np.random.Generator, *shape: int) -> Array:
+    """Normal logits in sixteenths, which eight bits hold."""
+    return np.round(rng.normal(size=shape) * 3 * 16).clip(-127, 127) / 16
+
+
+def _fractions(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """1/4, ... 2, with the first entry 0."""
+    x = (rng.integers(1, 9, size=shape) / 4).astype(np.float32)
+    x.flat[0] = 0
+    return x
+
+
+def _distributions(rng: np.random.Generator, *shape: int) -> Array:
+    """Rows of multiples of 1/64 that sum to one, none of them 0."""
+    spare = 64 - shape[-1]
+    return (rng.multinomial(spare, np.full(shape[-1], 1 / shape[-1]), size=shape[:-1]) + 1) / 64
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses on logits
+
+
+def _options() -> dict[str, dict[str, Any]]:
+    """The options of a softmax loss of ROWS x CLASSES, each alone and all together."""
+    rng = _rng("options")
+    labels = rng.integers(0, CLASSES, ROWS, dtype=np.int32)
+    some = np.where(np.arange(ROWS) % 3 == 1, -100, labels).astype(np.int32)
+    where = np.array([True, False, True, True, True])
+    weights, class_weights = _fractions(rng, ROWS), _fractions(rng, CLASSES)
+    targets = _distributions(rng, ROWS, CLASSES).astype(np.float32)
+    everything = {"where": where, "weights": weights, "class_weights": class_weights}
+    everything |= {"label_smoothing": 0.125, "z_loss": 0.25}
+    return {
+        "plain": {"targets": labels},
+        "where": {"targets": labels, "where": where},
+        "weights": {"targets": labels, "weights": weights},
+        "class_weights": {"targets": labels, "class_weights": class_weights},
+        "ignore_index": {"targets": some},
+        "label_smoothing": {"targets": labels, "label_smoothing": 0.125},
+        "z_loss": {"targets": labels, "z_loss": 0.25},
+        "denominator": {"targets": labels, "denominator": 4.0},
+        "reduction sum": {"targets": labels, "reduction": "sum"},
+        "reduction none": {"targets": labels, "reduction": "none"},
+        "reduction sum_and_weight": {"targets": some, "weights": weights, "reduction": "sum_and_weight"},
+        "everything": {"targets": some, **everything},
+        "probabilities": {"targets": targets},
+        "one-hot probabilities": {"targets": np.eye(CLASSES, dtype=np.float32)[labels]},
+        "probabilities, everything": {"targets": targets, **everything},
+    }
+
+
+def _softmax_oracle(z: Array, options: dict[str, Any], rows: Any = oracles.cross_entropy_rows) -> Exact:
+    """The loss by its definition; the classes lie last."""
+    targets, count = options["targets"], z.shape[-1]
+    by_label = np.issubdtype(targets.dtype, np.integer)
+    c = np.asarray(options.get("class_weights", np.ones(count)), WIDE)
+    e, zeta = options.get("label_smoothing", 0.0), options.get("z_loss", 0.0)
+    w = np.asarray(options.get("weights", np.ones(len(z))), WIDE) * options.get("where", 1)
+    if by_label:
+        w = w * (targets != options.get("ignore_index", -100))
+        targets = np.where(targets[:, None] == np.arange(count), 1, 0)
+    shares = c * ((1 - WIDE(e)) * targets + WIDE(e) / count)
+    cancels = bool(e or zeta or np.any(np.sum(shares != 0, axis=-1) > 1))
+    exact = rows(z, shares, w, zeta, cancels) if rows is oracles.cross_entropy_rows else rows(z, shares, w)
+    if options.get("reduction", "mean") != "mean":
+        return exact
+    divisor = options.get("denominator", np.sum(w[:, None] * c * targets) if by_label else np.sum(w))
+    return exact * (1 / WIDE(divisor))
+
+
+def _softmax(options: dict[str, Any], z: jax.Array) -> jax.Array:
+    return total(jaxent.softmax_cross_entropy(z, **options))
+
+
+def _softmax_case(name: str, options: dict[str, Any], z: Array, **more: Any) -> Case:
+    closed = functools.partial(jaxent.softmax_cross_entropy_gradient, **options)
+    oracle = functools.partial(_softmax_oracle, options=options)
+    return Case("softmax_cross_entropy", name, functools.partial(_softmax, options), (z,), oracle, closed, **more)
+
+
+def _softmax_cases() -> Iterator[Case]:
+    z = _grid(_rng("logits"), ROWS, CLASSES)
+    for name, options in _options().items():
+        yield _softmax_case(name, options, z)
+    plain = _options()["plain"]
+    removed = z.copy()
+    removed[np.arange(ROWS), (plain["targets"] + 1) % CLASSES] = -np.inf
+    yield _softmax_case("logits of -inf", plain, removed)
+    yield _softmax_case("shift of 10000", plain, z + 10000, dtypes=WIDE_DTYPES)
+    first = {"targets": np.zeros(1, np.int32)}
+    yield _softmax_case("loss of 2e-9", first, np.array([[0.0, -20.0, -25.0, -30.0]]))
+    yield _softmax_case("loss of 7e-38", first, np.array([[0.0, -86.0, -86.5, -90.0]]))
+    long = {"targets": np.array([7, 299], np.int32)}
+    yield _softmax_case("300 classes", long, _grid(_rng("long"), 2, 300))
+    image = np.moveaxis(z, -1, 0)
+    yield dataclasses.replace(
+        _softmax_case("axis 0", plain, image),
+        function=functools.partial(_softmax, {**plain, "axis": 0}),
+        closed_form=functools.partial(jaxent.softmax_cross_entropy_gradient, **plain, axis=0),
+        oracle=lambda z: _transposed(_softmax_oracle(z.T, plain)),
+    )
+
+
+def _transposed(exact: Exact) -> Exact:
+    gradients, sizes = (tuple(x.T for x in xs) for xs in (exact.gradients, exact.sizes))
+    return dataclasses.replace(exact, gradients=gradients, sizes=sizes)
+
+
+def _other_dense_cases() -> Iterator[Case]:
+    z, options = _grid(_rng("logits"), ROWS, CLASSES), _options()
+    picked = {k: v for k, v in options["everything"].items() if k not in ("label_smoothing", "z_loss")}
+    for name, given in (("plain", options["plain"]), ("everything", picked), ("denominator", options["denominator"])):
+        labels = {"labels": given["targets"], **{k: v for k, v in given.items() if k != "targets"}}
+        oracle = functools.partial(_softmax_oracle, options=given, rows=oracles.picked_rows)
+        yield Case("nll_loss", name, functools.partial(_nll, labels), (-np.abs(z),), oracle)
+    rng = _rng("sigmoid")
+    t, weights = _distributions(rng, ROWS, CLASSES).astype(np.float32), _fractions(rng, ROWS, CLASSES)
+    where, flags = rng.random((ROWS, CLASSES)) < 0.7, rng.random((ROWS, CLASSES)) < 0.5
+    binary: dict[str, dict[str, Any]] = {
+        "plain": {"targets": t},
+        "flags": {"targets": flags},
+        "everything": {"targets": t, "weights": weights, "where": where, "pos_weight": _fractions(rng, CLASSES)},
+    }
+    for name, given in binary.items():
+        yield Case(
+            "sigmoid_cross_entropy",
+            name,
+            functools.partial(_sigmoid, given),
+            (z,),
+            functools.partial(_sigmoid_oracle, options=given),
+        )
+    labels = options["plain"]["targets"]
+    statistics: dict[str, Callable[[Array], Exact]] = {
+        "log_prob": lambda z: _softmax_oracle(z, {"targets": labels, "reduction": "sum"}) * -1,
+        "log_normalizer": oracles.log_normalizer_rows,
+        "entropy": oracles.entropy_rows,
+    }
+    for name, oracle in statistics.items():
+        yield Case("token_statistics", name, functools.partial(_statistic, labels, name), (z,), oracle)
+        linear = functools.partial(_linear_statistic, labels, name)
+        through = functools.partial(_through_one, rows=oracle, cap=Cap())
+        yield Case("linear_token_statistics", name, linear, _heads(1), through, products=True)
+
+
+def _nll(options: dict[str, Any], log_p: jax.Array) -> jax.Array:
+    return total(jaxent.nll_loss(log_p, **options))
+
+
+def _sigmoid(options: dict[str, Any], z: jax.Array) -> jax.Array:
+    return total(jaxent.sigmoid_cross_entropy(z, **options))
+
+
+def _sigmoid_oracle(z: Array, options: dict[str, Any]) -> Exact:
+    weights = np.ones(z.shape, WIDE) * options.get("weights", 1) * options.get("where", 1)
+    exact = oracles.sigmoid_rows(z, options["targets"].astype(WIDE), weights, options.get("pos_weight", WIDE(1)))
+    return exact * (1 / weights.sum())
+
+
+def _statistic(labels: np.ndarray, name: str, z: jax.Array) -> jax.Array:
+    return jnp.sum(getattr(jaxent.token_statistics(z, labels), name))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses from hidden states
+
+
+def _heads(count: int, bias: bool = False) -> tuple[Array, ...]:
+    """(hidden, kernel[, bias]) of each head in quarters, so that the logits are exact in every dtype."""
+    rng, arrays = _rng("heads"), []
+    for _ in range(count):
+        hidden, kernel = (rng.integers(-6, 7, s) / 4 for s in ((ROWS, FEATURES), (FEATURES, CLASSES)))
+        arrays += [hidden, kernel, *([rng.integers(-6, 7, CLASSES) / 4] if bias else [])]
+    return tuple(arrays)
+
+
+def _through_one(*head: Array, rows: Callable[..., Exact], cap: Cap) -> Exact:
+    return oracles.through_heads(rows, (head,), cap)
+
+
+def _through_two(h_p: Array, w_p: Array, h_q: Array, w_q: Array, rows: Callable[..., Exact], cap: Cap) -> Exact:
+    return oracles.through_heads(rows, ((h_p, w_p), (h_q, w_q)), cap)
+
+
+def _linear_statistic(labels: np.ndarray, name: str, hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.sum(getattr(jaxent.linear_token_statistics(hidden, kernel, labels), name))
+
+
+def _linear(options: dict[str, Any], hidden: jax.Array, kernel: jax.Array, *bias: jax.Array) -> jax.Array:
+    return total(jaxent.linear_softmax_cross_entropy(hidden, kernel, **options, bias=bias[0] if bias else None))
+
+
+def _linear_cases() -> Iterator[Case]:
+    options = _options()
+    more: dict[str, tuple[dict[str, Any], Cap, dict[str, Any], bool]] = {
+        **{name: (options[name], Cap(), {}, False) for name in options},
+        "bias": (options["plain"], Cap(), {}, True),
+        "soft_cap": (options["plain"], Cap(soft_cap=4.0), {"soft_cap": 4.0}, False),
+        "temperature": (options["plain"], Cap(temperature=0.5), {"temperature": 0.5}, False),
+        "chunk_rows": (options["everything"], Cap(), {"chunk_rows": 2}, True),
+    }
+    for name, (given, cap, extra, bias) in more.items():
+        loss = functools.partial(_linear, {**given, **extra})
+        oracle = functools.partial(_through_one, rows=functools.partial(_softmax_oracle, options=given), cap=cap)
+        yield Case("linear_softmax_cross_entropy", name, loss, _heads(1, bias), oracle, products=True)
+    divergences: dict[str, Callable[..., Exact]] = {
+        "forward": oracles.divergence_rows,
+        "reverse": lambda z_p, z_q: _swapped(oracles.divergence_rows(z_q, z_p)),
+        "jensen_shannon": functools.partial(oracles.jensen_shannon_rows, mixture=0.25),
+    }
+    for name, rows in divergences.items():
+        oracle = functools.partial(_through_two, rows=rows, cap=Cap(temperature=2.0))
+        loss = functools.partial(_divergence, name)
+        yield Case("linear_kl_divergence", name, loss, _heads(2), oracle, products=True)
+    labels = options["plain"]["targets"]
+    summed = functools.partial(_softmax_oracle, options={"targets": labels, "reduction": "sum"})
+    # The row loss is the usual one, which takes the difference of two logits for what is small.
+    oracle = _rounded(functools.partial(_through_one, rows=summed, cap=Cap()))
+    own = functools.partial(_usual_linear, labels)
+    yield Case("linear_loss", "logsumexp(z) - z[y]", own, _heads(1), oracle, products=True)
+
+
+def _usual_linear(labels: np.ndarray, hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jaxent.linear_loss(_usual_nll, hidden, kernel, labels)
+
+
+def _usual_nll(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    log_p = jax.nn.log_softmax(logits, axis=-1)
+    return -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
+
+
+def _rounded(oracle: Callable[..., Exact]) -> Callable[..., Exact]:
+    """With room for the rounding of probabilities near 1."""
+
+    def rounded(*args: Array) -> Exact:
+        exact = oracle(*args)
+        sizes = (ROWS * np.abs(args[1]).max() + 0 * exact.sizes[0], np.abs(args[0]).sum() + 0 * exact.sizes[1])
+        return dataclasses.replace(exact, sizes=sizes, value_size=exact.value + ROWS)
+
+    return rounded
+
+
+def _divergence(name: Any, h_p: jax.Array, w_p: jax.Array, h_q: jax.Array, w_q: jax.Array) -> jax.Array:
+    options = {"divergence": name, "mixture": 0.25, "temperature": 2.0, "reduction": "sum"}
+    return total(jaxent.linear_kl_divergence(h_p, w_p, h_q, w_q, **options))
+
+
+def _swapped(exact: Exact) -> Exact:
+    return dataclasses.replace(exact, gradients=exact.gradients[::-1], sizes=exact.sizes[::-1])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measures
+
+
+def _measure_cases() -> Iterator[Case]:
+    rng = _rng("measures")
+    p, q = _distributions(rng, ROWS, CLASSES), _distributions(rng, ROWS, CLASSES)
+    z_p, z_q = _grid(rng, ROWS, CLASSES) / 2, _grid(rng, ROWS, CLASSES) / 2
+    table: dict[str, tuple[tuple[Array, ...], Callable[..., Exact]]] = {
+        "entropy": ((p,), oracles.entropy),
+        "cross_entropy": ((p, q), oracles.cross_entropy),
+        "kl_divergence": ((p, q), oracles.kl_divergence),
+        "jensen_shannon_divergence": ((p, q), oracles.jensen_shannon),
+        "entropy_with_logits": ((z_p,), oracles.entropy_rows),
+        "cross_entropy_with_logits": ((z_p, z_q), oracles.cross_entropy_of_logits),
+        "kl_divergence_with_logits": ((z_p, z_q), oracles.divergence_rows),
+    }
+    for name, (args, oracle) in table.items():
+        yield Case(name, "sum of rows", functools.partial(_summed, getattr(jaxent, name)), args, oracle)
+
+
+def _summed(measure: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
+    return jnp.sum(measure(*args))
