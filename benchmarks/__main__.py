@@ -1,66 +1,116 @@
-"""`python -m benchmarks [--suite dense|linear] [--quick] [--json FILE]`, or `... compare A.json B.json`."""
+"""`python -m benchmarks [--suite SUITE] [--quick] [--json FILE]`, `... compare A.json B.json`, `... readme A.json`."""
 
 import argparse
 import json
 import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 
-from benchmarks import report
-from benchmarks.cases import Case, cases
-from benchmarks.harness import FULL, QUICK, Effort, check_agreement, measure
-from benchmarks.limits import Limits, measure_limits
-from benchmarks.peers import present, products, torch_threads
+from benchmarks import pictures, readme, report, sharded, torch_peers
+from benchmarks.cases import SUITES, Case, Resources, Suite, cases
+from benchmarks.compare import compare
+from benchmarks.harness import FULL, QUICK, Effort, agreeing, measure
+from benchmarks.inputs import Inputs
+from benchmarks.limits import Limits, bound, measure_limits
+from benchmarks.peers import prepared, present
 
-SUITES = ("dense", "linear")
+REPOSITORY = Path(__file__).parents[1]
+RESULTS = REPOSITORY / "benchmarks" / "results"
 
 
 def run_case(case: Case, limits: Limits, effort: Effort) -> dict[str, Any]:
-    data = tuple(jnp.asarray(x) for x in case.data())
-    peers, _ = present(case.suite)
-    contenders = [c for p in peers if (c := p.contender(case, data, effort)) is not None]
-    check_agreement(contenders, case.tolerance())
-    if case.suite == "linear":
-        contenders.append(products(data, effort))
-    return report.case_record(case, contenders, measure(contenders, effort), limits)
+    inputs = Inputs(case)
+    # What is called float32 is multiplied as that by everyone: JAX's default is narrower on GPUs and TPUs.
+    with jax.default_matmul_precision("highest" if case.dtype == "float32" else "default"):
+        contenders, left_out = prepared(case, inputs, effort, Resources.here())
+        contenders, refused = agreeing(contenders, case.tolerance())
+        alone = bound(case, inputs, effort)
+        contenders.append(alone.contender)
+        samples = measure(contenders, effort)
+    own = limits.at_own_shapes(case.dtype, alone, min(samples[alone.contender.name]) / 1e3)
+    return report.case_record(case, contenders, samples, own, left_out | refused)
 
 
-def run(suites: Sequence[str], quick: bool, path: Path | None = None) -> dict[str, Any]:
+def run(suites: Sequence[Suite], quick: bool, path: Path) -> dict[str, Any]:
     """All cases of the suites; the record is written after each, so that a run that is cut off leaves what it has."""
-    todo = [case for suite in suites for case in cases(suite, quick)]
+    at_hand = Resources.here()
+    todo = [case for suite in suites for case in cases(suite, quick, at_hand)]
     effort = QUICK if quick else FULL
-    limits = measure_limits({case.dtype for case in todo}, effort)
+    limits = measure_limits({case.dtype for case in todo} or {"float32"}, effort)
     absent = sorted({name for suite in suites for name in present(suite)[1]})
-    record = report.new_record(limits, absent, {"XLA": len(os.sched_getaffinity(0)), **torch_threads()})
+    torch = {"torch": torch_peers.threads()} if present("dense")[1].count("torch dense") == 0 else {}
+    record = report.new_record(limits, absent, {"XLA": at_hand.cores, **torch})
+    path.parent.mkdir(parents=True, exist_ok=True)
     print(report.header(record))
     for case in todo:
         record["cases"].append(run_case(case, limits, effort))
         print(f"\n{report.table(record['cases'][-1])}", flush=True)
-        if path is not None:
-            path.write_text(json.dumps(record, indent=1) + "\n")
+        _write(record, path)
+    if "sharded" in suites and at_hand.devices == 1 and at_hand.platform == "cpu":
+        record["cases"] += _on_fake_devices(quick)
+        _write(record, path)
     return record
+
+
+def conclude(record: dict[str, Any], path: Path) -> None:
+    for text in (report.growth(record), report.findings(record)):
+        print(f"\n{text}" if text else "")
+    print("\nwritten: " + " ".join(str(p) for p in (path, *pictures.draw(record, path))))
+
+
+def _write(record: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _on_fake_devices(quick: bool) -> list[dict[str, Any]]:
+    """The sharded suite in a process of its own: how many devices a CPU is has to be said before JAX starts."""
+    print(f"\nsharded, over {sharded.FAKE_DEVICES} fake devices:", flush=True)
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": "",
+        "JAX_NUM_CPU_DEVICES": str(sharded.FAKE_DEVICES),
+        "JAX_PLATFORMS": "cpu",
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sharded.json"
+        program = "import sys, pathlib, benchmarks.__main__ as b; b.run(['sharded'], {}, pathlib.Path(sys.argv[1]))"
+        command = [sys.executable, "-c", program.format(quick), str(path)]
+        subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
+        return json.loads(path.read_text())["cases"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--suite", choices=SUITES, help="one suite; all of them if left out")
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds: does it run?")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the record")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="the record; else benchmarks/results/DATE-DEVICE.json"
+    )
     commands = parser.add_subparsers(dest="command")
     comparison = commands.add_parser("compare", help="what changed between two records beyond the noise")
     comparison.add_argument("before", type=Path)
     comparison.add_argument("after", type=Path)
+    table = commands.add_parser("readme", help="write the README's speed table from a record")
+    table.add_argument("record", type=Path)
     options = parser.parse_args(arguments)
     if options.command == "compare":
-        print(report.compare(*(json.loads(p.read_text()) for p in (options.before, options.after))))
-        return
-    suites = [options.suite] if options.suite else list(SUITES)
-    run(suites, options.quick, options.json)
+        print(compare(*(json.loads(p.read_text()) for p in (options.before, options.after))))
+    elif options.command == "readme":
+        readme.update(REPOSITORY, options.record)
+    else:
+        name = "-".join(
+            [report.place_and_date(), *([options.suite] if options.suite else []), *["quick"] * options.quick]
+        )
+        path = options.json or RESULTS / f"{name}.json"
+        conclude(run([options.suite] if options.suite else SUITES, options.quick, path), path)
 
 
 if __name__ == "__main__":
+    # A compilation that is read back from a cache on disk would count as a fast one.
+    jax.config.update("jax_compilation_cache_dir", None)
     main(sys.argv[1:])

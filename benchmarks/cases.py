@@ -1,75 +1,210 @@
 """What is computed: shapes, data and the work that cannot be avoided."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-Mode = Literal["value", "value and gradient"]
+Suite = Literal["dense", "linear", "curvature", "sharded"]
+Mode = Literal["value", "value and gradient", "Hessian product", "Gauss-Newton product", "gradient norms"]
+Sweep = Literal["", "rows", "classes"]
+SUITES: tuple[Suite, ...] = ("dense", "linear", "curvature", "sharded")
+GRADIENT: Mode = "value and gradient"
 
-DENSE_SHAPES = ((256, 10), (65536, 10), (8192, 1000), (1024, 32768), (512, 65536), (4096, 50257))
-DENSE_SHAPES_QUICK = ((256, 10), (1024, 1000), (64, 40000))
-LINEAR_SHAPES = ((4096, 512, 32768), (2048, 256, 128256), (512, 128, 1000))
-LINEAR_SHAPES_QUICK = ((512, 128, 1000), (512, 64, 8192))
+# Matrix products of N x D x V multiply-adds that must be. All need the logits. A gradient needs one by hidden, one by
+# kernel. A product with a tangent needs the logits' tangent (by hidden, by kernel); with the Hessian each of the two
+# results then has two terms, with the Gauss-Newton matrix one. Norms by kernel are those of outer products.
+PRODUCTS: dict[Mode, int] = {
+    "value": 1,
+    "value and gradient": 3,
+    "Hessian product": 7,
+    "Gauss-Newton product": 5,
+    "gradient norms": 2,
+}
+TANGENT_MODES: tuple[Mode, ...] = ("Hessian product", "Gauss-Newton product")
+# How often the inputs' bytes must move: read; gradients written; tangents read.
+PASSES: dict[Mode, int] = {
+    "value": 1,
+    "value and gradient": 2,
+    "Hessian product": 3,
+    "Gauss-Newton product": 3,
+    "gradient norms": 1,
+}
+
+DENSE = ((256, 10), (65536, 10), (8192, 1000), (1024, 32768), (512, 65536), (4096, 50257))
+DENSE_QUICK = ((256, 10), (1024, 1000), (64, 40000))
+DONATED = ((8192, 1000), (1024, 32768), (4096, 50257))
+DONATED_QUICK = ((1024, 1000),)
+# Rows, hidden size, classes.
+LINEAR = ((4096, 512, 32768), (2048, 256, 128256), (512, 128, 1000))
+LINEAR_QUICK = ((512, 128, 1000), (512, 64, 8192))
+CURVATURE = ((1024, 256, 32768), (512, 128, 1000))
+CURVATURE_QUICK = ((256, 64, 4096),)
+SHARDED = (("dense", 4096, 0, 32768), ("linear", 4096, 256, 32768))
+SHARDED_QUICK = (("dense", 512, 0, 4096), ("linear", 512, 64, 4096))
+# The output layers of published models: hidden size, vocabulary.
+HEADS = {
+    "GPT-2": (768, 50257),
+    "Qwen2.5-0.5B": (896, 151936),
+    "Gemma-2 2B": (2304, 256000),
+    "Llama-3 8B": (4096, 128256),
+}
+ACCELERATOR_ROWS = (8192, 32768)
+# Rows, hidden size, classes; each of rows and of classes is doubled three times while the other stays.
+SWEEPS = {"cpu": (2048, 128, 8192), "quick": (256, 32, 1024), "accelerator": (4096, 1024, 16384)}
+DOUBLINGS = (1, 2, 4, 8)
+
+CPU_FLOPS_PER_CORE = 3e10  # heuristic: about half a second of matrix products a call, so that a head takes a minute
+LEAST_HEAD_ROWS, MOST_CPU_HEAD_ROWS = 32, 4096
+# Heuristic: kernel, tangent or transposed copy for torch, gradients of ours and of the peer that is compared, on host
+# and device.
+KERNELS_HELD = 6
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What cases are scaled to."""
+
+    platform: str
+    devices: int
+    cores: int
+    memory_bytes: int
+
+    @classmethod
+    def here(cls) -> "Resources":
+        device = jax.devices()[0]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return cls(device.platform, jax.device_count(), cores, _memory_at_hand(device.memory_stats()))
+
+
+def _memory_at_hand(statistics: dict[str, int] | None) -> int:
+    """Of the device; for a CPU, which has no statistics, what the system could give without swapping."""
+    if statistics and "bytes_limit" in statistics:
+        return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+    info = Path("/proc/meminfo")
+    if info.exists():
+        lines = (line.split() for line in info.read_text().splitlines())
+        return next(1024 * int(line[1]) for line in lines if line[0] == "MemAvailable:")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
 @dataclass(frozen=True)
 class Case:
     """The mean loss of `rows` rows and `classes` classes; from hidden states of size `hidden` if that is not 0."""
 
-    suite: Literal["dense", "linear"]
+    suite: Suite
     rows: int
     classes: int
     mode: Mode
     hidden: int = 0
     dtype: str = "float32"
+    head: str = ""
+    sweep: Sweep = ""
+    donated: bool = False
+    """The logits' memory is given up, so that the gradient can take it."""
+    mesh: tuple[int, int] | None = None
+    """Devices along the rows, devices along the classes."""
 
     @property
     def name(self) -> str:
-        hidden = f"D={self.hidden} " if self.hidden else ""
-        return f"{self.suite} {self.mode}, N={self.rows} {hidden}V={self.classes} {self.dtype}"
-
-    def record(self) -> dict[str, Any]:
-        return asdict(self)
+        shape = f"N={self.rows} {f'D={self.hidden} ' if self.hidden else ''}V={self.classes} {self.dtype}"
+        notes = [
+            f"{self.suite} {self.mode}" + (f" of {self.head}" if self.head else ""),
+            shape,
+            *(["logits donated"] if self.donated else []),
+            *([f"sweep in {'N' if self.sweep == 'rows' else 'V'}"] if self.sweep else []),
+            *([f"{self.mesh[0]}x{self.mesh[1]} devices"] if self.mesh else []),
+        ]
+        return ", ".join(notes)
 
     def data(self) -> tuple[np.ndarray, ...]:
-        """`(logits, labels)`, or `(hidden, kernel, labels)`; logits have standard deviation 3, as early in training."""
+        """`(logits, labels)` or `(hidden, kernel, labels)`; then, for products of curvature, a tangent of each float.
+
+        Logits have standard deviation 3, as early in training.
+        """
         random = np.random.default_rng(0)
         labels = random.integers(0, self.classes, self.rows, dtype=np.int32)
 
         def normal(*shape: int, scale: float) -> np.ndarray:
             values = random.standard_normal(shape, dtype=np.float32)
             values *= np.float32(scale)
-            return values.astype(jnp.dtype(self.dtype))
+            return values.astype(jnp.dtype(self.dtype), copy=False)
 
-        if not self.hidden:
-            return normal(self.rows, self.classes, scale=3.0), labels
-        kernel = normal(self.hidden, self.classes, scale=3.0 / self.hidden**0.5)
-        return normal(self.rows, self.hidden, scale=1.0), kernel, labels
+        def floats() -> tuple[np.ndarray, ...]:
+            if not self.hidden:
+                return (normal(self.rows, self.classes, scale=3.0),)
+            kernel = normal(self.hidden, self.classes, scale=3.0 / self.hidden**0.5)
+            return normal(self.rows, self.hidden, scale=1.0), kernel
+
+        return *floats(), labels, *(floats() if self.mode in TANGENT_MODES else ())
 
     def bytes_moved(self) -> int:
         """What must cross the memory bus: inputs once, gradients once."""
         inputs = (self.rows + self.classes) * self.hidden if self.hidden else self.rows * self.classes
-        times = 1 if self.mode == "value" else 2
-        return inputs * times * jnp.dtype(self.dtype).itemsize
+        return inputs * PASSES[self.mode] * jnp.dtype(self.dtype).itemsize
+
+    def flops_of(self, products: int) -> int:
+        return 2 * products * self.rows * self.hidden * self.classes
 
     def flops(self) -> int:
-        """Of the matrix products that must be: one forward, two more for the gradients."""
-        products = 1 if self.mode == "value" else 3
-        return 2 * products * self.rows * self.hidden * self.classes
+        """Of the matrix products that must be."""
+        return self.flops_of(PRODUCTS[self.mode])
 
     def tolerance(self) -> dict[str, float]:
         """Relative; the products of a float32 linear loss may run in a narrower format on an accelerator."""
         if self.dtype != "float32":
             return {"value": 1e-3, "gradient": 2e-2}
-        return {"value": 1e-5, "gradient": 1e-4} if self.suite == "dense" else {"value": 1e-4, "gradient": 2e-3}
+        return {"value": 1e-4, "gradient": 2e-3} if self.hidden else {"value": 1e-5, "gradient": 1e-4}
 
 
-def cases(suite: str, quick: bool) -> list[Case]:
+def cases(suite: Suite, quick: bool, at_hand: Resources) -> list[Case]:
     if suite == "dense":
-        modes: tuple[Mode, ...] = ("value", "value and gradient")
-        shapes = DENSE_SHAPES_QUICK if quick else DENSE_SHAPES
-        return [Case("dense", n, v, mode) for mode in modes for n, v in shapes]
-    shapes = LINEAR_SHAPES_QUICK if quick else LINEAR_SHAPES
-    return [Case("linear", n, v, "value and gradient", d) for n, d, v in shapes]
+        modes: tuple[Mode, ...] = ("value", GRADIENT)
+        plain = [Case("dense", n, v, mode) for mode in modes for n, v in (DENSE_QUICK if quick else DENSE)]
+        return plain + [Case("dense", n, v, GRADIENT, donated=True) for n, v in (DONATED_QUICK if quick else DONATED)]
+    if suite == "linear":
+        shapes = LINEAR_QUICK if quick else LINEAR
+        plain = [Case("linear", n, v, GRADIENT, d, t) for t in dtypes(at_hand) for n, d, v in shapes]
+        return [*plain, *([] if quick else _heads(at_hand)), *_sweeps(quick, at_hand)]
+    if suite == "curvature":
+        shapes = CURVATURE_QUICK if quick else CURVATURE
+        modes = (*TANGENT_MODES, "gradient norms")
+        return [Case("curvature", n, v, mode, d) for mode in modes for n, d, v in shapes]
+    if at_hand.devices == 1:
+        return []
+    data = 2 if at_hand.devices % 2 == 0 and at_hand.devices > 2 else 1
+    mesh = (data, at_hand.devices // data)
+    return [Case("sharded", n, v, GRADIENT, d, mesh=mesh) for _, n, d, v in (SHARDED_QUICK if quick else SHARDED)]
+
+
+def dtypes(at_hand: Resources) -> tuple[str, ...]:
+    """A CPU multiplies bfloat16 no faster than float32."""
+    return ("float32",) if at_hand.platform == "cpu" else ("bfloat16", "float32")
+
+
+def _heads(at_hand: Resources) -> Iterator[Case]:
+    for dtype in dtypes(at_hand):
+        for name, (hidden, classes) in HEADS.items():
+            left = at_hand.memory_bytes - KERNELS_HELD * hidden * classes * jnp.dtype(dtype).itemsize
+            fitting = left // (4 * 4 * classes)  # four arrays of float32 logits, as dense code may hold
+            if at_hand.platform == "cpu":
+                sizes = (int(CPU_FLOPS_PER_CORE * at_hand.cores / (6 * hidden * classes)),)
+                sizes = tuple(min(max(n, LEAST_HEAD_ROWS), MOST_CPU_HEAD_ROWS, max(fitting, 0)) for n in sizes)
+            else:
+                sizes = ACCELERATOR_ROWS if left > 0 else ()
+            for rows in sizes:
+                if rows > 0:
+                    yield Case("linear", 1 << (rows.bit_length() - 1), classes, GRADIENT, hidden, dtype, name)
+
+
+def _sweeps(quick: bool, at_hand: Resources) -> Iterator[Case]:
+    rows, hidden, classes = SWEEPS["quick" if quick else "cpu" if at_hand.platform == "cpu" else "accelerator"]
+    for k in DOUBLINGS:
+        yield Case("linear", k * rows, classes, GRADIENT, hidden, sweep="rows")
+    for k in DOUBLINGS:
+        yield Case("linear", rows, k * classes, GRADIENT, hidden, sweep="classes")

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+
+from benchmarks.collectives import collectives
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to look: rounds until `rounds` and `seconds` are both reached, or 5 rounds and `most_seconds`."""
+    """How long to look: rounds until `rounds` and `seconds` are both reached, or 3 rounds and `most_seconds`."""
 
     rounds: int
     seconds: float
@@ -27,9 +30,10 @@ class Effort:
     compiles: int
 
 
-FULL = Effort(rounds=15, seconds=3.0, most_seconds=120.0, sample_seconds=0.01, compiles=3)
+FULL = Effort(rounds=15, seconds=2.0, most_seconds=15.0, sample_seconds=0.01, compiles=3)
 QUICK = Effort(rounds=3, seconds=0.0, most_seconds=10.0, sample_seconds=0.01, compiles=1)
-LEAST_ROUNDS, MOST_ROUNDS = 5, 100
+LEAST_ROUNDS, MOST_ROUNDS = 3, 100
+SLAB_ROWS = 64
 RELAX_BELOW_SECONDS = 0.1  # shorter calls get an untimed one first: threads of the previous contender may still spin
 
 
@@ -42,31 +46,63 @@ class Contender:
     """Runs once and waits for the result."""
     results: Callable[[], list[np.ndarray]] | None = None
     """The value and then the gradients, to compare with the others; None for a bare limit."""
-    compile_seconds: float | None = None
+    peer: str = ""
+    """The name without versions and settings, the same in every record."""
+    compile_seconds: tuple[float, ...] = ()
     temp_bytes: int | None = None
+    result_bytes: int | None = None
+    """Of results in new memory, not in that of a donated input."""
+    sent_bytes: float | None = None
+    """What collectives make each device send."""
+    devices: int = 1
 
 
-def compiled(name: str, function: Callable[..., Any], *args: jax.Array, effort: Effort) -> Contender:
-    """`jit(function)` as a contender. Tracing, lowering and compiling count as compile time, from empty caches."""
-    seconds, memory = [], None
+def compiled(
+    name: str, function: Callable[..., Any], *args: jax.Array, effort: Effort, donate: bool = False
+) -> Contender:
+    """`jit(function)` as a contender. Tracing, lowering and compiling count as compile time, from empty caches.
+
+    With `donate` the first argument is given up, and the last result, of the same shape, takes its place in the next
+    call.
+    """
+    seconds, executable = [], None
     for _ in range(effort.compiles):
         jax.clear_caches()
         start = time.perf_counter()
-        executable = jax.jit(lambda *a: function(*a)).lower(*args).compile()
+        executable = jax.jit(lambda *a: function(*a), donate_argnums=(0,) if donate else ()).lower(*args).compile()
         seconds.append(time.perf_counter() - start)
-        memory = executable.memory_analysis()
-    run = jax.jit(function)
+    assert executable is not None
+    run, memory = executable, executable.memory_analysis()
+    first = [jnp.array(args[0], copy=True)] if donate else [args[0]]
+
+    def call() -> None:
+        out = jax.block_until_ready(run(first[0], *args[1:]))
+        if donate:
+            first[0] = jax.tree.leaves(out)[-1]
 
     def results() -> list[np.ndarray]:
-        return [np.asarray(x, np.float32) for x in jax.tree.leaves(run(*args))]
+        given = jnp.array(args[0], copy=True) if donate else args[0]
+        return [np.asarray(x, np.float32) for x in jax.tree.leaves(run(given, *args[1:]))]
 
+    devices = max(len(x.sharding.device_set) for x in args)
+    sent = sum(c.sent for c in collectives(run.as_text() or "")) if devices > 1 else None
     return Contender(
         name,
-        lambda: jax.block_until_ready(run(*args)),
+        call,
         results,
-        statistics.median(seconds),
-        None if memory is None else memory.temp_size_in_bytes,
+        compile_seconds=tuple(seconds),
+        temp_bytes=None if memory is None else memory.temp_size_in_bytes,
+        result_bytes=None if memory is None else memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        sent_bytes=sent,
+        devices=devices,
     )
+
+
+def estimate(call: Callable[[], Any]) -> float:
+    """Seconds of a call, roughly: the least of three, or the first if that is long."""
+    call()  # may still compile
+    first = seconds_of(call)
+    return first if first > RELAX_BELOW_SECONDS else min(first, *(seconds_of(call) for _ in range(2)))
 
 
 def seconds_of(call: Callable[[], Any], repeats: int = 1) -> float:
@@ -78,10 +114,7 @@ def seconds_of(call: Callable[[], Any], repeats: int = 1) -> float:
 
 def measure(contenders: list[Contender], effort: Effort) -> dict[str, list[float]]:
     """Milliseconds a call of each contender, one sample a round."""
-    calls = {}
-    for c in contenders:
-        c.call()  # may still compile
-        calls[c.name] = min(seconds_of(c.call) for _ in range(3))
+    calls = {c.name: estimate(c.call) for c in contenders}
     samples: dict[str, list[float]] = {c.name: [] for c in contenders}
     start = time.perf_counter()
     for i in range(MOST_ROUNDS):
@@ -115,26 +148,45 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
-def check_agreement(contenders: list[Contender], tolerance: Mapping[str, float]) -> None:
-    """Value and gradients equal those of the first contender, in the norm of each array.
+def agreeing(contenders: list[Contender], tolerance: Mapping[str, float]) -> tuple[list[Contender], dict[str, str]]:
+    """Those whose value and gradients equal the first one's, and what the others gave instead.
 
-    A comparison of times between codes that do not compute the same thing says nothing.
+    A comparison of times between codes that do not compute the same thing says nothing: who disagrees is not timed, and
+    if the first one stands alone, nobody is.
     """
-    reference: list[np.ndarray] | None = None
-    for contender in contenders:
-        if contender.results is None:
-            continue
-        results = contender.results()
-        if reference is None:
-            reference = results
-            continue
-        if len(results) != len(reference):
-            raise AssertionError(f"{contender.name} gives {len(results)} arrays, {contenders[0].name} {len(reference)}")
-        for i, (got, expected) in enumerate(zip(results, reference, strict=True)):
-            kind = "gradient" if i else "value"
-            error = np.linalg.norm((got - expected).ravel()) / np.linalg.norm(expected.ravel())
-            if not error <= tolerance[kind]:
-                raise AssertionError(
-                    f"{contender.name} and {contenders[0].name} disagree: relative error {error:.2e} in {kind} {i}, "
-                    f"at most {tolerance[kind]:.0e} expected; no time was taken"
-                )
+    first, *others = contenders
+    assert first.results is not None
+    expected = first.results()
+    kept, refused = [first], {}
+    for contender in others:
+        assert contender.results is not None
+        difference = _difference(contender.results(), expected, tolerance)
+        if difference is None:
+            kept.append(contender)
+        else:
+            refused[contender.name] = f"disagrees: {difference}"
+    if len(refused) >= len(kept) and refused:
+        raise AssertionError(f"{first.name} disagrees with the others; no time was taken: {refused}")
+    return kept, refused
+
+
+def _difference(got: list[np.ndarray], expected: list[np.ndarray], tolerance: Mapping[str, float]) -> str | None:
+    """The first array whose relative error, in the norm, is too large."""
+    if len(got) != len(expected):
+        return f"{len(got)} arrays for {len(expected)}"
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        kind = "value" if b.ndim == 0 else "gradient"
+        error = _relative_error(a, b)
+        if not error <= tolerance[kind]:
+            return f"relative error {error:.2e} in {kind} {i}, at most {tolerance[kind]:.0e} expected"
+    return None
+
+
+def _relative_error(got: np.ndarray, expected: np.ndarray) -> float:
+    """In the norm; a slab at a time, since a kernel's gradient may take gigabytes."""
+    error = size = 0.0
+    for i in range(0, len(expected) if expected.ndim else 1, SLAB_ROWS):
+        a, b = (x[i : i + SLAB_ROWS] if expected.ndim else x for x in (got, expected))
+        error += float(np.sum(np.square(a - b, dtype=np.float64)))
+        size += float(np.sum(np.square(b, dtype=np.float64)))
+    return math.sqrt(error / size)

@@ -1,5 +1,6 @@
 """What the device can do, measured in the same run as what is compared with it."""
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -7,9 +8,45 @@ import jax.numpy as jnp
 
 from benchmarks.cases import Case
 from benchmarks.harness import FULL, Contender, Effort, compiled, measure
+from benchmarks.inputs import Inputs
 
 COPY_BYTES = 2**28
 PRODUCT_SIZES = ((2048, 2048, 2048), (1024, 512, 8192))  # rows, contracted, columns: square, and a head's proportions
+PRODUCT_LOGITS_BYTES = 2**32  # where all logits take more, the products alone are timed on as many rows as take this
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The part of a case that cannot be avoided and nothing else, timed beside the others."""
+
+    contender: Contender
+    flops: int = 0
+    bytes: int = 0
+
+
+def bound(case: Case, inputs: Inputs, effort: Effort) -> Bound:
+    """The three matrix products of a head, with the logits as their own gradient; or reading or copying logits."""
+    if not case.hidden:
+        logits = inputs.arrays[0]
+        if case.mode == "value":
+            contender = compiled("read alone", lambda x: jnp.max(x, axis=-1), logits, effort=effort)
+        else:
+            contender = compiled("copy alone", lambda x: x + 1, logits, effort=effort, donate=case.donated)
+        return Bound(_unchecked(contender), bytes=case.bytes_moved())
+    hidden, kernel = inputs.arrays[:2]
+    rows = min(case.rows, max(1, PRODUCT_LOGITS_BYTES // (case.classes * kernel.dtype.itemsize)))
+
+    def three(hidden: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
+        logits = hidden @ kernel
+        return logits @ kernel.T, hidden.T @ logits
+
+    name = "three products alone" + ("" if rows == case.rows else f", {rows} rows")
+    contender = compiled(name, three, hidden[:rows], kernel, effort=effort)
+    return Bound(_unchecked(contender), flops=case.flops_of(3) * rows // case.rows)
+
+
+def _unchecked(contender: Contender) -> Contender:
+    return dataclasses.replace(contender, results=None, peer="bound")
 
 
 @dataclass(frozen=True)
@@ -19,18 +56,28 @@ class Limits:
     copy_bytes_per_second: float
     """Read plus written, into fresh memory, as a gradient is."""
     product_flops_per_second: dict[str, float]
-    """By dtype, float32 at the precision that a plain `@` has on this device."""
+    """By dtype, float32 in float32 accuracy."""
+
+    def at_own_shapes(self, dtype: str, alone: Bound, seconds: float) -> "Limits":
+        """With the rates of a case's own shapes: of its products; of its bytes where they move faster, from a cache."""
+        if alone.flops:
+            products = self.product_flops_per_second | {dtype: alone.flops / seconds}
+            return dataclasses.replace(self, product_flops_per_second=products)
+        fastest = max(self.copy_bytes_per_second, alone.bytes / seconds)
+        return dataclasses.replace(self, copy_bytes_per_second=fastest)
 
     def seconds(self, case: Case) -> float:
         """The least time that the case can take: products or memory, whichever binds."""
-        return max(
-            case.bytes_moved() / self.copy_bytes_per_second,
-            case.flops() / self.product_flops_per_second[case.dtype],
-        )
+        return max(self._by_memory(case), self._by_products(case))
 
     def binding(self, case: Case) -> str:
-        by_memory = case.bytes_moved() / self.copy_bytes_per_second
-        return "bytes moved" if by_memory == self.seconds(case) else "matrix products"
+        return "bytes moved" if self._by_memory(case) > self._by_products(case) else "matrix products"
+
+    def _by_memory(self, case: Case) -> float:
+        return case.bytes_moved() / self.copy_bytes_per_second
+
+    def _by_products(self, case: Case) -> float:
+        return case.flops() / self.product_flops_per_second[case.dtype]
 
 
 def _copy(size: int, effort: Effort) -> Contender:
@@ -46,10 +93,11 @@ def _product(rows: int, contracted: int, columns: int, dtype: str, effort: Effor
 def measure_limits(dtypes: set[str], effort: Effort) -> Limits:
     scale = 1 if effort is FULL else 4
     copy = _copy(COPY_BYTES // scale, effort)
-    products = {
-        dtype: {2 * n * d * v // scale: _product(n // scale, d, v, dtype, effort) for n, d, v in PRODUCT_SIZES}
-        for dtype in dtypes
-    }
+    with jax.default_matmul_precision("highest"):  # of float32; it says nothing about narrower types
+        products = {
+            dtype: {2 * n * d * v // scale: _product(n // scale, d, v, dtype, effort) for n, d, v in PRODUCT_SIZES}
+            for dtype in dtypes
+        }
     contenders = [copy, *(c for by_flops in products.values() for c in by_flops.values())]
     best = {name: min(samples) / 1e3 for name, samples in measure(contenders, effort).items()}
     rates = {d: max(flops / best[c.name] for flops, c in by.items()) for d, by in products.items()}

@@ -3,6 +3,9 @@
 A peer turns a case and its data into a contender, or says None: it has nothing for that case.
 """
 
+import contextlib
+import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,16 +14,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from benchmarks.cases import Case
-from benchmarks.harness import Contender, Effort, compiled, seconds_of
+from benchmarks import sharded, torch_peers
+from benchmarks.cases import GRADIENT, Case, Resources
+from benchmarks.harness import Contender, Effort, compiled
+from benchmarks.inputs import Inputs
+from jaxent.curvature import linear_ggn_vector_product
+from jaxent.gradient_norms import linear_gradient_norms
 from jaxent.linear import linear_softmax_cross_entropy
 from jaxent.losses import softmax_cross_entropy
 
-Data = tuple[jax.Array, ...]
-Prepare = Callable[[str, Case, Data, Effort], Contender | None]
+Prepare = Callable[[str, Case, Inputs, Effort], Contender | None]
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,7 @@ class Peer:
     package: str
     name: str
     suites: tuple[str, ...]
-    prepare: "Prepare"
+    prepare: Prepare
 
     @property
     def version(self) -> str | None:
@@ -38,43 +43,92 @@ class Peer:
         except PackageNotFoundError:
             return None
 
-    def contender(self, case: Case, data: Data, effort: Effort) -> Contender | None:
-        label = self.name if self.package in ("jaxent", "jax") else f"{self.name} {self.version}"
-        return self.prepare(label, case, data, effort)
+    @property
+    def label(self) -> str:
+        return self.name if self.package in ("jaxent", "jax") else f"{self.name} {self.version}"
+
+    def contender(self, case: Case, inputs: Inputs, effort: Effort) -> Contender | None:
+        contender = self.prepare(self.label, case, inputs, effort)
+        return None if contender is None else dataclasses.replace(contender, peer=self.name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # JAX: a loss of logits or of hidden states becomes a contender
 
 
-def _jax_case(name: str, case: Case, data: Data, effort: Effort, loss: Callable[..., Any]) -> Contender:
-    *floats, labels = data
-    function = loss
-    if case.mode == "value and gradient":
-        function = jax.value_and_grad(loss, argnums=tuple(range(len(floats))))
-    return compiled(name, function, *floats, labels, effort=effort)
+def derived(case: Case, loss: Callable[..., Any]) -> Callable[..., Any]:
+    """What the case computes of `loss(*floats, labels)` alone, as a function of the case's data."""
+    wanted = tuple(range(2 if case.hidden else 1))
+    if case.mode == "value":
+        return loss
+    if case.mode == GRADIENT:
+        return jax.value_and_grad(loss, argnums=wanted)
+
+    def hessian_product(*data: jax.Array) -> Any:
+        floats, labels, tangents = data[: len(wanted)], data[len(wanted)], data[len(wanted) + 1 :]
+        gradient = jax.grad(lambda *floats: loss(*floats, labels), argnums=wanted)
+        return jax.jvp(gradient, floats, tangents)[1]
+
+    return hessian_product
+
+
+def _jaxent_function(case: Case) -> Callable[..., Any]:
+    if case.mode == "Gauss-Newton product":
+        return lambda hidden, kernel, labels, *v: linear_ggn_vector_product(hidden, kernel, v)
+    if case.mode == "gradient norms":
+        return lambda *data: linear_gradient_norms(*data)[:3]
+    return derived(case, linear_softmax_cross_entropy if case.hidden else softmax_cross_entropy)
+
+
+def _dense_function(loss_of_logits: Callable[[jax.Array, jax.Array], jax.Array], case: Case) -> Callable[..., Any]:
+    """The same from a mean loss of logits: dense code makes the logits first."""
+    by_logits = jax.grad(loss_of_logits)
+
+    def gauss_newton_product(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, *v: jax.Array) -> Any:
+        logits, tangent = jax.jvp(jnp.matmul, (hidden, kernel), v)
+        product = jax.jvp(lambda z: by_logits(z, labels), (logits,), (tangent,))[1]
+        return jax.vjp(jnp.matmul, hidden, kernel)[1](product)
+
+    def gradient_norms(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> Any:
+        gradient = by_logits(hidden @ kernel, labels) * len(labels)
+        residual, by_hidden, sizes = (jnp.linalg.norm(x, axis=-1) for x in (gradient, gradient @ kernel.T, hidden))
+        return residual, by_hidden, residual * sizes
+
+    if case.mode == "Gauss-Newton product":
+        return gauss_newton_product
+    if case.mode == "gradient norms":
+        return gradient_norms
+
+    def loss(*data: jax.Array) -> jax.Array:
+        *floats, labels = data
+        return loss_of_logits(floats[0] @ floats[1] if case.hidden else floats[0], labels)
+
+    return derived(case, loss)
+
+
+def _jax_case(name: str, case: Case, inputs: Inputs, effort: Effort, function: Callable[..., Any]) -> Contender:
+    return compiled(name, function, *inputs.arrays, effort=effort, donate=case.donated)
+
+
+def _jaxent(name: str, case: Case, inputs: Inputs, effort: Effort) -> Contender:
+    return _jax_case(name, case, inputs, effort, _jaxent_function(case))
+
+
+def _jaxent_not_donated(name: str, case: Case, inputs: Inputs, effort: Effort) -> Contender | None:
+    if not case.donated:
+        return None
+    return _jaxent(name, dataclasses.replace(case, donated=False), inputs, effort)
 
 
 def _on_logits(loss_of_logits: Callable[[jax.Array, jax.Array], jax.Array]) -> Prepare:
-    """The same loss for both suites: dense code makes the logits first."""
-
-    def linear(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
-        return loss_of_logits(hidden @ kernel, labels)
-
-    def prepare(name: str, case: Case, data: Data, effort: Effort) -> Contender:
-        return _jax_case(name, case, data, effort, linear if case.hidden else loss_of_logits)
+    def prepare(name: str, case: Case, inputs: Inputs, effort: Effort) -> Contender:
+        return _jax_case(name, case, inputs, effort, _dense_function(loss_of_logits, case))
 
     return prepare
 
 
-def _jaxent(name: str, case: Case, data: Data, effort: Effort) -> Contender:
-    loss = linear_softmax_cross_entropy if case.hidden else softmax_cross_entropy
-    return _jax_case(name, case, data, effort, loss)
-
-
 def _optax_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
-    return jnp.mean(losses)
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels))
 
 
 def _log_softmax_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
@@ -82,121 +136,57 @@ def _log_softmax_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return -jnp.mean(jnp.take_along_axis(log_p, labels[:, None], axis=-1))
 
 
-def _tokamax(implementation: str | None) -> Prepare:
-    def prepare(name: str, case: Case, data: Data, effort: Effort) -> Contender | None:
-        tokamax = importlib.import_module("tokamax")
+def _not_in_sweeps(prepare: Prepare) -> Prepare:
+    """A sweep shows how cost grows, of fused and of dense code; more of either would only take time."""
+    return lambda name, case, inputs, effort: None if case.sweep else prepare(name, case, inputs, effort)
 
-        def loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
-            return tokamax.linear_softmax_cross_entropy_loss(
-                hidden, labels, kernel, reduction="mean", implementation=implementation
-            )
 
-        try:
-            return _jax_case(name, case, data, effort, loss)
-        except (NotImplementedError, ValueError):  # no kernel for this device or shape
-            return None
+def _tokamax(implementation: str) -> Prepare:
+    def prepare(name: str, case: Case, inputs: Inputs, effort: Effort) -> Contender:
+        # It reads its flags from the command line, where ours are.
+        importlib.import_module("absl.flags").FLAGS.mark_as_parsed()
+        loss = importlib.import_module("tokamax").linear_softmax_cross_entropy_loss
+
+        def mean(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+            return loss(hidden, labels, kernel, reduction="mean", implementation=implementation)
+
+        return _jax_case(name, case, inputs, effort, derived(case, mean))
+
+    return _not_in_sweeps(prepare)
+
+
+def _on_mesh(kind: sharded.Kind, function_of: Callable[[Case], Callable[..., Any]]) -> Prepare:
+    def prepare(name: str, case: Case, inputs: Inputs, effort: Effort) -> Contender:
+        mesh = sharded.mesh_of(case, kind)
+        in_shard_map = derived(case, sharded.mean_in_shard_map(case, mesh))
+        with jax.set_mesh(mesh) if kind == "explicit" else contextlib.nullcontext():
+            function = in_shard_map if kind == "shard_map" else function_of(case)
+            return compiled(name, function, *sharded.placed(case, mesh, inputs.arrays), effort=effort)
 
     return prepare
 
 
-def products(data: Data, effort: Effort) -> Contender:
-    """The three matrix products of a linear loss and nothing else, with the logits as their own gradient."""
-    hidden, kernel, _ = data
-
-    def three(hidden: jax.Array, kernel: jax.Array) -> tuple[jax.Array, jax.Array]:
-        logits = hidden @ kernel
-        return logits @ kernel.T, hidden.T @ logits
-
-    contender = compiled("three products alone", three, hidden, kernel, effort=effort)
-    return Contender(contender.name, contender.call, None, contender.compile_seconds, contender.temp_bytes)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# PyTorch
-
-
-def _torch_data(case: Case, data: Data) -> tuple[Any, list[Any], Any]:
-    """The module, the floating inputs (a kernel in its layout, `(V, D)`), the labels, all in JAX's memory."""
-    torch = importlib.import_module("torch")
-    *tensors, labels = (torch.from_dlpack(x) for x in data)
-    if case.hidden:
-        tensors[1] = tensors[1].T.contiguous()
-    for tensor in tensors:
-        tensor.requires_grad_(case.mode == "value and gradient")
-    return torch, tensors, labels.long()
-
-
-def torch_threads() -> dict[str, int]:
-    """What PyTorch uses, for the record: a comparison on CPU is between equals only if XLA has as many."""
-    if Peer("torch", "torch", (), _torch_dense).version is None:
-        return {}
-    return {"torch": importlib.import_module("torch").get_num_threads()}
-
-
-def _torch_case(name: str, case: Case, data: Data, loss_of: Callable[..., Any]) -> Contender:
-    torch, tensors, labels = _torch_data(case, data)
-    wait = torch.cuda.synchronize if tensors[0].is_cuda else lambda: None
-
-    def run() -> list[Any]:
-        for tensor in tensors:
-            tensor.grad = None
-        if case.mode == "value":
-            with torch.no_grad():
-                out = [loss_of(torch, *tensors, labels)]
-        else:
-            loss = loss_of(torch, *tensors, labels)
-            loss.backward()
-            out = [loss.detach(), *(tensor.grad for tensor in tensors)]
-        wait()
-        return out
-
-    def results() -> list[np.ndarray]:
-        value, *gradients = (x.float().cpu().numpy() for x in run())
-        return [value, *(g.T if i == 1 else g for i, g in enumerate(gradients))]
-
-    return Contender(name, run, results)
-
-
-def _torch_dense(name: str, case: Case, data: Data, effort: Effort) -> Contender:
-    def loss(torch: Any, *tensors: Any) -> Any:
-        *floats, labels = tensors
-        functional = torch.nn.functional
-        logits = functional.linear(*floats) if case.hidden else floats[0]
-        return functional.cross_entropy(logits, labels)
-
-    return _torch_case(name, case, data, loss)
-
-
-def _torch_fused(name: str, case: Case, data: Data, effort: Effort) -> Contender | None:
-    """`linear_cross_entropy` at the rows a chunk that are fastest here, found by trying."""
-    torch = importlib.import_module("torch")
-    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        return None
-
-    def with_chunk(rows: int | None) -> Contender:
-        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
-
-        def loss(torch: Any, hidden: Any, kernel: Any, labels: Any) -> Any:
-            return torch.nn.functional.linear_cross_entropy(hidden, kernel, labels, options=options)
-
-        return _torch_case(f"{name}, {'automatic' if rows is None else rows} rows", case, data, loss)
-
-    sizes = [case.rows >> k for k in range(8) if case.rows >> k >= 16]
-    contenders = [with_chunk(rows) for rows in (None, *sizes)]
-    seconds = [min(seconds_of(c.call) for _ in range(3)) for c in contenders]
-    return contenders[int(np.argmin(seconds))]
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 
+LOGITS = ("dense", "linear", "curvature")
 PEERS = (
-    Peer("jaxent", "jaxent", ("dense", "linear"), _jaxent),
-    Peer("optax", "optax", ("dense", "linear"), _on_logits(_optax_loss)),
-    Peer("jax", "jax.nn.log_softmax", ("dense", "linear"), _on_logits(_log_softmax_loss)),
-    Peer("torch", "torch dense", ("dense", "linear"), _torch_dense),
-    Peer("torch", "torch fused", ("linear",), _torch_fused),
-    Peer("tokamax", "tokamax", ("linear",), _tokamax(None)),
-    Peer("tokamax", "tokamax chunked", ("linear",), _tokamax("chunked_xla")),
+    Peer("jaxent", "jaxent", LOGITS, _jaxent),
+    Peer("jaxent", "jaxent, not donated", ("dense",), _jaxent_not_donated),
+    Peer("optax", "optax", LOGITS, _on_logits(_optax_loss)),
+    Peer("jax", "jax.nn.log_softmax", LOGITS, _not_in_sweeps(_on_logits(_log_softmax_loss))),
+    Peer("torch", "torch dense", LOGITS, _not_in_sweeps(torch_peers.dense)),
+    Peer("torch", "torch fused", ("linear",), _not_in_sweeps(torch_peers.fused)),
+    *(Peer("tokamax", f"tokamax {i}", ("linear",), _tokamax(i)) for i in ("xla", "chunked_xla", "mosaic_tpu")),
+    Peer("jaxent", "jaxent, one device", ("sharded",), _jaxent),
+    Peer("jaxent", "jaxent, automatic", ("sharded",), _on_mesh("automatic", _jaxent_function)),
+    Peer("jaxent", "jaxent, explicit", ("sharded",), _on_mesh("explicit", _jaxent_function)),
+    Peer("jaxent", "jaxent, shard_map", ("sharded",), _on_mesh("shard_map", _jaxent_function)),
+    Peer(
+        "optax",
+        "optax, automatic",
+        ("sharded",),
+        _on_mesh("automatic", functools.partial(_dense_function, _optax_loss)),
+    ),
 )
 
 
@@ -204,3 +194,24 @@ def present(suite: str) -> tuple[list[Peer], list[str]]:
     """The peers that can be used, jaxent first, and the names of those that are not installed."""
     peers = [p for p in PEERS if suite in p.suites]
     return [p for p in peers if p.version], [p.name for p in peers if not p.version]
+
+
+def prepared(case: Case, inputs: Inputs, effort: Effort, at_hand: Resources) -> tuple[list[Contender], dict[str, str]]:
+    """Contenders, ours first, and why the others cannot run: no kernel for this device or shape, too little memory."""
+    contenders, left_out = [], {}
+    for peer in present(case.suite)[0]:
+        try:
+            contender = peer.contender(case, inputs, effort)
+        except Exception as error:
+            if not contenders:  # ours, which the others are compared with
+                raise
+            left_out[peer.label] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
+            continue
+        if contender is None:
+            continue
+        needed = (contender.temp_bytes or 0) + (contender.result_bytes or 0)
+        if needed > at_hand.memory_bytes:
+            left_out[peer.label] = f"needs {needed / 2**30:.1f} GiB, {at_hand.memory_bytes / 2**30:.1f} GiB are at hand"
+        else:
+            contenders.append(contender)
+    return contenders, left_out

@@ -1,8 +1,11 @@
-"""A run as a record (JSON) and as tables; two records as a list of what changed."""
+"""A run as a record (JSON) and as tables."""
 
 import datetime
 import os
 import platform
+import re
+import statistics
+import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -10,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from benchmarks.cases import Case
 from benchmarks.harness import Contender, Summary, ratio
 from benchmarks.limits import Limits
 
-# A change counts if it exceeds 5% and three standard errors of the medians' difference. The 5% are a heuristic: what a
-# quiet machine drifts between two runs.
-LEAST_CHANGE = 0.05
-STANDARD_ERRORS = 3.0
+# Targets for compile time against the same loss by optax.
+COMPILE_TARGETS = {"dense": 2.0, "linear": 3.0}
+SLOWER = 1.05  # heuristic: what repeated runs of the same program differ by on a quiet machine
 
 
 def machine() -> dict[str, Any]:
@@ -43,9 +46,20 @@ def _processor() -> str:
     return (names[0] if names else platform.processor() or "cpu") + vectors
 
 
+def _commit() -> str | None:
+    """What was measured; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
 def new_record(limits: Limits, absent: Sequence[str], threads: dict[str, int]) -> dict[str, Any]:
     packages = ("jaxent", "jax", "jaxlib", "numpy", "optax")
     return {
+        "commit": _commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "threads": threads,
@@ -57,33 +71,61 @@ def new_record(limits: Limits, absent: Sequence[str], threads: dict[str, int]) -
 
 
 def case_record(
-    case: Case, contenders: Sequence[Contender], samples: dict[str, list[float]], limits: Limits
+    case: Case,
+    contenders: Sequence[Contender],
+    samples: dict[str, list[float]],
+    limits: Limits,
+    left_out: dict[str, str],
 ) -> dict[str, Any]:
-    """The rows of one case. `ratio` is our time by theirs: below 1 is faster than the peer."""
+    """The rows of one case. `ratio` is the first contender's time by this one's: below 1 ours is faster."""
     ours = samples[contenders[0].name]
     limit = 1e3 * limits.seconds(case)
     rows = []
     for contender in contenders:
         taken = samples[contender.name]
         summary = Summary.of(taken)
+        # Fake devices share the cores of one CPU.
+        devices = 1 if jax.default_backend() == "cpu" else contender.devices
         rows.append(
             {
                 "contender": contender.name,
+                "peer": contender.peer,
                 "median_ms": summary.median,
                 "spread_ms": summary.spread,
                 "smallest_ms": summary.smallest,
                 "ratio": ratio(ours, taken),
                 "ratio_of_smallest": min(ours) / summary.smallest,
-                "percent_of_limit": 100 * limit / summary.median,
-                "temp_mib": None if contender.temp_bytes is None else contender.temp_bytes / 2**20,
-                "compile_s": contender.compile_seconds,
+                "percent_of_limit": None if contender.results is None else 100 * limit / devices / summary.median,
+                "temp_mib": _mib(contender.temp_bytes),
+                "result_mib": _mib(contender.result_bytes),
+                "sent_mib": _mib(contender.sent_bytes),
+                "compile_s": statistics.median(contender.compile_seconds) if contender.compile_seconds else None,
+                "compiles_s": list(contender.compile_seconds),
                 "samples_ms": taken,
             }
         )
-    return {"name": case.name, **case.record(), "limit_ms": limit, "limit": limits.binding(case), "rows": rows}
+    return {
+        "name": case.name,
+        "case": asdict(case),
+        "limit_ms": limit,
+        "limit": limits.binding(case),
+        "limits": asdict(limits),
+        "left_out": left_out,
+        "rows": rows,
+    }
 
 
-def _number(value: float | None, digits: int = 3) -> str:
+def _mib(count: float | None) -> float | None:
+    return None if count is None else count / 2**20
+
+
+def place_and_date() -> str:
+    """The name of a record: date and device."""
+    device = re.sub(r"[^a-z0-9]+", "-", machine()["device"].lower()).strip("-")
+    return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-{device}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
     if value is None:
         return "-"
     if abs(value) >= 10 ** (digits - 1):
@@ -91,7 +133,7 @@ def _number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}g}"
 
 
-HEADER = ("", "ms", "+-", "least", "ours/this", "by least", "% of limit", "temp MiB", "compile s")
+HEADER = ("", "ms", "+-", "least", "ours/this", "by least", "% of limit", "temp MiB", "new MiB", "compile s")
 
 
 def header(record: dict[str, Any]) -> str:
@@ -109,59 +151,84 @@ def header(record: dict[str, Any]) -> str:
 
 
 def table(case: dict[str, Any]) -> str:
+    sharded = case["case"]["suite"] == "sharded"
+    head = (*HEADER, "sent MiB") if sharded else HEADER
     rows = [
         (
             row["contender"],
-            _number(row["median_ms"]),
-            _number(row["spread_ms"], 2),
-            _number(row["smallest_ms"]),
+            number(row["median_ms"]),
+            number(row["spread_ms"], 2),
+            number(row["smallest_ms"]),
             f"{row['ratio']:.2f}",
             f"{row['ratio_of_smallest']:.2f}",
-            f"{row['percent_of_limit']:.0f}",
-            _number(row["temp_mib"]),
-            _number(row["compile_s"], 2),
+            number(row["percent_of_limit"], 2),
+            number(row["temp_mib"]),
+            number(row["result_mib"]),
+            number(row["compile_s"], 2),
+            *([number(row["sent_mib"])] if sharded else []),
         )
         for row in case["rows"]
     ]
-    widths = [max(len(line[i]) for line in (HEADER, *rows)) for i in range(len(HEADER))]
-    lines = []
-    for name, *numbers in (HEADER, *rows):
-        cells = [name.ljust(widths[0]), *(n.rjust(w) for n, w in zip(numbers, widths[1:], strict=True))]
-        lines.append("  ".join(cells))
-    return "\n".join([f"{case['name']} (limit {_number(case['limit_ms'])} ms: {case['limit']})", *lines])
+    lines = [f"{case['name']} (limit {number(case['limit_ms'])} ms: {case['limit']})", *aligned([head, *rows])]
+    return "\n".join([*lines, *(f"not timed: {name}, {reason}" for name, reason in case["left_out"].items())])
 
 
-def compare(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """What changed from one record to the next beyond the noise, slowest change first."""
-    lines = []
-    for key in ("machine", "versions", "threads"):
-        changed = {k: (v, after[key].get(k)) for k, v in before[key].items() if after[key].get(k) != v}
-        lines += [f"{key}: {name} {old} -> {new}" for name, (old, new) in changed.items()]
-    copies = [r["limits"]["copy_bytes_per_second"] for r in (before, after)]
-    lines.append(f"copy: {1e-9 * copies[0]:.1f} -> {1e-9 * copies[1]:.1f} GB/s ({copies[1] / copies[0] - 1:+.0%})")
-    old_rows, new_rows = _by_key(before), _by_key(after)
-    shared = [key for key in old_rows if key in new_rows]
-    changes = []
-    for key in shared:
-        change = _change(old_rows[key]["samples_ms"], new_rows[key]["samples_ms"])
-        if change is not None:
-            changes.append((change, key, old_rows[key]["median_ms"], new_rows[key]["median_ms"]))
-    for change, (case, contender), old, new in sorted(changes, reverse=True):
-        lines.append(f"{change:+7.0%}  {case}: {contender}, {_number(old)} -> {_number(new)} ms")
-    lines.append(f"{len(changes)} of {len(shared)} rows changed beyond the noise")
-    lines += [f"only before: {c}: {name}" for c, name in old_rows.keys() - new_rows.keys()]
-    lines += [f"only after: {c}: {name}" for c, name in new_rows.keys() - old_rows.keys()]
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join([first.ljust(widths[0]), *(x.rjust(w) for x, w in zip(rest, widths[1:], strict=True))])
+        for first, *rest in rows
+    ]
+
+
+def sweep(record: dict[str, Any], over: str) -> list[dict[str, Any]]:
+    return [case for case in record["cases"] if case["case"]["sweep"] == over]
+
+
+def growth(record: dict[str, Any]) -> str:
+    """Exponents of time and of temporaries in the rows and in the classes, fitted to the sweeps."""
+    rows = [("growth", "time", "temporaries")]
+    for over, letter in (("rows", "N"), ("classes", "V")):
+        points = sweep(record, over)
+        for peer in [row["peer"] for row in points[0]["rows"] if row["peer"] != "bound"] if points else []:
+            found = [(case["case"][over], row) for case in points for row in case["rows"] if row["peer"] == peer]
+            cells = []
+            for key in ("median_ms", "temp_mib"):
+                exponent = _exponent([(size, row[key]) for size, row in found])
+                cells.append("-" if exponent is None else f"{letter}^{exponent:.2f}")
+            sizes = " ".join(str(size) for size, _ in found)
+            rows.append((f"{peer}, {letter} = {sizes}", *cells))
+    return "\n".join(aligned(rows)) if len(rows) > 1 else ""
+
+
+def _exponent(points: list[tuple[int, float | None]]) -> float | None:
+    """The slope of a line through the logarithms, by least squares."""
+    positive = [(size, y) for size, y in points if y]
+    if len(positive) < 2:
+        return None
+    sizes, values = (np.log(np.array(x, float)) for x in zip(*positive, strict=True))
+    return float(np.polyfit(sizes, values, 1)[0])
+
+
+def findings(record: dict[str, Any]) -> str:
+    """Where a peer is faster, beyond the noise, and how long compiling takes beside optax."""
+    slower, compiles = [], {suite: [] for suite in COMPILE_TARGETS}
+    for case in record["cases"]:
+        ours, *others = case["rows"]
+        for row in others:
+            competes = row["percent_of_limit"] is not None and not row["peer"].startswith("jaxent")
+            if competes and min(row["ratio"], row["ratio_of_smallest"]) > SLOWER:
+                slower.append((row["ratio"], f"{row['ratio']:.2f} x {row['contender']}: {case['name']}"))
+            if row["peer"] == "optax" and case["case"]["suite"] in compiles:
+                compiles[case["case"]["suite"]].append((ours["compile_s"] / row["compile_s"], case["name"]))
+    lines = ["slower than a peer:" + ("" if slower else " nowhere")]
+    lines += [f"  {text}" for _, text in sorted(slower, reverse=True)]
+    for suite, found in compiles.items():
+        if found:
+            middle, (worst, name) = statistics.median(x for x, _ in found), max(found)
+            lines.append(
+                f"compile time by optax's, {suite}: median {middle:.1f}, most {worst:.1f} ({name}); "
+                f"aim {COMPILE_TARGETS[suite]:.0f}"
+            )
     return "\n".join(lines)
-
-
-def _by_key(record: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
-    return {(case["name"], row["contender"]): row for case in record["cases"] for row in case["rows"]}
-
-
-def _change(before: list[float], after: list[float]) -> float | None:
-    """The relative change of the median, or None if it is within the noise."""
-    old, new = Summary.of(before), Summary.of(after)
-    # For normal samples: the interquartile range is 1.35 standard deviations, a median's error 1.25 of a mean's.
-    errors = [1.25 * (2 * s.spread / 1.35) / len(x) ** 0.5 for s, x in ((old, before), (new, after))]
-    noise = max(STANDARD_ERRORS * (errors[0] ** 2 + errors[1] ** 2) ** 0.5, LEAST_CHANGE * old.median)
-    return None if abs(new.median - old.median) <= noise else new.median / old.median - 1

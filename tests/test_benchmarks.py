@@ -1,29 +1,44 @@
-"""The benchmarks run, refuse to time what disagrees, and tell a change from noise."""
+"""The benchmarks run, refuse to time what disagrees, tell change from noise; the README is what its record gives."""
 
 import copy
 import json
+import re
 import time
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from benchmarks import __main__ as command
-from benchmarks import cases, harness, limits, report
+from benchmarks import cases, collectives, harness, limits, pictures, readme, report
+from benchmarks.compare import compare
 
 EFFORT = harness.Effort(rounds=3, seconds=0.0, most_seconds=1.0, sample_seconds=1e-4, compiles=1)
-SMALL = (cases.Case("dense", 33, 10, "value"), cases.Case("dense", 7, 40000, "value and gradient"))
+SMALL = (
+    cases.Case("dense", 33, 10, "value"),
+    cases.Case("dense", 7, 40000, cases.GRADIENT, donated=True),
+    cases.Case("linear", 16, 64, cases.GRADIENT, 8, sweep="rows"),
+    cases.Case("linear", 32, 64, cases.GRADIENT, 8, sweep="rows"),
+    cases.Case("curvature", 16, 40, "Hessian product", 8),
+    cases.Case("curvature", 16, 40, "Gauss-Newton product", 8),
+    cases.Case("curvature", 16, 40, "gradient norms", 8),
+    cases.Case("sharded", 16, 64, cases.GRADIENT, 8, mesh=(2, 4)),
+)
 
 
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
     path = tmp_path_factory.mktemp("record") / "record.json"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, "cases", lambda suite, quick: list(SMALL))
+        patch.setattr(command, "SUITES", ("all",))
+        patch.setattr(command, "cases", lambda suite, quick, at_hand: list(SMALL))
         patch.setattr(command, "QUICK", EFFORT)
         patch.setattr(limits, "COPY_BYTES", 2**16)
         patch.setattr(limits, "PRODUCT_SIZES", ((64, 64, 64),))
-        command.main(["--suite", "dense", "--quick", "--json", str(path)])
+        command.main(["--quick", "--json", str(path)])
     return json.loads(path.read_text())
 
 
@@ -33,8 +48,9 @@ def test_record_holds_every_sample_and_where_it_was_taken(record):
     assert record["machine"]["cores"] >= 1
     for case in record["cases"]:
         names = [row["contender"] for row in case["rows"]]
-        assert names[0] == "jaxent"
+        assert names[0].startswith("jaxent")
         assert any(name.startswith("optax") for name in names)
+        assert not [name for name in case["left_out"] if name.startswith("optax")]
         for row in case["rows"]:
             assert len(row["samples_ms"]) == 3
             assert row["smallest_ms"] <= row["median_ms"] == np.median(row["samples_ms"])
@@ -42,7 +58,7 @@ def test_record_holds_every_sample_and_where_it_was_taken(record):
 
 def test_table_has_a_line_for_each_contender(record):
     for case in record["cases"]:
-        lines = report.table(case).splitlines()
+        lines = report.table(case | {"left_out": {}}).splitlines()
         assert len({len(line) for line in lines[1:]}) == 1
         assert len(lines) == 2 + len(case["rows"])
 
@@ -55,11 +71,14 @@ def test_disagreement_is_refused_before_any_time_is_taken():
         return harness.Contender(name, call, lambda: [np.asarray(a) for a in arrays])
 
     ours = contender("ours", 1.0, [1.0, 2.0])
+    same = [contender(name, 1.0 + 1e-6, [1.0, 2.0]) for name in ("same", "too")]
     tolerance = {"value": 1e-5, "gradient": 1e-4}
-    harness.check_agreement([ours, contender("same", 1.0 + 1e-6, [1.0, 2.0])], tolerance)
     for bad in ((1.001, [1.0, 2.0]), (1.0, [1.0, 2.01]), (1.0, [1.0, np.nan]), (1.0,)):
-        with pytest.raises(AssertionError, match="bad"):
-            harness.check_agreement([ours, contender("bad", *bad)], tolerance)
+        kept, refused = harness.agreeing([ours, same[0], contender("bad", *bad), same[1]], tolerance)
+        assert [c.name for c in kept] == ["ours", "same", "too"]
+        assert list(refused) == ["bad"]
+        with pytest.raises(AssertionError, match="ours disagrees"):
+            harness.agreeing([ours, contender("bad", *bad)], tolerance)
 
 
 def test_compiled_measures_what_it_compiles():
@@ -67,8 +86,20 @@ def test_compiled_measures_what_it_compiles():
     contender = harness.compiled("double", lambda x: 2 * x, x, effort=EFFORT)
     assert contender.results is not None
     np.testing.assert_array_equal(contender.results()[0], 2 * np.ones((64, 64)))
-    assert contender.compile_seconds is not None
-    assert contender.compile_seconds > 0
+    assert len(contender.compile_seconds) == EFFORT.compiles
+    assert min(contender.compile_seconds) > 0
+    assert contender.result_bytes == x.nbytes
+
+
+def test_a_donated_input_takes_the_result():
+    x = jnp.ones((64, 64))
+    contender = harness.compiled("double", lambda x: (x[0, 0], 2 * x), x, effort=EFFORT, donate=True)
+    assert contender.results is not None
+    assert contender.result_bytes is not None
+    assert contender.result_bytes < x.nbytes
+    contender.call()
+    contender.call()  # on the first call's result
+    np.testing.assert_array_equal(contender.results()[1], 2 * np.ones((64, 64)))
 
 
 def test_contenders_take_turns():
@@ -97,7 +128,7 @@ def test_compare_reports_changes_beyond_the_noise(record, factor, changed):
     after = copy.deepcopy(before)
     row = after["cases"][0]["rows"][0]
     row["samples_ms"] = [factor * s for s in row["samples_ms"]]
-    text = report.compare(before, after)
+    text = compare(before, after)
     total = sum(len(case["rows"]) for case in record["cases"])
     assert f"{changed} of {total} rows changed beyond the noise" in text
     if changed:
@@ -112,3 +143,93 @@ def test_limits_bind_where_they_should():
     assert device.seconds(dense) == pytest.approx(2 * 4e6 / 1e10)
     assert device.binding(linear) == "matrix products"
     assert device.seconds(linear) == pytest.approx(3 * 2 * 1e8 / 1e11)
+    alone = harness.Contender("alone", lambda: None)
+    products = device.at_own_shapes("float32", limits.Bound(alone, flops=linear.flops()), 2e-3)
+    assert products.seconds(linear) == pytest.approx(2e-3)
+    for bytes_moved, rate in ((dense.bytes_moved(), dense.bytes_moved() / 1e-4), (dense.bytes_moved() // 10**4, 1e10)):
+        copied = device.at_own_shapes("float32", limits.Bound(alone, bytes=bytes_moved), 1e-4)
+        assert copied.copy_bytes_per_second == pytest.approx(rate)
+
+
+def test_collectives_are_counted_with_their_loops():
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def sums(x):
+        return jax.lax.scan(lambda carry, row: (carry + jnp.sum(jnp.sin(row * carry)), None), 0.0, x)[0]
+
+    x = jax.device_put(jnp.ones((5, 64)), NamedSharding(mesh, P(None, "x")))
+    found = collectives.collectives(jax.jit(sums).lower(x).compile().as_text() or "")
+    assert [(c.kind, c.shape, c.times, c.devices) for c in found] == [("all-reduce", (), 5, 8)]
+    assert sum(c.sent for c in found) == pytest.approx(5 * 4 * 2 * 7 / 8)
+
+
+def test_meshes_report_what_they_send(record):
+    rows = next(case["rows"] for case in record["cases"] if case["case"]["suite"] == "sharded")
+    sent = {row["peer"]: row["sent_mib"] for row in rows}
+    assert sent["jaxent, one device"] is None
+    least = 4 * 2 * (16 // 2 * 8) * 3 / 4 / 2**20  # the gradient by hidden, added over four devices of the classes
+    for kind in ("automatic", "shard_map"):
+        assert sent[f"jaxent, {kind}"] >= least
+
+
+def test_growth_is_the_exponent(record):
+    grown = copy.deepcopy(record)
+    for case in report.sweep(grown, "rows"):
+        for row in case["rows"]:
+            row["median_ms"], row["temp_mib"] = case["case"]["rows"] ** 1.5, 3.0
+    lines = report.growth(grown).splitlines()
+    assert lines[1].startswith("jaxent, N = 16 32 ")
+    assert lines[1].split()[-2:] == ["N^1.50", "N^0.00"] or lines[1].split()[-2:] == ["N^1.50", "N^-0.00"]
+
+
+def test_findings_name_who_is_faster(record):
+    changed = copy.deepcopy(record)
+    for case in changed["cases"]:
+        for row in case["rows"]:
+            row["ratio"] = row["ratio_of_smallest"] = 1.0
+    changed["cases"][0]["rows"][1]["ratio"] = changed["cases"][0]["rows"][1]["ratio_of_smallest"] = 1.25
+    text = report.findings(changed)
+    assert re.search(rf"1\.25 x \S.*: {re.escape(SMALL[0].name)}", text)
+    assert text.count(" x ") == 1
+    assert "compile time by optax's, dense" in text
+
+
+def test_pictures_are_drawn_from_what_there_is(record, tmp_path):
+    drawn = pictures.draw(record, tmp_path / "record.json")
+    assert [path.name for path in drawn] == ["record-time.png", "record-limit.png"]
+    assert all(path.stat().st_size > 10000 for path in drawn)
+
+
+def test_heads_are_scaled_to_the_memory():
+    def heads(gib):
+        at_hand = cases.Resources("cpu", 1, 2, gib * 2**30)
+        return {case.head: case.rows for case in cases.cases("linear", False, at_hand) if case.head}
+
+    assert heads(64).keys() == cases.HEADS.keys()
+    assert all(rows >= cases.LEAST_HEAD_ROWS for rows in heads(64).values())
+    assert heads(5).keys() == {"GPT-2", "Qwen2.5-0.5B"}
+
+
+def test_the_readme_is_written_from_the_record(record, tmp_path):
+    path = tmp_path / "benchmarks" / "record.json"
+    path.parent.mkdir()
+    changed = copy.deepcopy(record)
+    for case in changed["cases"]:
+        case["case"]["donated"] = False
+    path.write_text(json.dumps(changed))
+    (tmp_path / "README.md").write_text("before\n<!-- speed: old.json -->\nold\n<!-- speed ends -->\nafter\n")
+    readme.update(tmp_path, path)
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("before\n<!-- speed: benchmarks/record.json -->\n")
+    assert text.endswith("<!-- speed ends -->\nafter\n")
+    assert "old" not in text
+    ours = changed["cases"][1]["rows"][0]
+    assert f"| 7, -, 40000 | {report.number(ours['median_ms'])} | {ours['percent_of_limit']:.0f}% |" in text
+
+
+def test_the_speed_in_the_readme_is_that_of_its_record():
+    text = (command.REPOSITORY / "README.md").read_text(encoding="utf-8")
+    found = list(readme.SECTION.finditer(text))
+    assert len(found) == any(command.RESULTS.glob("*.json"))
+    for match in found:
+        assert match[0] == readme.section(command.REPOSITORY, command.REPOSITORY / match[1])

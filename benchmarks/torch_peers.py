@@ -1,0 +1,81 @@
+"""PyTorch, dense and fused, on the data that JAX holds."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks.cases import GRADIENT, Case
+from benchmarks.harness import Contender, Effort, estimate
+from benchmarks.inputs import Inputs
+
+
+def threads() -> int:
+    """What PyTorch uses, for the record: a comparison on CPU is between equals only if XLA has as many."""
+    return importlib.import_module("torch").get_num_threads()
+
+
+def _contender(name: str, case: Case, inputs: Inputs, loss_of: Callable[..., Any]) -> Contender:
+    torch, tensors, labels, tangents = inputs.torch
+    wait = torch.cuda.synchronize if tensors[0].is_cuda else lambda: None
+
+    def run() -> list[Any]:
+        if case.mode == "value":
+            with torch.no_grad():
+                out = [loss_of(torch, *tensors, labels)]
+        elif case.mode == GRADIENT:
+            loss = loss_of(torch, *tensors, labels)
+            out = [loss.detach(), *torch.autograd.grad(loss, tensors)]
+        else:
+            gradients = torch.autograd.grad(loss_of(torch, *tensors, labels), tensors, create_graph=True)
+            out = list(torch.autograd.grad(gradients, tensors, tangents))
+        wait()
+        return out
+
+    def results() -> list[np.ndarray]:
+        out = [x.detach().float().cpu().numpy() for x in run()]
+        if case.hidden and case.mode != "value":
+            out[-1] = out[-1].T
+        return out
+
+    return Contender(name, run, results)
+
+
+def dense(name: str, case: Case, inputs: Inputs, effort: Effort) -> Contender | None:
+    if case.donated or case.mode in ("Gauss-Newton product", "gradient norms"):
+        return None
+
+    def loss(torch: Any, *tensors: Any) -> Any:
+        *floats, labels = tensors
+        functional = torch.nn.functional
+        logits = functional.linear(*floats) if case.hidden else floats[0]
+        return functional.cross_entropy(logits, labels)
+
+    return _contender(name, case, inputs, loss)
+
+
+def fused(name: str, case: Case, inputs: Inputs, effort: Effort) -> Contender | None:
+    """`linear_cross_entropy` at the rows a chunk that are fastest here: halved while that helps."""
+    torch = importlib.import_module("torch")
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        return None
+
+    def with_chunk(rows: int | None) -> tuple[float, Contender]:
+        options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
+
+        def loss(torch: Any, hidden: Any, kernel: Any, labels: Any) -> Any:
+            return torch.nn.functional.linear_cross_entropy(hidden, kernel, labels, options=options)
+
+        label = f"{name}, {'automatic' if rows is None else rows} rows"
+        contender = _contender(label, case, inputs, loss)
+        return estimate(contender.call), contender
+
+    best, rows = with_chunk(None), case.rows
+    while rows >= 16:
+        tried = with_chunk(rows)
+        if tried[0] > 1.3 * best[0] and rows < case.rows:
+            break
+        best = min(best, tried, key=lambda x: x[0])
+        rows //= 2
+    return best[1]
