@@ -79,7 +79,8 @@ def layout(function: str, chunk_rows: int | None, *heads: Head) -> Layout:
     rows, _ = local_shape(heads[0].hidden)
     classes = sum(local_shape(head.kernel)[1] for head in heads)
     devices = max(automatic_devices(x) for head in heads for x in (head.hidden, head.kernel))
-    return layout_for(function, rows, classes, chunk_rows, devices)
+    features = max(local_shape(head.hidden)[1] for head in heads)
+    return layout_for(function, rows, features, classes, chunk_rows, devices)
 
 
 def logits_like(*heads: Head) -> jax.ShapeDtypeStruct:
