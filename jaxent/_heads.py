@@ -77,7 +77,7 @@ def flat_rows(arguments: SoftmaxArguments, batch: Batch) -> SoftmaxArguments:
 def layout(function: str, chunk_rows: int | None, *heads: Head) -> Layout:
     """How the rows of a device are cut; the logits of all heads are held at a time."""
     rows, _ = local_shape(heads[0].hidden)
-    classes = sum(local_shape(head.kernel)[1] for head in heads)
+    classes = max(1, sum(local_shape(head.kernel)[1] for head in heads))
     devices = max(automatic_devices(x) for head in heads for x in (head.hidden, head.kernel))
     features = max(local_shape(head.hidden)[1] for head in heads)
     return layout_for(function, rows, features, classes, chunk_rows, devices)

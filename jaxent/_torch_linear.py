@@ -13,7 +13,6 @@ from jaxent import _arrays, _heads, _torch_rules, linear, losses
 from jaxent._rows import IGNORED, RowTargets
 from jaxent._sharding import ClassAxis
 from jaxent._streaming import Head, Logits, stream_rows, stream_sum
-from jaxent.planning import layout_for
 from jaxent.risk import WeightedSum
 
 
@@ -205,7 +204,7 @@ def _loss_of_places(
     # In the dtype of the sums: a gradient by bf16 probabilities would be rounded before it is divided by the weight.
     target = target if rows.probabilities is None else rows.probabilities
     target = target.reshape(*target.shape[: target.ndim + 2 - w.ndim], places)
-    layout = layout_for("torch_compat.linear_cross_entropy", h.shape[0], max(1, count * places), chunk_rows)
+    layout = _heads.layout("torch_compat.linear_cross_entropy", chunk_rows, head)
     row_fn = _PlacesRows(count, places, ignore_index, reduction != "none")
     stream = stream_rows if reduction == "none" else stream_sum
     losses = stream(row_fn, (head,), target, shared, layout, _heads.products(None, head))
