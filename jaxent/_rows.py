@@ -141,7 +141,8 @@ def _label_sums_in_blocks(z: jax.Array, codes: jax.Array, classes: ClassAxis) ->
         blocks = z.reshape(size, rows // size, count), codes.reshape(size, rows // size, 1)
 
         def one(i: jax.Array) -> LabelSums:
-            return _label_sums(*(lax.dynamic_index_in_dim(x, i, 1, keepdims=False) for x in blocks), classes)
+            z_i, codes_i = (lax.dynamic_index_in_dim(x, i, 1, keepdims=False) for x in blocks)
+            return _label_sums(z_i, codes_i, classes)
 
         sums = lax.map(one, jnp.arange(rows // size, dtype=jnp.int32))
         return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(codes.shape), sums)

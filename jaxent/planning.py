@@ -15,8 +15,8 @@ from jaxent import _arrays
 from jaxent._reduction import Reduction
 
 # Logits held at a time, in elements. An accelerator needs thousands of rows to fill its matrix units (heuristic: 1 GiB
-# of float32). On a CPU twice as many rows as features are the fastest, since each chunk also adds a gradient as large as
-# the kernel to the sum so far; less than 16 MiB does not pay, and beyond 256 MiB memory matters more than the last
+# of float32). On a CPU twice as many rows as features are the fastest, since each chunk also adds a gradient as large
+# as the kernel to the sum so far; less than 16 MiB does not pay, and beyond 256 MiB memory matters more than the last
 # percents. Measured on 2 cores, float32: D=64 V=32768 at 128 rows 0.60 of dense optax, at 1024 rows 0.78; D=512 V=32768
 # at 1024 rows 0.90, at 256 1.06; D=256 V=128256 at 512 rows 0.91, at 128 1.04.
 ACCELERATOR_LOGITS = 2**28
