@@ -56,7 +56,7 @@ def linear_softmax_cross_entropy(
     **Arguments:**
 
     - `hidden`: `(*batch, features)`, floating. `kernel`: `(features, classes)`; a `(classes, features)` embedding is
-      passed as `embedding.T`, which is not copied. `bias`: `(classes,)`.
+      passed as `embedding.T`, which the CPU back end turns once a call. `bias`: `(classes,)`.
     - `targets`, `where`, `weights`, `class_weights`, `ignore_index`, `label_smoothing`, `z_loss`, `reduction`,
       `denominator`, `vocab_axis`: as in `softmax_cross_entropy`, for logits `(*batch, classes)`. With `vocab_axis`,
       `kernel` and `bias` hold this device's classes and `hidden` is the same on all devices of the axis.
