@@ -247,3 +247,19 @@ def test_weighted_sum_adds_and_means():
     parts = [WeightedSum(jnp.float32(t), jnp.float32(n)) for t, n in ((6.0, 3.0), (1.0, 1.0))]
     assert float(sum(parts).mean()) == 1.75  # pyright: ignore
     assert float(WeightedSum(jnp.float32(0), jnp.float32(0)).mean()) == 0
+
+
+def test_a_hessian_product_through_a_scan_of_updates(rng: np.random.Generator):
+    w, h = rng.normal(size=(2, 3)).astype(np.float32), rng.normal(size=(2, 2, 2)).astype(np.float32)
+
+    def scanned(w: jax.Array) -> jax.Array:
+        def step(risk: EmpiricalRisk, h: jax.Array) -> tuple[EmpiricalRisk, None]:
+            return risk.update(jnp.sum((h @ w) ** 4, axis=-1)), None
+
+        return jax.lax.scan(step, EmpiricalRisk(), h)[0].mean()
+
+    def plain(w: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.sum((h.reshape(4, 2) @ w) ** 4, axis=-1))
+
+    got, want = (jax.jit(lambda w, f=f: jax.jvp(jax.grad(f), (w,), (w,))[1])(w) for f in (scanned, plain))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
