@@ -122,7 +122,9 @@ def _top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
     There the maximum is taken `k` times, of which only a number a row crosses the mesh.
     """
-    if not _left_to_xla(_mesh(x)):
+    mesh = _mesh(x)
+    # An array that only `jit` knows to be split has no mesh in its type.
+    if jax.device_count() == 1 or not (mesh.empty or _left_to_xla(mesh)):
         return lax.top_k(x, k)
     classes = ClassAxis()
     settled = lax.optimization_barrier(lax.stop_gradient(x))  # compared with its own maximum, not with one rounded anew

@@ -4,23 +4,32 @@ import math
 import re
 from typing import Any, NamedTuple
 
+from meshes import CLASSES, FEATURES, ROWS, TOP
+
 KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast|send|recv"
 INSTRUCTION = re.compile(rf"= (.*?) ((?:ragged-)?(?:{KINDS}))(?:-start)?\(")
 BYTES = {"pred": 1, "s32": 4, "u32": 4, "f32": 4, "f64": 8, "s64": 8, "bf16": 2}
 
 
 class Collective(NamedTuple):
-    """One array that a program sends, `times` times."""
+    """One array that a program sends, `times` times, within groups of `devices`."""
 
     kind: str
     dtype: str
     shape: tuple[int, ...]
     times: int
+    devices: int
 
     @property
     def bytes(self) -> int:
         """Of all the times together, on one device."""
         return self.times * math.prod(self.shape) * BYTES[self.dtype]
+
+    @property
+    def sent(self) -> float:
+        """What a device sends of an all-reduce in a ring: all of it but its own part, once to add, once to share."""
+        assert self.kind == "all-reduce"
+        return 2 * self.bytes * (self.devices - 1) / self.devices
 
     @property
     def extent(self) -> tuple[int, ...]:
@@ -38,10 +47,22 @@ def collectives(compiled: Any) -> list[Collective]:
             if match:
                 arrays = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
                 found += [
-                    Collective(match[2], dtype, tuple(int(n) for n in dims.split(",") if n), times)
+                    Collective(match[2], dtype, tuple(int(n) for n in dims.split(",") if n), times, _group_size(line))
                     for dtype, dims in arrays
                 ]
     return found
+
+
+def _group_size(line: str) -> int:
+    """Of the groups of devices, which are listed, counted, or named by axes of a mesh; 0 where there are none."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+        return listed[1].count(",") + 1
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
+        return int(counted[1])
+    if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+        sizes = dict(axis.split("=") for axis in named[1].split(","))
+        return math.prod(int(sizes[axis]) for axis in named[2].split(","))
+    return 0
 
 
 def _computations(text: str) -> dict[str, list[str]]:
@@ -73,3 +94,16 @@ def _executions(computations: dict[str, list[str]]) -> dict[str, int]:
 
     visit("ENTRY", 1)
     return times
+
+
+def foreign(found: list[Collective], data: int, vocab: int) -> list[Collective]:
+    """What is neither a sum of a few numbers a row, nor of one a class, nor of a gradient by hidden or kernel."""
+
+    def is_due(extent: tuple[int, ...]) -> bool:
+        if len(extent) < 2:
+            return sum(extent) <= max(ROWS // data, CLASSES)
+        few = [n for n in extent if n in (FEATURES, TOP, vocab)]
+        many = [n for n in extent if n not in few]
+        return len(many) <= 1 and sum(many) <= max(ROWS // data, CLASSES // vocab)
+
+    return [c for c in found if c.kind not in ("all-reduce", "reduce-scatter") or not is_due(c.extent)]

@@ -65,7 +65,7 @@ def arrays() -> dict[str, tuple[np.ndarray, P]]:
         "y": (np.where(ignored, -100, labels).astype(np.int32), ROW),
         "where": (~ignored, ROW),
         "weights": (fractions(ROWS), ROW),
-        "s": (np.float32([2.0, 1.5, 0.125, 0.25]), P()),  # soft cap, temperature, smoothing, z-loss
+        "s": (np.array([2.0, 1.5, 0.125, 0.25], np.float32), P()),  # soft cap, temperature, smoothing, z-loss
     }
 
 
@@ -124,8 +124,14 @@ def _cases() -> dict[str, Case]:
         options = {"bias": b, "where": where, "class_weights": c, **shaping, **chunk}
         return _mean(linear_softmax_cross_entropy, by, h, w, y, **options, **axis), None
 
-    def linear_rows(by: Any, axis: Any, h: Any, w: Any, s: Any, y: Any, weights: Any) -> Any:
-        options = {"weights": weights, "temperature": s[1], "label_smoothing": s[2], **chunk, **axis}
+    def dense_smoothed(by: Any, axis: Any, z: Any, y: Any) -> Any:
+        return _mean(softmax_cross_entropy, by, z, y, label_smoothing=0.125, **axis), None
+
+    def linear_smoothed(by: Any, axis: Any, h: Any, w: Any, y: Any) -> Any:
+        return _mean(linear_softmax_cross_entropy, by, h, w, y, label_smoothing=0.125, **chunk, **axis), None
+
+    def linear_rows(by: Any, axis: Any, h: Any, w: Any, y: Any, weights: Any) -> Any:
+        options = {"weights": weights, "label_smoothing": 0.125, **chunk, **axis}
         losses = linear_softmax_cross_entropy(h, w, y, reduction="none", **options)
         return _summed(jnp.sum(jnp.square(losses)), by), losses
 
@@ -148,8 +154,10 @@ def _cases() -> dict[str, Case]:
         "sigmoid": Case(sigmoid, ("z",), ("t", "c")),
         "statistics": Case(statistics, ("z",), ("labels",)),
         "linear": Case(linear, ("h", "w", "b", "s"), ("y", "c", "where")),
-        "linear_rows": Case(linear_rows, ("h", "w", "s"), ("y", "weights")),
+        "linear_rows": Case(linear_rows, ("h", "w"), ("y", "weights")),
         "linear_statistics": Case(linear_statistics, ("h", "w"), ("labels",)),
+        "dense_smoothed": Case(dense_smoothed, ("z",), ("y",)),
+        "linear_smoothed": Case(linear_smoothed, ("h", "w"), ("y",)),
         "divergence": Case(divergence, ("h", "w"), ("h2", "w2", "where")),
         "own": Case(own, ("h", "w", "s"), ("weights",)),
     }

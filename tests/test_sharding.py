@@ -5,24 +5,33 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from collectives import Collective, collectives
+from collectives import collectives, foreign
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from meshes import (
     CASES,
     CLASSES,
+    FAST,
     FEATURES,
     KINDS,
     MESHES,
     ROWS,
     SHARDABLE,
-    TOP,
+    arrays,
     compiled,
+    linear_softmax_cross_entropy,
+    linear_token_statistics,
     make_mesh,
     placed,
+    softmax_cross_entropy,
     unsharded,
 )
 
+import jaxent
+
+# Outside `slow`: every loss on both axes of a mesh, two of them on meshes of which one axis is all.
 GRID = [
-    pytest.param(case, shape, kind, marks=[] if shape == "2x4" or case in ("dense", "linear") else pytest.mark.slow)
+    pytest.param(case, shape, kind, marks=[] if (shape == "2x4") != case.endswith("smoothed") else pytest.mark.slow)
     for case in CASES
     for shape in MESHES
     for kind in KINDS
@@ -43,19 +52,6 @@ def assert_same(got: Any, want: Any) -> None:
     jax.tree.map(check, got, want)
 
 
-def foreign(found: list[Collective], data: int, vocab: int) -> list[Collective]:
-    """What is neither a sum of a few numbers a row, nor of one a class, nor of a gradient by hidden or kernel."""
-
-    def is_due(extent: tuple[int, ...]) -> bool:
-        if len(extent) < 2:
-            return sum(extent) <= max(ROWS // data, CLASSES)
-        few = [n for n in extent if n in (FEATURES, TOP, vocab)]
-        many = [n for n in extent if n not in few]
-        return len(many) <= 1 and sum(many) <= max(ROWS // data, CLASSES // vocab)
-
-    return [c for c in found if c.kind not in ("all-reduce", "reduce-scatter") or not is_due(c.extent)]
-
-
 @pytest.mark.parametrize(("case", "shape", "kind"), GRID)
 def test_value_gradient_and_hessian_product(case: str, shape: str, kind: str):
     program = compiled(case, shape, kind)
@@ -67,3 +63,196 @@ def test_value_gradient_and_hessian_product(case: str, shape: str, kind: str):
         for result in results[: 1 if case == "nll" else 2]:  # which is linear: its Hessian product is a constant
             assert result.sharding.is_equivalent_to(parameter.sharding, result.ndim), name
     assert foreign(collectives(program), *MESHES[shape]) == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Explicit meshes beyond the grid
+
+
+def on(mesh: jax.sharding.Mesh, name: str, spec: P | None = None) -> jax.Array:
+    x, usual = arrays()[name]
+    return jax.device_put(x, NamedSharding(mesh, usual if spec is None else spec))
+
+
+def test_a_batch_split_over_several_axes_stays_where_it_is():
+    mesh, spec = make_mesh("2x4", "explicit"), P("data", "vocab")
+    h = jax.device_put(arrays()["h"][0].reshape(8, 20, FEATURES), NamedSharding(mesh, spec))
+    y = jax.device_put(arrays()["y"][0].reshape(8, 20), NamedSharding(mesh, spec))
+    w = on(mesh, "w", P())
+
+    def losses(h: Any, w: Any, y: Any) -> Any:
+        rows = linear_softmax_cross_entropy(h, w, y, chunk_rows=9, reduction="none")
+        by = jax.grad(lambda h, w: linear_softmax_cross_entropy(h, w, y, chunk_rows=9), argnums=(0, 1))(h, w)
+        return rows, by, linear_token_statistics(h, w, np.abs(arrays()["y"][0]).reshape(8, 20) % CLASSES, top_k=2)
+
+    want = losses(*(np.asarray(x) for x in (h, w, y)))
+    program = jax.jit(losses).lower(h, w, y).compile(FAST)
+    got = program(h, w, y)
+    assert_same(got, want)
+    assert got[0].sharding.spec == got[1][0].sharding.spec == got[2].rank.sharding.spec == spec
+    sent = collectives(program)
+    assert [c for c in sent if c.kind != "all-reduce"] == []
+    assert {c.extent for c in sent} <= {(), (FEATURES, CLASSES)}
+
+
+def test_without_jit_and_with_labels_of_the_host():
+    mesh = make_mesh("2x4", "explicit")
+    y, c, where = (arrays()[name][0] for name in ("y", "c", "where"))
+    options = {"where": where, "label_smoothing": 0.125}
+    z, h, w = (on(mesh, name) for name in ("z", "h", "w"))
+    for classes in (c, on(mesh, "c")):
+        got = softmax_cross_entropy(z, y, class_weights=classes, **options)
+        assert_same(got, softmax_cross_entropy(arrays()["z"][0], y, class_weights=c, **options))
+        got = linear_softmax_cross_entropy(h, w, y, class_weights=classes, reduction="sum", **options)
+        want = linear_softmax_cross_entropy(
+            *(arrays()[n][0] for n in "hw"), y, class_weights=c, reduction="sum", **options
+        )
+        assert_same(got, want)
+    gradient = jaxent.softmax_cross_entropy_gradient(z, y)
+    assert gradient.sharding == z.sharding
+    assert_same(gradient, jaxent.softmax_cross_entropy_gradient(arrays()["z"][0], y))
+
+
+def test_vmap_over_an_axis_that_is_split():
+    mesh = make_mesh("2x4", "explicit")
+    h = jax.device_put(arrays()["h"][0].reshape(4, 40, FEATURES), NamedSharding(mesh, P("data")))
+    y = jax.device_put(arrays()["labels"][0].reshape(4, 40), NamedSharding(mesh, P("data")))
+
+    def gradients(h: Any, w: Any, y: Any) -> Any:
+        def one(h: Any, y: Any) -> Any:
+            loss = jax.value_and_grad(linear_softmax_cross_entropy, argnums=(0, 1))(h, w, y, chunk_rows=16)
+            return loss, linear_softmax_cross_entropy(h, w, y, reduction="none")
+
+        return jax.vmap(one)(h, y)
+
+    got = jax.jit(gradients)(h, on(mesh, "w"), y)
+    assert_same(got, jax.jit(gradients)(np.asarray(h), arrays()["w"][0], np.asarray(y)))
+    assert got[0][1][1].sharding.spec == P("data", None, "vocab")
+
+
+def test_classes_split_over_two_axes():
+    mesh = make_mesh("2x4", "explicit")
+    w, c = on(mesh, "w", P(None, ("vocab", "data"))), on(mesh, "c", P(("vocab", "data")))
+    h, y = arrays()["h"][0], arrays()["y"][0]
+
+    def gradients(h: Any, w: Any, y: Any, c: Any) -> Any:
+        return jax.grad(linear_softmax_cross_entropy, argnums=(0, 1))(h, w, y, class_weights=c)
+
+    got = jax.jit(gradients)(h, w, y, c)
+    assert_same(got, jax.jit(gradients)(h, arrays()["w"][0], y, arrays()["c"][0]))
+    assert got[1].sharding == w.sharding
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Vocabularies that the axis does not divide
+
+
+def test_an_uneven_vocabulary_under_automatic_sharding():
+    mesh, uneven = make_mesh("2x4", "automatic"), CLASSES - 2
+    h, w = on(mesh, "h"), arrays()["w"][0][:, :uneven]
+    y = arrays()["labels"][0] % uneven
+
+    def step(h: Any, w: Any, split: bool) -> Any:
+        if split:
+            w = jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P(None, "vocab")))
+        return jax.value_and_grad(linear_softmax_cross_entropy, argnums=1)(h, w, y, label_smoothing=0.125)
+
+    assert_same(jax.jit(step, static_argnums=2)(h, w, True), step(np.asarray(h), w, False))
+
+
+def test_an_uneven_vocabulary_is_padded_with_classes_of_bias_minus_infinity():
+    mesh, uneven = make_mesh("2x4", "automatic"), CLASSES - 2
+    w = arrays()["w"][0].copy()
+    b = np.where(np.arange(CLASSES) < uneven, arrays()["b"][0], -np.inf).astype(np.float32)
+    y = arrays()["labels"][0] % uneven
+    h = arrays()["h"][0]
+
+    def loss(h: Any, w: Any, b: Any, **options: Any) -> Any:
+        return linear_softmax_cross_entropy(h, w, y, bias=b, z_loss=0.25, **options)
+
+    def part(h: Any, w: Any, b: Any) -> Any:
+        return loss(h, w, b, vocab_axis="vocab")
+
+    spread = jax.shard_map(part, mesh=mesh, in_specs=(P(), P(None, "vocab"), P("vocab")), out_specs=P())
+    value, (by_h, by_w, by_b) = jax.jit(jax.value_and_grad(spread, argnums=(0, 1, 2)))(h, w, b)
+    want = jax.value_and_grad(loss, argnums=(0, 1, 2))(h, w[:, :uneven], b[:uneven])
+    assert_same((value, (by_h, by_w[:, :uneven], by_b[:uneven])), want)
+    assert not np.any(by_w[:, uneven:])
+    assert not np.any(by_b[uneven:])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Errors
+
+
+WHOLE = P()
+
+
+def manual(f: Any, *specs: P, out: P = WHOLE) -> Any:
+    mesh = make_mesh("2x4", "manual")
+    return lambda *args: jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=out)(*args)
+
+
+def call(name: str, **options: Any) -> Any:
+    """The loss of that name as a function of its logits, or of hidden and kernel, and of its labels."""
+    return lambda *args: getattr(jaxent, name)(*args, **options)
+
+
+DENSE = ("softmax_cross_entropy", "softmax_cross_entropy_gradient", "token_statistics")
+LINEAR = ("linear_softmax_cross_entropy", "linear_token_statistics")
+
+
+@pytest.mark.parametrize("name", DENSE + LINEAR)
+def test_manual_axes_that_do_not_fit(name: str):
+    linear = name in LINEAR
+    x = [arrays()[n][0] for n in (("h", "w") if linear else ("z",))]
+    y = arrays()["labels"][0]
+    labels = "labels" if "statistics" in name else "targets"
+    split = (P(), P(None, "vocab")) if linear else (P(None, "vocab"),)
+    whole = (P(),) * len(split)
+    with pytest.raises(ValueError, match=rf"jaxent\.{name}: `vocab_axis` must name a mesh axis .* got 'model'"):
+        manual(call(name, vocab_axis="model"), *split, P())(*x, y)
+    with jax.set_mesh(make_mesh("2x4", "explicit")), pytest.raises(ValueError, match=r"outside shard_map leave it out"):
+        call(name, vocab_axis="vocab")(*x, y)
+    with pytest.raises(
+        ValueError, match=rf"jaxent\.{name}: `{labels}` must be the same on all devices of `vocab_axis`"
+    ):
+        manual(call(name, vocab_axis="vocab"), *split, P("vocab"))(*x, y)
+    which = "kernel" if linear else "logits"
+    with pytest.raises(ValueError, match=rf"jaxent\.{name}: `{which}` must hold each device's own classes"):
+        manual(call(name, vocab_axis="vocab"), *whole, P())(*x, y)
+
+
+def test_explicit_splits_that_do_not_fit():
+    mesh = make_mesh("2x4", "explicit")
+
+    def names(f: Any, *args: Any, match: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            f(*args)
+        with pytest.raises(ValueError, match=match):
+            jax.jit(f)(*args)
+
+    z, h, w = (on(mesh, name) for name in ("z", "h", "w"))
+    y, along_vocab = on(mesh, "labels"), on(mesh, "labels", P("vocab"))
+    for name, args in (("softmax_cross_entropy", (z,)), ("nll_loss", (z,)), ("linear_softmax_cross_entropy", (h, w))):
+        labels = "labels" if name == "nll_loss" else "targets"
+        names(call(name), *args, along_vocab, match=rf"jaxent\.{name}: `{labels}` must be whole .*160@vocab")
+    weights = on(mesh, "weights", P("vocab"))
+    names(
+        lambda *a: linear_softmax_cross_entropy(*a[:-1], weights=a[-1]),
+        h,
+        w,
+        y,
+        weights,
+        match="`weights` must be whole",
+    )
+    both = r"jaxent.linear_softmax_cross_entropy: `hidden` and `kernel` must "
+    loss = call("linear_softmax_cross_entropy")
+    names(loss, on(mesh, "h", P("vocab")), w, y, match=both + "be split over different mesh axes")
+    features = jax.device_put(np.zeros((8, CLASSES), np.float32), NamedSharding(mesh, P("data")))
+    names(loss, np.zeros((ROWS, 8), np.float32), features, y, match=both + "have whole features on every device")
+    classes = on(mesh, "c", P("data"))
+    names(lambda *a: loss(*a[:-1], class_weights=a[-1]), h, w, y, classes, match="`class_weights` must be split over")
+    kl = jaxent.linear_kl_divergence
+    names(kl, h, w, on(mesh, "h2", P()), on(mesh, "w2"), match="`hidden_p` and `hidden_q` must be split over the same")
+    names(kl, h, w, on(mesh, "h2"), on(mesh, "w2", P()), match="`kernel_p` and `kernel_q` must be split over the same")
