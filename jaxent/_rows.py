@@ -95,7 +95,8 @@ def _label_sums(z: jax.Array, codes: jax.Array, classes: ClassAxis) -> LabelSums
 
 
 def _label_shift(z: jax.Array, codes: jax.Array, classes: ClassAxis) -> jax.Array:
-    return jnp.where(codes == INVALID, jnp.nan, _shift(z, classes))
+    """The row maximum; 0 in ignored rows, nan for invalid labels."""
+    return jnp.where(codes == IGNORED, 0, jnp.where(codes == INVALID, jnp.nan, _shift(z, classes)))
 
 
 def _other_exponentials(z: jax.Array, codes: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
@@ -247,8 +248,8 @@ def _nll_of_sums(sums: LabelSums, codes: jax.Array, classes: ClassAxis) -> tuple
     rest = others + (jnp.exp(label_logit - shift) - 1)
     rest = jnp.where(rest < 2.0**90, rest, jnp.nan)  # a row with nan, whose sum of distances did not show it
     nll = (shift - label_logit) + jnp.log1p(rest)
-    nll, shift, rest = (jnp.expand_dims(jnp.where(code == IGNORED, 0, x), classes.axis) for x in (nll, shift, rest))
-    return nll, Normalizer(shift, rest)
+    nll, rest = (jnp.expand_dims(jnp.where(code == IGNORED, 0, x), classes.axis) for x in (nll, rest))
+    return nll, Normalizer(sums.shift, rest)
 
 
 def label_gradient(z: jax.Array, codes: jax.Array, nll: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Array:
@@ -259,7 +260,7 @@ def label_gradient(z: jax.Array, codes: jax.Array, nll: jax.Array, row: Normaliz
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _other_probabilities(z: jax.Array, codes: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Array:
     """`probabilities`, and 0 at the label and in ignored rows."""
-    return _other_exponentials(z, codes, _label_shift(z, codes, classes), classes) / row.total
+    return _other_exponentials(z, codes, row.shift, classes) / row.total
 
 
 @_other_probabilities.defjvp

@@ -269,7 +269,7 @@ class Batch(tuple[int, ...]):
     def flatten(self, x: jax.Array) -> jax.Array:
         """`(*batch, ...)` to `(rows, ...)`, split as the batch is."""
         dims, axes = len(self), _names(self.split)
-        if dims == 1 and _split(x)[:1] == self.split:
+        if dims == 1:
             return x
         flat = _on_each(lambda x: x.reshape(-1, *x.shape[dims:]), axes, P(*self.split), P(axes))
         return automatic(flat, x, mesh=self.mesh, out_specs=P(axes, *_split(x)[dims:]))
