@@ -256,7 +256,7 @@ def test_a_hessian_product_through_a_scan_of_updates(rng: np.random.Generator):
         def step(risk: EmpiricalRisk, h: jax.Array) -> tuple[EmpiricalRisk, None]:
             return risk.update(jnp.sum((h @ w) ** 4, axis=-1)), None
 
-        return jax.lax.scan(step, EmpiricalRisk(), h)[0].mean()
+        return jax.lax.scan(step, EmpiricalRisk(), jnp.asarray(h))[0].mean()
 
     def plain(w: jax.Array) -> jax.Array:
         return jnp.mean(jnp.sum((h.reshape(4, 2) @ w) ** 4, axis=-1))
