@@ -25,6 +25,11 @@ class Collective(NamedTuple):
         return self.times * math.prod(self.shape) * (int(bits[1]) // 8 if bits else 1)
 
     @property
+    def extent(self) -> tuple[int, ...]:
+        """The dimensions other than 1, in order of size."""
+        return tuple(sorted(n for n in self.shape if n != 1))
+
+    @property
     def sent(self) -> float:
         """By one device, in a ring; an all-reduce sends all but the device's own part once to add, once to share."""
         others = max(self.devices - 1, 0)
