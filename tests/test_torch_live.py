@@ -5,6 +5,7 @@ targets, weights, smoothings, ignored labels and reductions. In float64 the two 
 are measured against PyTorch in float64 on the same inputs: float32 to a few ulp, the narrow ones no worse than PyTorch.
 """
 
+import importlib
 import itertools
 import warnings
 from collections.abc import Callable, Iterator
@@ -156,9 +157,8 @@ NAMES = (
 
 def operators() -> list[Any]:
     pytest.importorskip("expecttest")
-    from torch.testing._internal.common_methods_invocations import op_db
-
-    return [op for op in op_db if op.name in NAMES]
+    samples = importlib.import_module("torch.testing._internal.common_methods_invocations")
+    return [op for op in samples.op_db if op.name in NAMES]
 
 
 def compare_samples(name: str, dtype: str, stride: int) -> None:
@@ -194,9 +194,8 @@ MODULES = ("CrossEntropyLoss", "NLLLoss", "KLDivLoss", "BCELoss", "BCEWithLogits
 @pytest.mark.parametrize("name", MODULES)
 def test_all_module_samples_of_pytorch(name: str):
     pytest.importorskip("expecttest")
-    from torch.testing._internal.common_modules import module_db
-
-    (info,) = [info for info in module_db if info.name == f"nn.{name}"]
+    samples = importlib.import_module("torch.testing._internal.common_modules")
+    (info,) = [info for info in samples.module_db if info.name == f"nn.{name}"]
     torch.manual_seed(0)
     for sample in info.module_inputs_func(info, "cpu", torch.float64, True, False):
         built = sample.constructor_input
