@@ -288,8 +288,11 @@ class Batch(tuple[int, ...]):
 # Checks
 
 
-def check_vocab_axis(function: str, vocab_axis: str | None) -> None:
-    """An unknown mesh axis is named here, before a collective fails in words about axis environments."""
+def check_vocab_axis(function: str, vocab_axis: str | None, rows: Mapping[str, Any] = MappingProxyType({})) -> None:
+    """An unknown mesh axis is named here, before a collective fails in words about axis environments.
+
+    `rows` are arguments with rows and no classes, as they came: split over the axis they would have a wrong shape too.
+    """
     if vocab_axis is None:
         return
     if not isinstance(vocab_axis, str):
@@ -301,6 +304,13 @@ def check_vocab_axis(function: str, vocab_axis: str | None) -> None:
             f"jaxent.{function}: `vocab_axis` must name a mesh axis of the surrounding jax.shard_map, got "
             f"{vocab_axis!r}; outside shard_map leave it out: automatic and explicit sharding do not need it"
         ) from error
+    for name, x in rows.items():
+        if isinstance(x, jax.Array) and vocab_axis in varying(x):
+            raise ValueError(
+                f"jaxent.{function}: `{name}` must be the same on all devices of `vocab_axis`, since labels count all "
+                f"classes and rows have all of them; got {jax.typeof(x)}, which differs along {vocab_axis!r}: leave "
+                f"the axis out of its in_specs"
+            )
 
 
 def check_class_axis(
@@ -314,7 +324,7 @@ def check_class_axis(
 
     Those of `along` go with the first of `split`.
     """
-    check_vocab_axis(function, vocab_axis)
+    check_vocab_axis(function, vocab_axis, whole)
     (first, (like, at)), *_ = split.items()
     for name, (x, axis) in along.items():
         if x is not None and _split(x)[axis] not in ((), _split(like)[at]):
@@ -338,13 +348,6 @@ def check_class_axis(
                 f"jaxent.{function}: `{name}` must hold each device's own classes along `vocab_axis`, got the same "
                 f"classes on all devices of {vocab_axis!r}; name the axis in the in_specs of jax.shard_map, and leave "
                 f"its check_vma on"
-            )
-    for name, x in present.items():
-        if vocab_axis in varying(x):
-            raise ValueError(
-                f"jaxent.{function}: `{name}` must be the same on all devices of `vocab_axis`, since labels count all "
-                f"classes and rows have all of them; got {jax.typeof(x)}, which differs along {vocab_axis!r}: leave "
-                f"the axis out of its in_specs"
             )
 
 

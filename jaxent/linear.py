@@ -15,7 +15,7 @@ from jaxent import _arrays, _heads, _measures, _reduction, _rows, _targets
 from jaxent._heads import Shaping
 from jaxent._reduction import Reduction
 from jaxent._rows import IGNORED, LossOptions, RowTargets
-from jaxent._sharding import ClassAxis, check_class_axis, check_same_split
+from jaxent._sharding import ClassAxis, check_class_axis, check_same_split, check_vocab_axis
 from jaxent._streaming import Head, Logits, Precision, Products, RowFunction, stream_rows, stream_sum
 from jaxent._targets import SoftmaxArguments
 from jaxent.losses import TokenStatistics, check_top_k, row_statistics
@@ -80,6 +80,7 @@ def linear_softmax_cross_entropy(
     name = "linear_softmax_cross_entropy"
     head, batch = _heads.check_head(name, hidden, kernel, bias)
     logits_shape = (*batch, head.kernel.shape[1])
+    _targets.check_vocab_axis(name, vocab_axis, targets, where=where, weights=weights)
     arguments = _targets.check_softmax_arguments(
         name,
         logits_shape,
@@ -211,6 +212,7 @@ def linear_token_statistics(
     """
     name = "linear_token_statistics"
     head, batch = _heads.check_head(name, hidden, kernel, bias)
+    check_vocab_axis(name, vocab_axis, {"labels": labels})
     if labels is not None:
         labels = _targets.check_labels(name, "labels", labels, batch)
     check_class_axis(name, vocab_axis, {"kernel": (head.kernel, 1)}, {"labels": labels})
@@ -312,6 +314,7 @@ def linear_kl_divergence(
         raise ValueError(
             f"jaxent.{name}: `divergence` must be 'forward', 'reverse' or 'jensen_shannon', got {divergence!r}"
         )
+    check_vocab_axis(name, vocab_axis, {"where": where, "weights": weights})
     where, weights = _targets.check_row_arguments(name, batch, where, weights)
     divisor = _reduction.check(name, reduction, denominator)
     kernels = {"kernel_p": (head_p.kernel, 1), "kernel_q": (head_q.kernel, 1)}

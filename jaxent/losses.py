@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxent import _arrays, _reduction, _rows, _targets
 from jaxent._reduction import Reduction
-from jaxent._sharding import ClassAxis, check_class_axis, elementwise
+from jaxent._sharding import ClassAxis, check_class_axis, check_vocab_axis, elementwise
 from jaxent._targets import SoftmaxArguments
 from jaxent.risk import WeightedSum
 
@@ -100,6 +100,7 @@ def check_softmax_call(
 ) -> tuple[tuple[jax.Array, SoftmaxArguments, jax.Array | None], dict[str, Any]]:
     """The checked arguments of a softmax loss, traced ones and static ones, for the loss and for its gradient."""
     z, axis = check_logits(function, "logits", logits, axis)
+    _targets.check_vocab_axis(function, vocab_axis, targets, where=options["where"], weights=options["weights"])
     arguments = _targets.check_softmax_arguments(function, z.shape, axis, targets, **options)
     divisor = _reduction.check(function, reduction, denominator)
     _targets.check_class_axis(function, vocab_axis, {"logits": (z, axis)}, arguments)
@@ -323,6 +324,7 @@ def token_statistics(
     """
     name = "token_statistics"
     z, axis = check_logits(name, "logits", logits, axis)
+    check_vocab_axis(name, vocab_axis, {"labels": labels})
     if labels is not None:
         labels = _targets.check_labels(name, "labels", labels, _targets.rows_shape(z.shape, axis))
     check_class_axis(name, vocab_axis, {"logits": (z, axis)}, {"labels": labels})

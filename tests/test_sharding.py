@@ -219,7 +219,7 @@ def test_manual_axes_that_do_not_fit(name: str):
     with pytest.raises(
         ValueError, match=rf"jaxent\.{name}: `{labels}` must be the same on all devices of `vocab_axis`"
     ):
-        manual(call(name, vocab_axis="vocab"), *split, P("vocab"))(*x, np.tile(y, 4))
+        manual(call(name, vocab_axis="vocab"), *split, P("vocab"))(*x, y)
     which = "kernel" if linear else "logits"
     with pytest.raises(ValueError, match=rf"jaxent\.{name}: `{which}` must hold each device's own classes"):
         manual(call(name, vocab_axis="vocab"), *whole, P())(*x, y)
