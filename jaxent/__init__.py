@@ -1,4 +1,80 @@
-"""Cross-entropy for JAX: information measures, losses on logits and on hidden states, their derivatives."""
+"""Cross-entropy for JAX: information measures, losses on logits and on hidden states, their derivatives.
+
+Data is positional, options are keywords; classes lie on the last axis unless `axis` says otherwise; results are at
+least float32. Losses and measures are pure functions that go through every transformation of JAX.
+
+Measures of distributions
+
+    self_information                  -log p
+    entropy                           the mean self-information, H(P)
+    cross_entropy                     the mean self-information under Q, H(P, Q) = H(P) + D(P||Q)
+    kl_divergence                     what coding P with Q's code costs extra, D(P||Q)
+    jensen_shannon_divergence         the mean divergence of two distributions from their mixture
+    renyi_entropy                     the family with Shannon's entropy at order 1
+    renyi_divergence                  the family with the Kullback-Leibler divergence at order 1
+    tsallis_entropy                   the family with the Gini impurity at order 2
+    perplexity                        how many equally likely classes have the same entropy, exp(H)
+    joint_entropy                     H(X, Y) of a table of joint probabilities
+    conditional_entropy               H(X | Y) or H(Y | X)
+    mutual_information                I(X; Y) = D(P_XY || P_X P_Y)
+    empirical_distribution            relative frequencies of labels
+
+The same from logits (log-probabilities are logits too)
+
+    self_information_with_logits      -log_softmax
+    entropy_with_logits               H(softmax(z))
+    cross_entropy_with_logits         H(P, Q) of two softmaxes
+    kl_divergence_with_logits         D(P||Q) of two softmaxes
+
+Losses on logits
+
+    softmax_cross_entropy             with labels or probabilities; every option of PyTorch's CrossEntropyLoss
+    nll_loss                          with labels, from log-probabilities
+    sigmoid_cross_entropy             binary, entry by entry
+    token_statistics                  a row's log-probability, log-normaliser, entropy, argmax, rank and top classes
+    TokenStatistics                   what it returns
+    softmax_cross_entropy_gradient    the derivative by the logits in closed form
+
+Losses from hidden states (without the logits)
+
+    linear_softmax_cross_entropy      softmax_cross_entropy of hidden @ kernel + bias in three matrix products
+    linear_token_statistics           token_statistics of the same
+    linear_kl_divergence              a divergence between two heads, for distillation
+    linear_loss                       the engine for a row loss of your own
+    plan                              what a call will allocate and compute
+    Plan                              what it returns
+
+Curvature
+
+    logit_hessian                     diag(p) - p p^T
+    logit_hessian_product             the same times a vector, without the matrix
+    ggn_vector_product                Gauss-Newton (the true Fisher matrix) through any model
+    fisher_vector_product             the empirical Fisher matrix through any model
+    linear_ggn_vector_product         Gauss-Newton of a linear head, streamed
+    linear_fisher_vector_product      the empirical Fisher matrix of a linear head, streamed
+
+Gradients of single rows
+
+    linear_gradient_norms             by logits (EL2N), hidden state, kernel and bias, streamed
+    GradientNorms                     what it returns
+    gradient_noise_scale              the batch size up to which more examples pay
+    GradientNoise                     what it returns
+
+Sums
+
+    WeightedSum                       a total and its weight: means over parts that equal the mean of the whole
+    EmpiricalRisk                     the same over 1e9 tokens without a lost digit
+
+What is wrong
+
+    diagnose                          what looks wrong in the inputs of a loss, on the host
+    Finding                           one thing that does
+    checked                           a loss that says so inside a program, under checkify
+    check_gradient                    whether a gradient is right, to how many digits
+    GradientReport                    what it returns
+
+`jaxent.torch_compat` has PyTorch's losses under their own names, with its numbers; `jaxent --help` the command line.
+"""
 
 from importlib import metadata as _metadata
 
@@ -50,3 +126,52 @@ from jaxent.risk import EmpiricalRisk as EmpiricalRisk
 from jaxent.risk import WeightedSum as WeightedSum
 
 __version__ = _metadata.version("jaxent")
+
+__all__ = [
+    "EmpiricalRisk",
+    "Finding",
+    "GradientNoise",
+    "GradientNorms",
+    "GradientReport",
+    "Plan",
+    "TokenStatistics",
+    "WeightedSum",
+    "check_gradient",
+    "checked",
+    "conditional_entropy",
+    "cross_entropy",
+    "cross_entropy_with_logits",
+    "diagnose",
+    "empirical_distribution",
+    "entropy",
+    "entropy_with_logits",
+    "fisher_vector_product",
+    "ggn_vector_product",
+    "gradient_noise_scale",
+    "jensen_shannon_divergence",
+    "joint_entropy",
+    "kl_divergence",
+    "kl_divergence_with_logits",
+    "linear_fisher_vector_product",
+    "linear_ggn_vector_product",
+    "linear_gradient_norms",
+    "linear_kl_divergence",
+    "linear_loss",
+    "linear_softmax_cross_entropy",
+    "linear_token_statistics",
+    "logit_hessian",
+    "logit_hessian_product",
+    "mutual_information",
+    "nll_loss",
+    "perplexity",
+    "plan",
+    "renyi_divergence",
+    "renyi_entropy",
+    "self_information",
+    "self_information_with_logits",
+    "sigmoid_cross_entropy",
+    "softmax_cross_entropy",
+    "softmax_cross_entropy_gradient",
+    "token_statistics",
+    "tsallis_entropy",
+]

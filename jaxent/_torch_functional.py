@@ -44,7 +44,11 @@ def log_softmax(
 
     $$\log p_k = z_k - \log \sum_j \exp(z_j)$$
 
-    **Arguments, returns, raises:** as `softmax`.
+    **Arguments:** as `softmax`.
+
+    **Returns:** the shape of `input`, in its type or `dtype`. A row with nan, +inf or only -inf is nan.
+
+    **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong `dim`.
 
     >>> log_softmax(jnp.array([[0.0, 0.0]]), dim=1)
     Array([[-0.6931472, -0.6931472]], dtype=float32)
@@ -94,7 +98,10 @@ def cross_entropy(
 ) -> jax.Array:
     r"""Cross-entropy between targets and the softmax of logits, as `torch.nn.functional.cross_entropy`, in nats.
 
-    The formulas are those of `jaxent.softmax_cross_entropy`.
+    $$\ell_n = (1-\epsilon)\, c_{y_n} \mathrm{nll}_{n y_n} + \frac{\epsilon}{C} \sum_k c_k\, \mathrm{nll}_{nk}, \qquad
+    \mathrm{nll}_{nk} = \mathrm{lse}(z_n) - z_{nk}$$
+
+    for labels; for probabilities $t$ it is $\sum_k c_k ((1-\epsilon) t_{nk} + \epsilon / C)\, \mathrm{nll}_{nk}$.
 
     **Arguments:**
 
@@ -175,6 +182,8 @@ def nll_loss(
     reduction: str = "mean",
 ) -> jax.Array:
     r"""Negative log-likelihood of labels, as `torch.nn.functional.nll_loss`, in the unit of the log-probabilities.
+
+    $$\ell_n = -c_{y_n} \log p_{n y_n}$$
 
     **Arguments:** `input`: log-probabilities `(C,)`, `(N, C)` or `(N, C, d_1, ..., d_K)`, floating. `target`: class
     indices. The others as in `cross_entropy`.

@@ -53,7 +53,9 @@ class GradientReport:
     """What `check_gradient` found; `str` is a table with a line for each way and argument."""
 
     comparisons: tuple[Comparison, ...]
+    """One for each way and argument."""
     notes: tuple[str, ...]
+    """What could not be compared, or only in part, and why."""
 
     @property
     def ok(self) -> bool:

@@ -64,7 +64,7 @@ def _logit_hessian(logits: jax.Array) -> jax.Array:
 
 
 def logit_hessian_product(logits: ArrayLike, v: ArrayLike, *, axis: int = -1) -> jax.Array:
-    r"""`logit_hessian(logits) @ v` for each row, without the matrix.
+    r"""`logit_hessian(logits) @ v` for each row, without the matrix, in nats per unit of logit.
 
     $$(H v)_i = p_i (v_i - \textstyle\sum_j p_j v_j), \qquad p = \mathrm{softmax}(z)$$
 
@@ -113,14 +113,15 @@ def ggn_vector_product(
     denominator: ArrayLike | None = None,
     vocab_axis: str | None = None,
 ) -> Pytree:
-    r"""Generalised Gauss-Newton matrix of `softmax_cross_entropy(logits_fn(params), ...)` times a vector.
+    r"""Gauss-Newton matrix of `softmax_cross_entropy(logits_fn(params), ...)` times a step, in nats per unit of it.
 
     $$G v = \frac{1}{W} \sum_n J_n^\top A_n J_n v, \qquad
     A_n = w_n S_n\, (\mathrm{diag}\, p_n - p_n p_n^\top), \qquad J_n = \frac{\partial z_n}{\partial \theta}$$
 
-    Schraudolph (2002), section 3; Martens (2020), section 8. `A_n` is the Hessian of the row's loss by its logits, and
-    `W` the divisor of the loss: where the logits are linear in the parameters, `G` is `jax.hessian` of the loss. `G` is
-    symmetric and positive semi-definite: `jax.scipy.sparse.linalg.cg` takes it as it is, plus some damping.
+    The generalised Gauss-Newton matrix: Schraudolph (2002), section 3; Martens (2020), section 8. `A_n` is the Hessian
+    of the row's loss by its logits, and `W` the divisor of the loss: where the logits are linear in the parameters, `G`
+    is `jax.hessian` of the loss. `G` is symmetric and positive semi-definite: `jax.scipy.sparse.linalg.cg` takes it as
+    it is, plus some damping.
 
     **What is the Fisher matrix and what is not.** With targets that sum to one, given as labels, probabilities or
     smoothed, `S_n = 1` and `G` is the true Fisher matrix, the expectation of `g g^T` over labels drawn from the model;
@@ -185,7 +186,7 @@ def fisher_vector_product(
     denominator: ArrayLike | None = None,
     vocab_axis: str | None = None,
 ) -> Pytree:
-    r"""Empirical Fisher matrix, the second moment of the gradients of single rows, times a vector.
+    r"""Empirical Fisher matrix, the second moment of the rows' gradients, times a step, in nats^2 per unit of it.
 
     $$F v = \frac{1}{W} \sum_n w_n\, g_n (g_n^\top v), \qquad
     g_n = J_n^\top \frac{\partial \ell_n}{\partial z_n} = J_n^\top (p_n - y_n), \qquad W = \textstyle\sum_n w_n$$
@@ -313,7 +314,7 @@ def linear_ggn_vector_product(
     precision: Precision = None,
     vocab_axis: str | None = None,
 ) -> tuple[jax.Array | None, ...]:
-    r"""`ggn_vector_product` of the logits of a linear layer, by hidden states, kernel and bias, without the logits.
+    r"""`ggn_vector_product` of a linear layer by hidden states, kernel and bias, streamed, in its unit.
 
     $$u_n = J_n v = v^h_n W + h_n V^W + v^b, \qquad
     G v = \frac{1}{W} \sum_n \big(A_n u_n W^\top,\; h_n^\top A_n u_n,\; A_n u_n\big)$$
@@ -384,7 +385,7 @@ def linear_fisher_vector_product(
     precision: Precision = None,
     vocab_axis: str | None = None,
 ) -> tuple[jax.Array | None, ...]:
-    r"""`fisher_vector_product` of the logits of a linear layer, by hidden states, kernel and bias, without the logits.
+    r"""`fisher_vector_product` of a linear layer by hidden states, kernel and bias, streamed, in its unit.
 
     $$F v = \frac{1}{W} \sum_n w_n\, g_n \langle g_n, v \rangle, \qquad
     \langle g_n, v \rangle = (p_n - y_n)^\top (v^h_n W + h_n V^W + v^b)$$

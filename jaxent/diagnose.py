@@ -27,6 +27,7 @@ class Finding:
     kind: str
     """A name to test for, like `"labels_out_of_range"`."""
     what: str
+    """What is wrong, in words."""
     count: int
     """How many rows."""
     total: int
@@ -36,6 +37,7 @@ class Finding:
     example: str
     """What the first one holds."""
     advice: str
+    """What to do about it."""
 
     def __str__(self) -> str:
         return _sentence(self.what, self.count, self.total, self.first, self.example, self.advice)
@@ -72,8 +74,8 @@ def diagnose(
     - `"float16_overflow"`: the logits exceed 65504 where it decides the loss. `"ignored_rows"`: 90% or more.
     - `"collapsed_loss"`: the usual `logsumexp(z) - z[y]` is 0 in every row through rounding, and so is its gradient.
 
-    **Arguments:** those of the loss, as values: it runs on the host. Rows that the loss does not count are not looked
-    at.
+    **Arguments:** those of `softmax_cross_entropy`, as values: it runs on the host. Rows that the loss does not count
+    are not looked at.
 
     **Returns:** a list of `Finding`.
 

@@ -197,6 +197,8 @@ def linear_token_statistics(
 ) -> TokenStatistics:
     r"""`token_statistics` of the logits of a linear layer, without the logits, in nats.
 
+    $$z_n = \mathrm{cap}(h_n W + b) / T, \qquad \mathrm{cap}(x) = s \tanh(x / s)$$
+
     **Arguments:** `hidden` `(*batch, features)`, `kernel` `(features, classes)`, `bias`, `soft_cap`, `temperature`,
     `chunk_rows`, `precision` as in `linear_softmax_cross_entropy`; `labels` `(*batch,)`, `top_k` and `vocab_axis` as in
     `token_statistics`.
@@ -284,8 +286,9 @@ def linear_kl_divergence(
 
     **Arguments:**
 
-    - `hidden_p`: `(*batch, features_p)`, `kernel_p`: `(features_p, classes)`, `bias_p`: `(classes,)`, and the same
-      for `q`; batch and classes agree, the features need not. A teacher that is not differentiated costs one product.
+    - `hidden_p`: `(*batch, features_p)`, `kernel_p`: `(features_p, classes)`, `bias_p`: `(classes,)`; `hidden_q`,
+      `kernel_q`, `bias_q`: the same for Q. Batch and classes agree, the features need not. A teacher that is not
+      differentiated costs one product.
     - `divergence`: which. `mixture`: `beta` in (0, 1).
     - `soft_cap_p`, `soft_cap_q`, `temperature`, `chunk_rows`, `precision`, `vocab_axis`: as in
       `linear_softmax_cross_entropy`.
@@ -391,9 +394,11 @@ def linear_loss(
     chunk_rows: int | None = None,
     precision: Precision = None,
 ) -> jax.Array:
-    r"""The sum of your own row losses of `hidden @ kernel + bias`, streamed: three matrix products, every derivative.
+    r"""The sum of your own row losses of `hidden @ kernel + bias`, streamed, in their unit.
 
     $$L = \sum_n \ell(h_n W + b,\, a_n,\, \theta)$$
+
+    Value and gradient cost three matrix products, and every transformation goes through.
 
     **Arguments:**
 

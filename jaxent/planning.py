@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxent import _arrays
+from jaxent import _arrays, _reduction
 from jaxent._reduction import Reduction
 
 # Logits held at a time, in elements. An accelerator needs thousands of rows to fill its matrix units (heuristic: 1 GiB
@@ -118,13 +118,17 @@ class Plan:
     """What one value and gradient of a linear loss costs; bytes estimate what XLA allocates beside the results."""
 
     chunk_rows: int
+    """Rows at a time."""
     num_chunks: int
+    """How many times."""
     matrix_products: int
     """Products of N x D x V multiply-adds: 3, or 4 for per-row losses, whose logits are computed twice."""
     multiply_adds: int
+    """Of all products."""
     chunk_bytes: int
     """The logits of one chunk, and their gradient in the kernel's dtype where that is another one."""
     temp_bytes: int
+    """The chunk, its share of the kernel's gradient, and the rows beside their gradient."""
     dense_logits_bytes: int
     """What dense code holds instead: the logits of all rows."""
 
@@ -146,12 +150,17 @@ def plan(
     chunk_rows: int | None = None,
     reduction: Reduction = "mean",
 ) -> Plan:
-    """What `linear_softmax_cross_entropy` will allocate and compute, before it runs.
+    r"""What `linear_softmax_cross_entropy` will allocate and compute, in bytes and multiply-adds, before it runs.
 
-    **Arguments:** the sizes N, D and V of `hidden (N, D)` and `kernel (D, V)`, their dtype, and the options
-    `chunk_rows` and `reduction` of the call.
+    $$\lceil N / R \rceil \text{ chunks}, \qquad 3\,N D V \text{ multiply-adds, or } 4\,N D V \text{ by rows}$$
 
-    **Returns:** a `Plan`. **Raises:** `ValueError` for sizes that are not positive (`num_rows` may be 0).
+    **Arguments:** `num_rows`, `hidden_size` and `num_classes`: N, D and V of `hidden (N, D)` and `kernel (D, V)`.
+    `dtype`: theirs. `chunk_rows` (R) and `reduction`: of the call; `"none"` gives losses by rows.
+
+    **Returns:** a `Plan`.
+
+    **Raises:** `TypeError` for a wrong type, `ValueError` for a wrong option and for sizes that are not positive
+    (`num_rows` may be 0).
 
     >>> print(plan(8192, 4096, 128256, chunk_rows=1024))
     8 chunks of 1024 rows, 3 matrix products, about 2761 MiB of temporaries where the logits take 4008 MiB
@@ -162,6 +171,7 @@ def plan(
             raise _arrays.dtype_error("plan", argument, "be an int", size)
         if size < least:
             raise ValueError(f"jaxent.plan: `{argument}` must be at least {least}, got {size}")
+    _reduction.check("plan", reduction, None)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise _arrays.dtype_error("plan", "dtype", "be floating", np.dtype(dtype).name)
     layout = layout_for("plan", num_rows, hidden_size, num_classes, chunk_rows)

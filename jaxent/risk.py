@@ -26,7 +26,9 @@ class WeightedSum:
     """
 
     total: jax.Array
+    """`sum_n w_n l_n`, in nats for the losses of this library."""
     weight: jax.Array
+    """`sum_n w_n`."""
 
     def __add__(self, other: "WeightedSum") -> "WeightedSum":
         if not isinstance(other, WeightedSum):

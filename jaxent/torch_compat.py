@@ -38,6 +38,25 @@ from jaxent._torch_functional import softmax as softmax
 from jaxent._torch_linear import LinearCrossEntropyOptions as LinearCrossEntropyOptions
 from jaxent._torch_linear import linear_cross_entropy as linear_cross_entropy
 
+__all__ = [
+    "BCELoss",
+    "BCEWithLogitsLoss",
+    "CrossEntropyLoss",
+    "KLDivLoss",
+    "LinearCrossEntropyOptions",
+    "LogSoftmax",
+    "NLLLoss",
+    "Softmax",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "cross_entropy",
+    "kl_div",
+    "linear_cross_entropy",
+    "log_softmax",
+    "nll_loss",
+    "softmax",
+]
+
 
 def _static(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"static": True})
@@ -100,7 +119,11 @@ class CrossEntropyLoss(_Loss):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class NLLLoss(_Loss):
-    """`nll_loss` with its options, as `torch.nn.NLLLoss`: a pytree whose leaf is `weight`."""
+    """`nll_loss` with its options, as `torch.nn.NLLLoss`: a pytree whose leaf is `weight`.
+
+    >>> NLLLoss(reduction="sum")(jnp.log(jnp.array([[0.25, 0.75]])), jnp.array([0]))
+    Array(1.3862944, dtype=float32)
+    """
 
     weight: ArrayLike | None = None
     size_average: InitVar[bool | None] = None
@@ -115,7 +138,11 @@ class NLLLoss(_Loss):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class KLDivLoss(_Loss):
-    """`kl_div` with its options, as `torch.nn.KLDivLoss`: a pytree without leaves."""
+    """`kl_div` with its options, as `torch.nn.KLDivLoss`: a pytree without leaves.
+
+    >>> KLDivLoss(reduction="batchmean")(jnp.log(jnp.array([[0.25, 0.75]])), jnp.array([[1.0, 0.0]]))
+    Array(1.3862944, dtype=float32)
+    """
 
     size_average: InitVar[bool | None] = None
     reduce: InitVar[bool | None] = None
@@ -129,7 +156,11 @@ class KLDivLoss(_Loss):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class BCELoss(_Loss):
-    """`binary_cross_entropy` with its options, as `torch.nn.BCELoss`: a pytree whose leaf is `weight`."""
+    """`binary_cross_entropy` with its options, as `torch.nn.BCELoss`: a pytree whose leaf is `weight`.
+
+    >>> BCELoss()(jnp.array([0.25]), jnp.array([1.0]))
+    Array(1.3862944, dtype=float32)
+    """
 
     weight: ArrayLike | None = None
     size_average: InitVar[bool | None] = None
@@ -145,6 +176,9 @@ class BCELoss(_Loss):
 class BCEWithLogitsLoss(_Loss):
     """`binary_cross_entropy_with_logits` with its options, as `torch.nn.BCEWithLogitsLoss`: a pytree whose leaves are
     `weight` and `pos_weight`.
+
+    >>> BCEWithLogitsLoss(pos_weight=jnp.array([2.0]))(jnp.array([0.0]), jnp.array([1.0]))
+    Array(1.3862944, dtype=float32)
     """
 
     weight: ArrayLike | None = None
@@ -162,7 +196,11 @@ class BCEWithLogitsLoss(_Loss):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class Softmax(_Module):
-    """`softmax` along `dim`, as `torch.nn.Softmax`: a pytree without leaves."""
+    """`softmax` along `dim`, as `torch.nn.Softmax`: a pytree without leaves.
+
+    >>> Softmax(dim=1)(jnp.array([[0.0, 0.0]]))
+    Array([[0.5, 0.5]], dtype=float32)
+    """
 
     dim: int | None = _static(None)
 
@@ -173,7 +211,11 @@ class Softmax(_Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class LogSoftmax(_Module):
-    """`log_softmax` along `dim`, as `torch.nn.LogSoftmax`: a pytree without leaves."""
+    """`log_softmax` along `dim`, as `torch.nn.LogSoftmax`: a pytree without leaves.
+
+    >>> LogSoftmax(dim=1)(jnp.array([[0.0, 0.0]]))
+    Array([[-0.6931472, -0.6931472]], dtype=float32)
+    """
 
     dim: int | None = _static(None)
 
