@@ -36,7 +36,10 @@ def check_head(
     if h.ndim == 0:
         raise _arrays.shape_error(function, f"hidden{suffix}", "have shape (*batch, features)", h)
     if w.ndim != 2 or w.shape[0] != h.shape[-1]:
-        expected = f"have shape (features, classes) with {h.shape[-1]} features, as `hidden{suffix}` has"
+        expected = (
+            f"have shape (features, classes) with {h.shape[-1]} features, as `hidden{suffix}` has; "
+            "a (classes, features) embedding goes in as `embedding.T`"
+        )
         raise _arrays.shape_error(function, f"kernel{suffix}", expected, w)
     _targets.check_classes(function, f"kernel{suffix}", w.shape, -1)
     if bias is not None:

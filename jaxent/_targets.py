@@ -98,18 +98,26 @@ def check_targets(function: str, targets: ArrayLike, shape: tuple[int, ...], axi
     """Class indices of any integer dtype, or class probabilities."""
     kind = getattr(targets, "dtype", None) or np.asarray(targets).dtype
     if jnp.issubdtype(kind, jnp.integer):
-        return check_labels(function, "targets", targets, rows_shape(shape, axis))
+        note = "one class index for each row; one-hot targets and probabilities are floating"
+        return check_labels(function, "targets", targets, rows_shape(shape, axis), note)
     if not jnp.issubdtype(kind, jnp.floating):
         expected = "be integer class indices or floating class probabilities"
         raise _arrays.dtype_error(function, "targets", expected, targets)
     probabilities = _arrays.floating(function, "targets", targets)
-    _arrays.check_shape(function, "targets", probabilities, shape, "class probabilities are shaped like the logits")
+    note = "class probabilities are shaped like the logits; class indices are integers"
+    _arrays.check_shape(function, "targets", probabilities, shape, note)
     return probabilities
 
 
-def check_labels(function: str, argument: str, labels: ArrayLike, rows: tuple[int, ...]) -> jax.Array:
+def check_labels(
+    function: str,
+    argument: str,
+    labels: ArrayLike,
+    rows: tuple[int, ...],
+    note: str = "one class index for each row",
+) -> jax.Array:
     labels = _arrays.integer(function, argument, labels)
-    _arrays.check_shape(function, argument, labels, rows, "one class index for each row")
+    _arrays.check_shape(function, argument, labels, rows, note)
     return labels
 
 

@@ -173,8 +173,16 @@ def test_sigmoid_logits(logits: Any):
         (["a", "b"], TypeError, ["integer class indices"]),
         (np.zeros(3, np.int32), ValueError, ["(2,)", "int32[3]"]),
         (np.zeros((2, 1), np.int32), ValueError, ["(2,)", "int32[2,1]"]),
-        (np.zeros((2, 3), np.int32), ValueError, ["(2,)", "int32[2,3]"]),
-        (np.zeros(2, np.float32), ValueError, ["(2, 3)", "shaped like the logits", "float32[2]"]),
+        (
+            np.zeros((2, 3), np.int32),
+            ValueError,
+            ["(2,)", "one-hot targets and", "int32[2,3]"],
+        ),
+        (
+            np.zeros(2, np.float32),
+            ValueError,
+            ["(2, 3)", "class indices are integers", "float32[2]"],
+        ),
         (np.zeros((2, 4), np.float32), ValueError, ["(2, 3)", "float32[2,4]"]),
         (np.zeros((3, 2), np.float32), ValueError, ["(2, 3)", "float32[3,2]"]),
     ],

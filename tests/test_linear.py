@@ -369,7 +369,7 @@ def arguments(**changed: Any) -> dict[str, Any]:
         ({"hidden": np.ones((4, 3), np.int32)}, TypeError, "`hidden`.*floating"),
         ({"hidden": np.float32(1.0)}, ValueError, "`hidden`.*features"),
         ({"hidden": np.ones((4, 2), np.float32)}, ValueError, r"`kernel`.*2 features.*\[3,5\]"),
-        ({"kernel": np.ones((5, 3), np.float32)}, ValueError, r"`kernel`.*3 features.*\[5,3\]"),
+        ({"kernel": np.ones((5, 3), np.float32)}, ValueError, r"`kernel`.*3 features.*`embedding.T`.*\[5,3\]"),
         ({"kernel": np.ones((3, 5), np.int8)}, TypeError, "`kernel`.*floating"),
         ({"kernel": np.ones((3, 0), np.float32)}, ValueError, "`kernel`.*one class"),
         ({"bias": np.ones(4, np.float32)}, ValueError, r"`bias`.*\(5,\)"),

@@ -402,6 +402,7 @@ def test_a_plan_of_a_small_loss_is_one_chunk():
         ((1, 2, 3), {"dtype": np.int32}, TypeError, "`dtype`"),
         ((1, 2, 3), {"chunk_rows": 0}, ValueError, "`chunk_rows`"),
         ((1, 2, 3), {"chunk_rows": 1.0}, TypeError, "`chunk_rows`"),
+        ((1, 2, 3), {"reduction": "average"}, ValueError, "`reduction`"),
     ],
 )
 def test_wrong_arguments_of_a_plan(arguments: Any, options: Any, error: type[Exception], message: str):
