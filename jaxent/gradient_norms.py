@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxent import _arrays, _heads, _rows, _targets
+from jaxent._exports import exportable
 from jaxent._heads import Shaping
 from jaxent._rows import IGNORED, LossOptions, RowTargets
 from jaxent._sharding import ClassAxis
@@ -17,6 +18,7 @@ from jaxent.linear import without_ignored
 from jaxent.planning import Layout
 
 
+@exportable
 class GradientNorms(NamedTuple):
     """The Euclidean norms of the gradients of each row's loss, `(*batch,)` each."""
 
@@ -158,6 +160,7 @@ def _norm(x: jax.Array, axis: ClassAxis) -> jax.Array:
     return size * jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
 
 
+@exportable
 class GradientNoise(NamedTuple):
     """Estimates from one batch; `trace` and `squared_norm` are unbiased, their quotient is not."""
 

@@ -9,6 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxent import _arrays, _reduction, _rows, _targets
+from jaxent._exports import exportable
 from jaxent._reduction import Reduction
 from jaxent._sharding import ClassAxis, check_class_axis, check_vocab_axis, elementwise
 from jaxent._targets import SoftmaxArguments
@@ -273,6 +274,7 @@ def _sigmoid_cross_entropy(
     return _reduction.reduce(losses, counted, reduction, divisor)
 
 
+@exportable
 class TokenStatistics(NamedTuple):
     """What one pass over the logits tells about each row, in nats; None is what was not asked for."""
 

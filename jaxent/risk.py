@@ -10,8 +10,10 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxent import _arrays
+from jaxent._exports import exportable
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class WeightedSum:
@@ -45,6 +47,7 @@ class WeightedSum:
         return jnp.where(empty, 0, self.total / jnp.where(empty, 1, self.weight))
 
 
+@exportable
 class _TwoFloat(NamedTuple):
     """The unevaluated sum `hi + lo`, where `lo` holds what rounding took from `hi`: 48 bits from two float32."""
 
@@ -113,6 +116,7 @@ def _count(n: int = 0) -> _TwoFloat:
     return _TwoFloat(jnp.asarray(hi), jnp.asarray(np.float32(n - int(hi))))
 
 
+@exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class EmpiricalRisk:

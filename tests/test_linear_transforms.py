@@ -223,25 +223,6 @@ def test_donated_inputs(loss: str, rng: np.random.Generator):
     assert w.is_deleted()
 
 
-@pytest.mark.parametrize("loss", ["mean", "none", "divergence"])
-def test_export_for_every_platform(loss: str, rng: np.random.Generator):
-    def f(h: Any, w: Any, y: Any) -> Any:
-        if loss == "divergence":
-            return jax.grad(lambda w: jaxent.linear_kl_divergence(h, w + 1, h, w, chunk_rows=32))(w)
-        reduce = {"reduction": "none"} if loss == "none" else {}
-
-        def total(h: Any, w: Any) -> jax.Array:
-            return jnp.sum(linear_softmax_cross_entropy(h, w, y, chunk_rows=32, **reduce))
-
-        return jax.value_and_grad(total, argnums=(0, 1))(h, w)
-
-    arguments = draw32(rng, 70, 16, 300)
-    exported = jax.export.export(jax.jit(f), platforms=["cpu", "cuda", "tpu"])(*arguments)
-    restored = jax.export.deserialize(exported.serialize())
-    for a, b in zip(jax.tree.leaves(restored.call(*arguments)), jax.tree.leaves(jax.jit(f)(*arguments)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
-
-
 @pytest.mark.parametrize("loss", ["mean", "none", "statistics", "row loss"])
 def test_no_nan_on_the_way(loss: str, rng: np.random.Generator):
     h, w, y = draw32(rng, ROWS, FEATURES, CLASSES)
