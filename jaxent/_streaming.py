@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxent import _arrays
+from jaxent._layout import Layout
 from jaxent._sharding import like_varying, over_rows, sum_to_type, varying
-from jaxent.planning import Layout
 
 Pytree = Any
 Precision = Any  # what `jax.lax.dot_general` takes as `precision`

@@ -10,12 +10,12 @@ from jax.typing import ArrayLike
 from jaxent import _arrays, _heads, _rows, _targets
 from jaxent._exports import exportable
 from jaxent._heads import Shaping
+from jaxent._layout import Layout
 from jaxent._rows import IGNORED, LossOptions, RowTargets
 from jaxent._sharding import ClassAxis
 from jaxent._streaming import Head, Logits, Precision, Products, stream_rows
 from jaxent._targets import SoftmaxArguments
 from jaxent.linear import without_ignored
-from jaxent.planning import Layout
 
 
 @exportable

@@ -13,13 +13,13 @@ from jax.typing import ArrayLike
 
 from jaxent import _arrays, _heads, _measures, _reduction, _rows, _targets
 from jaxent._heads import Shaping
+from jaxent._layout import Layout
 from jaxent._reduction import Reduction
 from jaxent._rows import IGNORED, LossOptions, RowTargets
 from jaxent._sharding import ClassAxis, check_class_axis, check_same_split, check_vocab_axis
 from jaxent._streaming import Head, Logits, Precision, Products, RowFunction, stream_rows, stream_sum
 from jaxent._targets import SoftmaxArguments
 from jaxent.losses import TokenStatistics, check_top_k, row_statistics
-from jaxent.planning import Layout
 from jaxent.risk import WeightedSum
 
 
