@@ -49,3 +49,7 @@ def test_the_first_two_blocks_are_the_two_commands() -> None:
     commands = re.findall(r"^```\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
     assert commands[0].strip().endswith("jaxent train")
     assert "pytest" in commands[1]
+
+
+def test_the_example_is_short() -> None:
+    assert len(BLOCKS[0].splitlines()) <= 15
