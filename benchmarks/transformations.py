@@ -256,12 +256,13 @@ def cell(package: str, f: Loss, transformation: Transformation) -> str:
     data = Data()
     if transformation.vocab_axis and "axis" not in inspect.signature(f).parameters:
         return NONE
-    if package == "torch" and transformation.of_torch is None:
+    of_torch = transformation.of_torch if package == "torch" else None
+    if package == "torch" and of_torch is None:
         return NONE
     try:
-        if package == "torch":
+        if of_torch is not None:
             torch = importlib.import_module("torch")
-            got = transformation.of_torch(torch, f, Tensors(torch, data))
+            got = of_torch(torch, f, Tensors(torch, data))
             got = [x.detach().numpy() for x in (got if isinstance(got, tuple) else [got])]
         else:
             got = jax.tree.leaves(transformation.of_jax(f, data))
