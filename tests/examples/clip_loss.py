@@ -40,6 +40,10 @@ fused, dense = compiled(clip_loss), compiled(dense_loss)
 for ours, plain in zip(jax.tree.leaves(fused(*arguments)), jax.tree.leaves(dense(*arguments)), strict=True):
     assert jnp.allclose(ours, plain, rtol=1e-4, atol=1e-7)
 
-fused_bytes, dense_bytes = (program.memory_analysis().temp_size_in_bytes for program in (fused, dense))
-print(f"temporaries: {fused_bytes / 2**20:.1f} MiB, dense {dense_bytes / 2**20:.1f} MiB")
-assert fused_bytes < PAIRS * PAIRS * 4 < dense_bytes  # less than one table of logits
+
+def temporaries(program):
+    return program.memory_analysis().temp_size_in_bytes
+
+
+print(f"temporaries: {temporaries(fused) / 2**20:.1f} MiB, dense {temporaries(dense) / 2**20:.1f} MiB")
+assert temporaries(fused) < PAIRS * PAIRS * 4 < temporaries(dense)  # less than one table of logits

@@ -3,6 +3,8 @@
 `linear_gradient_norms` has EL2N, `|p - y|`, and the gradient norms by the head for each example, in one pass.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -28,7 +30,7 @@ params = {"in": jax.random.normal(jax.random.key(2), (64, 64)) / 8, "out": jnp.z
 optimizer = optax.adam(1e-2)
 
 
-def step(carry, _):
+def step(carry, _) -> Any:
     params, state = carry
     updates, state = optimizer.update(jax.grad(loss)(params), state)
     return (optax.apply_updates(params, updates), state), None

@@ -1,7 +1,6 @@
-"""Distillation (Hinton et al., 2015): a student that sees no label reads digits nearly as well as its teacher.
+"""Distillation (Hinton et al., 2015): a student that sees no label reads digits nearly as well as its teacher."""
 
-`linear_kl_divergence` takes the hidden states of both, and never holds the logits of either.
-"""
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ from sklearn.model_selection import train_test_split
 
 from jaxent import kl_divergence, linear_kl_divergence, linear_softmax_cross_entropy
 
-TEMPERATURE = 4.0
+TEMPERATURE = jnp.array(4.0)
 images, labels = load_digits(return_X_y=True)
 x, x_test, y, y_test = map(jnp.asarray, train_test_split(images / 16, labels, test_size=1 / 3, random_state=0))
 
@@ -25,7 +24,7 @@ def hidden(params, x):
 
 
 def fit(loss, params):
-    def step(carry, _):
+    def step(carry, _) -> Any:
         params, state = carry
         updates, state = optimizer.update(jax.grad(loss)(params), state)
         return (optax.apply_updates(params, updates), state), None

@@ -13,11 +13,11 @@ from jaxent import linear_softmax_cross_entropy, softmax_cross_entropy
 class NextByte(nnx.Module):
     def __init__(self, width, rngs):
         self.embed = nnx.Embed(256, width, rngs=rngs)
-        self.recurrent = nnx.RNN(nnx.GRUCell(width, width, rngs=rngs))
+        self.mix = nnx.Linear(width, width, rngs=rngs)
         self.head = nnx.Linear(width, 256, rngs=rngs)
 
     def hidden(self, tokens):
-        return self.recurrent(self.embed(tokens))
+        return nnx.gelu(self.mix(self.embed(tokens)))
 
     def __call__(self, tokens):
         return self.head(self.hidden(tokens))

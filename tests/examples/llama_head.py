@@ -40,7 +40,7 @@ with jax.set_mesh(mesh):
 assert jax.tree.all(jax.tree.map(lambda a, b: jnp.allclose(jax.device_get(a), b, rtol=1e-3, atol=1e-7), got, want))
 assert got[1][1].sharding.spec == P(None, "words")
 
-sent = set(re.findall(r"(all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute)", step.as_text()))
+sent = set(re.findall(r"(all-gather|all-to-all|all-reduce|reduce-scatter|collective-permute)", step.as_text() or ""))
 print("collectives:", *sent)
 assert sent == {"all-reduce"}
 print("64k tokens of 4096 features, on each of 8 devices:", plan(65536 // 2, 4096, WORDS // 4))

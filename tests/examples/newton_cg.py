@@ -17,7 +17,7 @@ RIDGE = 1e-3
 
 
 def loss(kernel):
-    return linear_softmax_cross_entropy(x, kernel, y) + RIDGE / 2 * jnp.sum(kernel**2)
+    return RIDGE / 2 * jnp.sum(kernel**2) + linear_softmax_cross_entropy(x, kernel, y)
 
 
 @jax.jit
