@@ -26,6 +26,8 @@ def dtype_error(function: str, argument: str, expected: str, got: Any) -> TypeEr
 def _as_array(function: str, argument: str, value: ArrayLike) -> jax.Array | np.ndarray:
     if isinstance(value, jax.Array):
         return value
+    if hasattr(value, "__jax_array__"):  # such as a parameter of flax: an array, or a tracer, in a box
+        return jnp.asarray(value)
     try:
         array = np.asarray(value, dtype=getattr(value, "dtype", None))
     except (TypeError, ValueError) as error:

@@ -289,6 +289,23 @@ def test_weights_of_integers_and_lists():
     assert got.weight == 5
 
 
+class Boxed:
+    """An array in a box, as model libraries keep their parameters."""
+
+    def __init__(self, array: jax.Array):
+        self.dtype, self.shape, self.array = array.dtype, array.shape, array
+
+    def __jax_array__(self) -> jax.Array:
+        return self.array
+
+
+def test_an_array_in_a_box_is_the_array():
+    # np.asarray would copy an array to the host, and fail for a tracer.
+    z, labels = jnp.array([[0.0, 1.0, 2.0], [3.0, 5.0, 4.0]]), jnp.array([0, 1])
+    loss = jax.jit(jax.grad(lambda z: softmax_cross_entropy(Boxed(z), Boxed(labels))))
+    np.testing.assert_array_equal(loss(z), jax.grad(softmax_cross_entropy)(z, labels))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The worked example of the design: target [0, 0, 1], probabilities [0.3, 0.3, 0.4]
 
