@@ -78,7 +78,7 @@ def _shift(z: jax.Array, classes: ClassAxis) -> jax.Array:
 # Logits in a block of rows that stays in cache. Heuristic: 2 MiB; half and twice as much cost 10% more here.
 BLOCK_LOGITS = 2**19
 # From this many classes on blocks pay: 1.2 times optax at 8192 x 1000 against 1.4, but 1.9 against 1.3 at 16384 x 100.
-BLOCK_CLASSES = 2**9
+BLOCK_CLASSES = 2**12
 
 
 class LabelSums(NamedTuple):
