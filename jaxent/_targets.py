@@ -148,9 +148,9 @@ def row_targets(
     where, weights = per_row(arguments.where), per_row(arguments.weights)
     probabilities = label_weights = None
     if jnp.issubdtype(arguments.targets.dtype, jnp.integer):
-        labels = jnp.expand_dims(arguments.targets, classes.axis)
         # Once a row: XLA would fuse it into what is done once a logit.
-        codes = lax.optimization_barrier(label_codes(labels, classes.size(z), ignore_index, where))
+        codes = label_codes(arguments.targets, classes.size(z), ignore_index, arguments.where)
+        codes = jnp.expand_dims(lax.optimization_barrier(codes), classes.axis)
         if weights is not None:
             codes = jnp.where((weights == 0) & (codes == INVALID), IGNORED, codes)
         if class_weights is not None:
