@@ -391,9 +391,11 @@ def picked(log_p: jax.Array, codes: jax.Array, classes: ClassAxis) -> jax.Array:
 def _picked_jvp(classes, primals, tangents):
     (log_p, codes), (d_log_p, _) = primals, tangents
     # A comparison that never holds: without an operand of its shape XLA would give every device the whole gradient.
-    chosen = classes.is_class(codes, log_p) | (log_p > jnp.inf)
-    onehot = jnp.where(codes == INVALID, jnp.nan, chosen.astype(log_p.dtype))
-    return picked(log_p, codes, classes), classes.sum(onehot * d_log_p)
+    invalid = codes == INVALID
+    chosen = classes.is_class(codes, log_p) | (log_p > jnp.inf) | invalid
+    # A choice, not a product with 0 and 1: a cotangent that is not finite stays with the label.
+    share = jnp.where(chosen, jnp.where(invalid, jnp.nan, 1).astype(log_p.dtype) * d_log_p, 0)
+    return picked(log_p, codes, classes), classes.sum(share)
 
 
 def picked_nll(log_p: jax.Array, rows: "RowTargets", classes: ClassAxis) -> jax.Array:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxent import _arrays, _numerics, _rows, _targets, _torch_rules, losses
@@ -155,6 +156,9 @@ def _cross_entropy(
     reduction: str,
 ) -> jax.Array:
     classes = ClassAxis(_torch_rules.class_axis(z))
+    dtype = _torch_rules.class_loss_dtype(z, target, weight)
+    if classes.size(z) == 0:
+        return _torch_rules.loss_of_no_classes(target, smoothing, classes, ignore_index, reduction, dtype)
     loss = functools.partial(
         losses.softmax_cross_entropy,
         z,
@@ -167,9 +171,7 @@ def _cross_entropy(
     (wide,) = _arrays.accumulated(z)
     rows = _torch_rules.row_targets(wide, target, weight, classes, ignore_index)
     lost = _torch_rules.lost_rows(wide, rows, weight, smoothing, classes)
-    return _torch_rules.reduce_rows(
-        loss, rows, lost, classes, reduction, _torch_rules.class_loss_dtype(z, target, weight)
-    )
+    return _torch_rules.reduce_rows(loss, rows, lost, classes, reduction, dtype)
 
 
 def nll_loss(
@@ -209,6 +211,8 @@ def _nll_loss(
     log_p: jax.Array, labels: jax.Array, weight: jax.Array | None, *, ignore_index: int, reduction: str
 ) -> jax.Array:
     classes = ClassAxis(_torch_rules.class_axis(log_p))
+    if classes.size(log_p) == 0:
+        return _torch_rules.loss_of_no_classes(labels, None, classes, ignore_index, reduction, log_p.dtype)
     loss = functools.partial(
         losses.nll_loss, log_p, labels, axis=classes.axis, class_weights=weight, ignore_index=ignore_index
     )
@@ -283,7 +287,12 @@ def _kl_div(
     x: jax.Array, t: jax.Array, *, shape: tuple[int, ...], reduction: str, by_batch: bool, log_target: bool
 ) -> jax.Array:
     wide_x, wide_t = (jnp.broadcast_to(a, shape) for a in _arrays.accumulated(x, t))
-    terms = jnp.exp(wide_t) * (wide_t - wide_x) if log_target else -_numerics.entropy_term(wide_t) - wide_t * wide_x
+    if log_target:
+        terms = jnp.exp(wide_t) * (wide_t - wide_x)
+    else:
+        # By a target of 0 the derivative is 0, that of either part.
+        factor = jnp.where(wide_t == 0, lax.stop_gradient(wide_t), wide_t)
+        terms = -_numerics.entropy_term(wide_t) - factor * wide_x
     result = _torch_rules.reduce_entries(terms, reduction, terms.dtype)
     if by_batch and x.ndim:
         result /= jnp.asarray(x.shape[0], result.dtype)

@@ -155,6 +155,9 @@ def _linear_cross_entropy(
     chunk_rows: int | None,
 ) -> jax.Array:
     classes, dtype = ClassAxis(1 - w.ndim), _arrays.accumulation_dtype(h, w)
+    result = _torch_rules.class_loss_dtype(h, target, weight)
+    if w.shape[0] == 0:
+        return _torch_rules.loss_of_no_classes(target, smoothing, classes, ignore_index, reduction, result)
     logits = jax.ShapeDtypeStruct((*h.shape[:-1], *w.shape[:-1]), dtype)
     rows = _torch_rules.row_targets(logits, target, weight, classes, ignore_index)
     lost = None
@@ -175,9 +178,7 @@ def _linear_cross_entropy(
         loss = functools.partial(
             _loss_of_places, h, w, bias, target, rows, (weight, smoothing), ignore_index, chunk_rows
         )
-    return _torch_rules.reduce_rows(
-        loss, rows, lost, classes, reduction, _torch_rules.class_loss_dtype(h, target, weight)
-    )
+    return _torch_rules.reduce_rows(loss, rows, lost, classes, reduction, result)
 
 
 def _loss_of_places(

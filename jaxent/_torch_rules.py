@@ -11,7 +11,7 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxent import _arrays, _targets
-from jaxent._rows import IGNORED, RowTargets
+from jaxent._rows import IGNORED, RowTargets, label_codes
 from jaxent._sharding import ClassAxis
 from jaxent._targets import SoftmaxArguments
 
@@ -86,6 +86,25 @@ def reduce_entries(losses: jax.Array, reduction: str, dtype: np.dtype) -> jax.Ar
     return (jnp.mean(losses) if reduction == "mean" else jnp.sum(losses)).astype(dtype)
 
 
+def loss_of_no_classes(
+    target: jax.Array,
+    smoothing: jax.Array | None,
+    classes: ClassAxis,
+    ignore_index: int,
+    reduction: str,
+    dtype: np.dtype,
+) -> jax.Array:
+    """Where `C` is 0: a row of probabilities adds 0, and so does an ignored row, unless it is smoothed by 1 / C."""
+    if jnp.issubdtype(target.dtype, jnp.integer):
+        ignored = label_codes(target, 1, ignore_index, None) == IGNORED
+        losses = jnp.where(ignored & (smoothing is None), 0.0, jnp.nan)
+        total = jnp.sum(losses) if smoothing is None else jnp.full((), jnp.nan)
+    else:
+        losses = jnp.zeros(_targets.rows_shape(target.shape, classes.axis))
+        total = jnp.sum(losses)
+    return {"none": losses, "sum": total, "mean": jnp.full((), jnp.nan)}[reduction].astype(dtype)
+
+
 def with_nan(losses: jax.Array, lost: jax.Array | None) -> jax.Array:
     return losses if lost is None else losses + jnp.where(lost, jnp.nan, 0).astype(losses.dtype)
 
@@ -131,7 +150,7 @@ def check_entry_weight(
 ) -> jax.Array | None:
     if weight is None:
         return None
-    weight = _arrays.real(function, argument, weight)
+    weight = _arrays.probability_or_flag(function, argument, weight)
     _arrays.check_broadcast(function, argument, weight, shape, "`input`")
     return weight
 

@@ -16,7 +16,7 @@ What differs:
    argument, weights included.
 3. Sums are float32 or wider whatever the inputs, and a loss keeps its relative accuracy however small it is.
 4. Derivatives at nan and infinite inputs are those of the table "At the edges" in the README: an ignored row has
-   derivative 0 whatever it holds.
+   derivative 0 whatever it holds, and in `kl_div`, where PyTorch's is nan, so has a target of 0.
 5. Errors are `TypeError` or `ValueError`; deprecated arguments give a `DeprecationWarning`.
 """
 

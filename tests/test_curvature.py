@@ -65,11 +65,16 @@ def jacobian(hidden: np.ndarray, count: int = COUNT) -> np.ndarray:
     return np.concatenate([by_kernel, np.broadcast_to(np.eye(count), (rows, count, count))], axis=-1)
 
 
-def matrix(product: Any, example: Any) -> np.ndarray:
-    """The matrix of a product with pytrees, from its columns."""
+def matrices(products: list[Any], example: Any) -> list[np.ndarray]:
+    """The matrices of products with pytrees, from their columns, in one program."""
     flat, unravel = ravel_pytree(example)
-    columns = jax.jit(jax.vmap(lambda v: ravel_pytree(product(unravel(v)))[0]))(jnp.eye(flat.size))
-    return np.asarray(columns).T
+
+    @jax.jit
+    @jax.vmap
+    def columns(v: jax.Array) -> list[jax.Array]:
+        return [ravel_pytree(product(unravel(v)))[0] for product in products]
+
+    return [np.asarray(x).T for x in columns(jnp.eye(flat.size))]
 
 
 def assert_curvature(got: np.ndarray, want: np.ndarray) -> None:
@@ -176,14 +181,15 @@ def test_the_gauss_newton_matrix_of_a_linear_head_is_the_hessian(option: str, rn
             hidden, params[0], bias=params[1], **arguments, reduction=reduction, chunk_rows=2
         )
 
+    def without_targets(v: Any) -> Any:
+        return linear_ggn_vector_product(hidden, kernel, (None, *v), bias=bias)[1:]
+
     # The z-loss's own term may be indefinite, as its docstring says; here it is small beside the rest.
-    hessians = (lambda v, f=f: jax.jvp(jax.grad(f), (params,), (v,))[1] for f in (loss, streamed_loss))
-    for product in (dense, streamed, *hessians):
-        assert_curvature(matrix(product, params), want)
-    if option in ("plain", "smoothing", "smoothing_1", "probabilities", "one_hot"):
-        # Targets that sum to one do not enter.
-        without = matrix(lambda v: linear_ggn_vector_product(hidden, kernel, (None, *v), bias=bias)[1:], params)
-        np.testing.assert_allclose(without, want, rtol=1e-12, atol=1e-14)
+    hessians = [lambda v, f=f: jax.jvp(jax.grad(f), (params,), (v,))[1] for f in (loss, streamed_loss)]
+    # Targets that sum to one do not enter.
+    sum_to_one = option in ("plain", "smoothing", "smoothing_1", "probabilities", "one_hot")
+    for got in matrices([dense, streamed, *hessians, *[without_targets] * sum_to_one], params):
+        assert_curvature(got, want)
 
 
 def network(params: Any, inputs: Any) -> jax.Array:
@@ -213,13 +219,13 @@ def test_both_matrices_of_a_network(option: str, rng: np.random.Generator):
     j = np.concatenate([np.asarray(c).reshape(ROWS, COUNT, -1) for c in jax.tree.leaves(columns)], axis=-1)
     rows = exact(np.asarray(z), **arguments)
     gauss_newton = np.einsum("nki,nkl,nlj->ij", j, rows.hessian, j) * rows.scale("mean")
+    dense, given = [], dict(arguments)
     if option == "everything":
         arguments = {k: v for k, v in arguments.items() if k not in ("z_loss", "class_weights")}
         del arguments["where"]
         arguments["weights"] = arguments["weights"] + np.float32(0.25)
     else:
-        got = matrix(lambda v: ggn_vector_product(lambda p: network(p, inputs), params, v, **arguments), params)
-        assert_curvature(got, gauss_newton)
+        dense = [lambda v: ggn_vector_product(lambda p: network(p, inputs), params, v, **given)]
 
     weights = arguments.get("weights", np.ones(ROWS))
     alone = exact(np.asarray(z), **{k: v for k, v in arguments.items() if k not in ("weights", "denominator")})
@@ -233,7 +239,8 @@ def test_both_matrices_of_a_network(option: str, rng: np.random.Generator):
     def product(v: Any) -> Any:
         return fisher_vector_product(lambda p: network(p, inputs).T, params, turned, v, axis=0, **arguments)
 
-    assert_curvature(matrix(product, params), want)
+    for got, wanted in zip(matrices([product, *dense], params), (want, gauss_newton), strict=False):
+        assert_curvature(got, wanted)
 
 
 @pytest.mark.usefixtures("x64")

@@ -101,7 +101,6 @@ def through_a_scan(f: Loss, h: Any, w: Any, y: Any) -> Any:
 
 # name -> what is computed of a loss `f(hidden, kernel, labels)`
 TRANSFORMS: dict[str, Callable[..., Any]] = {
-    "grad": lambda f, h, w, y: both(f)(h, w, y),
     "value_and_grad": lambda f, h, w, y: jax.value_and_grad(f, argnums=(0, 1))(h, w, y),
     "jvp": lambda f, h, w, y: jax.jvp(lambda h, w: f(h, w, y), (h, w), (w.sum() * h, w + 1)),
     "jvp, one argument": lambda f, h, w, y: jax.jvp(lambda w: f(h, w, y), (w,), (w + 1,)),
@@ -138,12 +137,15 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
 
 # The rule of the sum, and the rule for rows; the other losses pass through one of them.
 CORE = ("mean", "none")
-ALWAYS = ("grad", "jvp", "jvp of grad", "vmap of grad")
+ALWAYS = ("value_and_grad", "jvp", "jvp of grad", "vmap of grad")
+# What these run is part of another: of "hessian", "hessian, reverse", "value_and_grad", "vmap of grad" and "scan".
+PARTS = ("jacfwd", "jacrev", "linearize", "vmap of hidden", "map")
 
 
 def grid() -> list[Any]:
+    usual = {(loss, t) for loss in LOSSES for t in TRANSFORMS if t in ALWAYS or (loss in CORE and t not in PARTS)}
     return [
-        pytest.param(loss, transform, marks=() if loss in CORE or transform in ALWAYS else pytest.mark.slow)
+        pytest.param(loss, transform, marks=() if (loss, transform) in usual else pytest.mark.slow)
         for loss in LOSSES
         for transform in TRANSFORMS
     ]
@@ -175,10 +177,9 @@ def test_eager(loss: str, rng: np.random.Generator):
     assert jax.tree.structure(got) == jax.tree.structure(want)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(
-    "loss", [pytest.param(loss, marks=() if loss == "mean" else pytest.mark.slow) for loss in LOSSES]
-)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_finite_differences(loss: str, rng: np.random.Generator):
     h, w, y = draw(rng)
     check_grads(jax.jit(lambda h, w: LOSSES[loss][0](h, w, y)), (h, w), order=2, modes=("fwd", "rev"), atol=1e-4)

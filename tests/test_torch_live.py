@@ -278,6 +278,60 @@ def test_every_combination_of_options_of_the_linear_loss(places: tuple[int, ...]
         errors.compare(twin.linear_cross_entropy, torch.nn.functional.linear_cross_entropy, (args, options))
 
 
+def second_order_cases(rng: np.random.Generator) -> list[tuple[str, list[Any], dict[str, Any]]]:
+    def p(*shape: int) -> Any:
+        return torch.tensor(rng.uniform(0.05, 0.95, size=shape)).requires_grad_()
+
+    z = drawn(rng, "float64", 3, 4)
+    labels, weight = torch.tensor([1, -100, 3]), torch.tensor([0.5, 2, 1, 0.25], dtype=torch.float64)
+    return [
+        ("cross_entropy", [z, labels], {"weight": weight, "label_smoothing": 0.125}),
+        ("cross_entropy", [z, p(3, 4)], {"weight": weight}),
+        ("nll_loss", [z, labels], {"weight": weight}),
+        ("kl_div", [z, p(3, 4)], {"reduction": "batchmean"}),
+        ("kl_div", [z, p(3, 4)], {"reduction": "sum", "log_target": True}),
+        ("binary_cross_entropy", [p(3, 4), p(3, 4)], {"weight": weight}),
+        ("binary_cross_entropy_with_logits", [z, p(3, 4)], {"pos_weight": weight}),
+        ("log_softmax", [z, 1], {}),
+        ("softmax", [z, 0], {}),
+        ("linear_cross_entropy", [z, drawn(rng, "float64", 5, 4), labels], {"label_smoothing": 0.125}),
+    ]
+
+
+@pytest.mark.parametrize("at", range(10))
+def test_second_derivatives_and_forward_mode_are_those_of_pytorch(at: int, rng: np.random.Generator):
+    name, args, options = second_order_cases(rng)[at]
+    variables = [x for x in args if is_tensor(x) and x.requires_grad]
+    steps = [rng.normal(size=x.shape) for x in variables]
+
+    def squared(functions: Any, convert: Callable[[Any], Any]) -> Call:
+        """A scalar whose derivative by the result is not the same for any two entries."""
+
+        def f(*given: Any) -> Any:
+            left = iter(given)
+            replaced = [next(left) if is_tensor(x) and x.requires_grad else convert(x) for x in args]
+            return (getattr(functions, name)(*replaced, **{k: convert(v) for k, v in options.items()}) ** 2).sum()
+
+        return f
+
+    theirs, ours = squared(torch.nn.functional, lambda x: x), squared(twin, to_jax)
+    # PyTorch adds 1e-12 to `x` and `1 - x` in the second derivative of the binary loss, through which its `jvp` goes.
+    rtol = 1e-10 if name == "binary_cross_entropy" else 1e-12
+    want = torch.autograd.functional.hessian(theirs, tuple(variables))
+    _, want_step = torch.autograd.functional.jvp(theirs, tuple(variables), tuple(map(torch.tensor, steps)))
+    places = tuple(range(len(variables)))
+    primals = [to_jax(x) for x in variables]
+    for got in (
+        jax.jit(jax.hessian(ours, places))(*primals),
+        jax.jit(jax.jacrev(jax.grad(ours, places), places))(*primals),
+    ):
+        for rows in zip(got, want, strict=True):
+            for block, wanted in zip(*rows, strict=True):
+                np.testing.assert_allclose(block, to_double(wanted), rtol=rtol, atol=1e-13)
+    _, step = jax.jvp(ours, primals, [jnp.asarray(s) for s in steps])
+    np.testing.assert_allclose(step, to_double(want_step), rtol=rtol)
+
+
 def test_chunks_are_those_of_pytorch():
     for method, rows, features, classes in itertools.product(
         ("aspect_ratio", "aspect_ratio:2", "aspect_ratio:7"), (1, 5, 64, 1000), (3, 64), (2, 64, 1000)

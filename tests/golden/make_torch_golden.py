@@ -162,6 +162,19 @@ def cases() -> list[tuple[str, list[Any], dict[str, Any]]]:
     add("linear_cross_entropy", logits(2, 3), logits(5, 0, 3), np.zeros((2, 0), np.int64))
     bias = np.array([-INF, 0.0, 1.0])
     add("linear_cross_entropy", logits(2, 3) / 4, logits(3, 3) / 4, np.array([1, 2]), linear_bias=bias)
+
+    # No classes, weights that sum to 0, and a mask as weight.
+    for reduction in ("mean", "sum", "none"):
+        for options in ({}, {"label_smoothing": 0.125}):
+            add("cross_entropy", logits(3, 0), nothing, reduction=reduction, **options)
+            add("cross_entropy", logits(2, 0, 3), logits(2, 0, 3), reduction=reduction, **options)
+        add("nll_loss", logits(0), nothing[0], reduction=reduction)
+        add("linear_cross_entropy", logits(3, 2), logits(0, 2), nothing, reduction=reduction)
+    for options in ({}, {"weight": np.zeros(5)}, {"weight": np.array([1.0, -1.0, 0.0, 0.0, 2.0])}):
+        add("nll_loss", logits(3, 5), np.array([0, 1, -100]), **options)
+    mask = np.array([[True], [False]])
+    add("binary_cross_entropy", inside(2, 3), inside(2, 3), weight=mask)
+    add("binary_cross_entropy_with_logits", logits(2, 3), inside(2, 3), weight=mask)
     return found
 
 
