@@ -9,8 +9,9 @@ from jax.typing import ArrayLike
 
 from jaxent import _arrays, _targets
 from jaxent._layout import Layout, layout_for
+from jaxent._options import Precision
 from jaxent._sharding import Batch, automatic_devices, check_linear_layer, local_shape
-from jaxent._streaming import Head, Precision, Products
+from jaxent._streaming import Head, Products
 from jaxent._targets import SoftmaxArguments
 
 

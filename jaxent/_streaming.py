@@ -23,10 +23,10 @@ from jax import lax
 
 from jaxent import _arrays
 from jaxent._layout import Layout
+from jaxent._options import Precision
 from jaxent._sharding import like_varying, over_rows, sum_to_type, varying
 
 Pytree = Any
-Precision = Any  # what `jax.lax.dot_general` takes as `precision`
 SymbolicZero = jax.custom_derivatives.SymbolicZero
 
 

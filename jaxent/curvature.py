@@ -13,9 +13,10 @@ from jaxent import _arrays, _heads, _reduction, _rows, _targets
 from jaxent._forms import Fisher, Form, GaussNewton
 from jaxent._heads import Shaping
 from jaxent._layout import Layout
+from jaxent._options import Precision
 from jaxent._rows import LossOptions, RowTargets
 from jaxent._sharding import ClassAxis, check_vocab_axis, elementwise
-from jaxent._streaming import Head, Logits, Precision, Products
+from jaxent._streaming import Head, Logits, Products
 from jaxent._targets import SoftmaxArguments
 from jaxent.linear import stream_reduced, without_ignored
 from jaxent.losses import check_logits, check_softmax_call

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Unpack, get_args, overload
 
 import jax
 import jax.extend
@@ -14,15 +14,34 @@ from jax.typing import ArrayLike
 from jaxent import _arrays, _heads, _measures, _reduction, _rows, _targets
 from jaxent._heads import Shaping
 from jaxent._layout import Layout
+from jaxent._options import Divergence, DivergenceOptions, LinearOptions, Precision
 from jaxent._reduction import Reduction
 from jaxent._rows import IGNORED, LossOptions, RowTargets
 from jaxent._sharding import ClassAxis, check_class_axis, check_same_split, check_vocab_axis
-from jaxent._streaming import Head, Logits, Precision, Products, RowFunction, stream_rows, stream_sum
+from jaxent._streaming import Head, Logits, Products, RowFunction, stream_rows, stream_sum
 from jaxent._targets import SoftmaxArguments
 from jaxent.losses import TokenStatistics, check_top_k, row_statistics
 from jaxent.risk import WeightedSum
 
 
+@overload
+def linear_softmax_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    targets: ArrayLike,
+    *,
+    reduction: Literal["sum_and_weight"],
+    **options: Unpack[LinearOptions],
+) -> WeightedSum: ...
+@overload
+def linear_softmax_cross_entropy(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    targets: ArrayLike,
+    *,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    **options: Unpack[LinearOptions],
+) -> jax.Array: ...
 def linear_softmax_cross_entropy(
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -252,9 +271,26 @@ def _linear_token_statistics(
     return stream_rows(row_fn, (head,), codes, shaping, layout, products)
 
 
-Divergence = Literal["forward", "reverse", "jensen_shannon"]
-
-
+@overload
+def linear_kl_divergence(
+    hidden_p: ArrayLike,
+    kernel_p: ArrayLike,
+    hidden_q: ArrayLike,
+    kernel_q: ArrayLike,
+    *,
+    reduction: Literal["sum_and_weight"],
+    **options: Unpack[DivergenceOptions],
+) -> WeightedSum: ...
+@overload
+def linear_kl_divergence(
+    hidden_p: ArrayLike,
+    kernel_p: ArrayLike,
+    hidden_q: ArrayLike,
+    kernel_q: ArrayLike,
+    *,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    **options: Unpack[DivergenceOptions],
+) -> jax.Array: ...
 def linear_kl_divergence(
     hidden_p: ArrayLike,
     kernel_p: ArrayLike,

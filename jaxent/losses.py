@@ -1,7 +1,7 @@
 """Losses on logits: each is a row loss and the shared reduction."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,25 @@ from jax.typing import ArrayLike
 
 from jaxent import _arrays, _reduction, _rows, _targets
 from jaxent._exports import exportable
+from jaxent._options import BinaryOptions, LabelOptions, SoftmaxOptions
 from jaxent._reduction import Reduction
 from jaxent._sharding import ClassAxis, check_class_axis, check_vocab_axis, elementwise
 from jaxent._targets import SoftmaxArguments
 from jaxent.risk import WeightedSum
 
 
+@overload
+def softmax_cross_entropy(
+    logits: ArrayLike, targets: ArrayLike, *, reduction: Literal["sum_and_weight"], **options: Unpack[SoftmaxOptions]
+) -> WeightedSum: ...
+@overload
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    targets: ArrayLike,
+    *,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    **options: Unpack[SoftmaxOptions],
+) -> jax.Array: ...
 def softmax_cross_entropy(
     logits: ArrayLike,
     targets: ArrayLike,
@@ -130,6 +143,18 @@ def _softmax_cross_entropy(
     return _reduction.reduce(losses, weights, reduction, divisor)
 
 
+@overload
+def nll_loss(
+    log_probs: ArrayLike, labels: ArrayLike, *, reduction: Literal["sum_and_weight"], **options: Unpack[LabelOptions]
+) -> WeightedSum: ...
+@overload
+def nll_loss(
+    log_probs: ArrayLike,
+    labels: ArrayLike,
+    *,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    **options: Unpack[LabelOptions],
+) -> jax.Array: ...
 def nll_loss(
     log_probs: ArrayLike,
     labels: ArrayLike,
@@ -196,6 +221,18 @@ def _nll_loss(
     return _reduction.reduce(losses, weights, reduction, divisor)
 
 
+@overload
+def sigmoid_cross_entropy(
+    logits: ArrayLike, targets: ArrayLike, *, reduction: Literal["sum_and_weight"], **options: Unpack[BinaryOptions]
+) -> WeightedSum: ...
+@overload
+def sigmoid_cross_entropy(
+    logits: ArrayLike,
+    targets: ArrayLike,
+    *,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    **options: Unpack[BinaryOptions],
+) -> jax.Array: ...
 def sigmoid_cross_entropy(
     logits: ArrayLike,
     targets: ArrayLike,

@@ -6,6 +6,7 @@ import inspect
 import re
 import textwrap
 import types
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,24 @@ def test_signatures_are_the_contract():
         )
         assert parameters(found) == parameters(scope["f"]), name
     assert {f"jaxent.{name}" for name, _ in wanted} >= {f for f in FUNCTIONS if "torch_compat" not in f}
+
+
+REDUCED = [
+    name
+    for name in FUNCTIONS
+    if "torch_compat" not in name and "reduction" in inspect.signature(PUBLIC[name]).parameters
+]
+
+
+@pytest.mark.parametrize("name", REDUCED)
+def test_overloads_have_the_keywords_of_the_signature(name: str):
+    """They tell a type checker that only `"sum_and_weight"` gives a `WeightedSum`."""
+    keywords = {p.name for p in inspect.signature(PUBLIC[name]).parameters.values() if p.kind == p.KEYWORD_ONLY}
+    for overload in typing.get_overloads(PUBLIC[name]):
+        *positional, reduction, options = inspect.signature(overload).parameters.values()
+        (typed,) = typing.get_args(options.annotation)
+        assert typed.__optional_keys__ == keywords - {reduction.name}
+        assert [p.name for p in positional] == list(inspect.signature(PUBLIC[name]).parameters)[: len(positional)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
