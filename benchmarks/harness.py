@@ -55,6 +55,7 @@ class Contender:
     sent_bytes: float | None = None
     """What collectives make each device send."""
     devices: int = 1
+    """That share the work; fake devices share the cores of one CPU and count as one."""
 
 
 def compiled(
@@ -84,8 +85,8 @@ def compiled(
         given = jnp.array(args[0], copy=True) if donate else args[0]
         return [np.asarray(x, np.float32) for x in jax.tree.leaves(run(given, *args[1:]))]
 
-    devices = max(len(x.sharding.device_set) for x in args)
-    sent = sum(c.sent for c in collectives(run.as_text() or "")) if devices > 1 else None
+    devices = max((x.sharding.device_set for x in args), key=len)
+    sent = sum(c.sent for c in collectives(run.as_text() or "")) if len(devices) > 1 else None
     return Contender(
         name,
         call,
@@ -94,7 +95,7 @@ def compiled(
         temp_bytes=None if memory is None else memory.temp_size_in_bytes,
         result_bytes=None if memory is None else memory.output_size_in_bytes - memory.alias_size_in_bytes,
         sent_bytes=sent,
-        devices=devices,
+        devices=1 if all(device.platform == "cpu" for device in devices) else len(devices),
     )
 
 
@@ -151,23 +152,32 @@ def ratio(ours: list[float], theirs: list[float]) -> float:
 def agreeing(contenders: list[Contender], tolerance: Mapping[str, float]) -> tuple[list[Contender], dict[str, str]]:
     """Those whose value and gradients equal the first one's, and what the others gave instead.
 
-    A comparison of times between codes that do not compute the same thing says nothing: who disagrees is not timed, and
-    if the first one stands alone, nobody is.
+    A comparison of times between codes that do not compute the same thing says nothing: who disagrees is not timed, nor
+    who fails, for want of memory; and if the first one stands alone, nobody is.
     """
     first, *others = contenders
     assert first.results is not None
     expected = first.results()
-    kept, refused = [first], {}
+    kept, failed, refused = [first], {}, {}
     for contender in others:
         assert contender.results is not None
-        difference = _difference(contender.results(), expected, tolerance)
+        try:
+            difference = _difference(contender.results(), expected, tolerance)
+        except Exception as error:
+            failed[contender.name] = failure(error)
+            continue
         if difference is None:
             kept.append(contender)
         else:
             refused[contender.name] = f"disagrees: {difference}"
     if len(refused) >= len(kept) and refused:
         raise AssertionError(f"{first.name} disagrees with the others; no time was taken: {refused}")
-    return kept, refused
+    return kept, failed | refused
+
+
+def failure(error: Exception) -> str:
+    """Why something could not run, in a line."""
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100] if str(error).strip() else ''}"
 
 
 def _difference(got: list[np.ndarray], expected: list[np.ndarray], tolerance: Mapping[str, float]) -> str | None:
