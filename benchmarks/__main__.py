@@ -120,4 +120,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     # A compilation that is read back from a cache on disk would count as a fast one.
     jax.config.update("jax_compilation_cache_dir", None)
+    # JAX would take three quarters of a GPU's memory at once, and PyTorch needs some of the same.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     main(sys.argv[1:])

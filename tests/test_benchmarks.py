@@ -115,7 +115,7 @@ def test_a_donated_input_takes_the_result():
     np.testing.assert_array_equal(contender.results()[1], 2 * np.ones((64, 64)))
 
 
-def test_contenders_take_turns():
+def test_contenders_take_turns(monkeypatch):
     order = []
 
     def contender(name):
@@ -129,6 +129,12 @@ def test_contenders_take_turns():
     assert {name: len(s) for name, s in samples.items()} == {"a": 3, "b": 3}
     rounds = order[-12:]  # an untimed and a timed call of each, three times
     assert rounds == [*"aabb", *"bbaa", *"aabb"]
+
+    order.clear()
+    monkeypatch.setattr(harness, "RELAX_BELOW_SECONDS", 1e-4)
+    samples = harness.measure([contender("a"), contender("b")], EFFORT)
+    assert {name: len(s) for name, s in samples.items()} == {"a": 3, "b": 3}
+    assert order == [*"ab", *"ba", *"ab"]  # long calls: no untimed ones
 
 
 @pytest.mark.parametrize(("factor", "changed"), [(1.0, 0), (1.03, 0), (1.5, 1), (0.5, 1)])
