@@ -105,11 +105,11 @@ def _product(rows: int, contracted: int, columns: int, dtype: str, effort: Effor
 def measure_limits(dtypes: set[str], effort: Effort) -> Limits:
     scale = 1 if effort is FULL else 4
     kind = "cpu" if jax.default_backend() == "cpu" else "accelerator"
-    size = COPY_BYTES[kind] // scale
+    size, shapes = COPY_BYTES[kind] // scale, PRODUCT_SIZES[kind]
     copy = _copy(size, effort)
     with jax.default_matmul_precision("highest"):  # of float32; it says nothing about narrower types
         products = {
-            dtype: {2 * n * d * v // scale: _product(n // scale, d, v, dtype, effort) for n, d, v in PRODUCT_SIZES[kind]}
+            dtype: {2 * n * d * v // scale: _product(n // scale, d, v, dtype, effort) for n, d, v in shapes}
             for dtype in dtypes
         }
     contenders = [copy, *(c for by_flops in products.values() for c in by_flops.values())]

@@ -24,8 +24,9 @@ def table(record: dict[str, Any]) -> str:
     where, versions = record["machine"], record["versions"]
     lines = [
         f"Value and gradient on {where['device']}, {where['cores']} cores, float32, {record['date'][:10]}, jax "
-        f"{versions['jax']}: milliseconds; percent of what the device's matrix products or memory allow; the peers' time "
-        "by ours (above 1 jaxent is faster); temporaries. Without D the loss is of logits, with D of hidden states.",
+        f"{versions['jax']}: milliseconds; percent of what the device's matrix products or memory allow; the time of "
+        "others by ours (above 1 jaxent is faster); temporaries. Without D the loss is of logits, with D of hidden "
+        "states.",
         "",
         "| N, D, V | jaxent, ms | of limit | " + " | ".join(PEERS.values()) + " | jaxent, MiB | optax, MiB |",
         "|---" + "|--:" * (4 + len(PEERS)) + "|",
@@ -53,8 +54,7 @@ def section(repository: Path, record: Path) -> str:
     """What the README says between its two marks, with the marks."""
     read = json.loads(record.read_text())
     path, picture = (
-        p.resolve().relative_to(repository.resolve()).as_posix()
-        for p in (record, pictures.path_of("classes", record))
+        p.resolve().relative_to(repository.resolve()).as_posix() for p in (record, pictures.path_of("classes", record))
     )
     text = f"Memory and time against the vocabulary on {read['machine']['device']}"
     chart = [f"![{text}]({picture})", ""] if sweep(read, "classes") else []

@@ -88,6 +88,7 @@ def case_record(
     for contender in contenders:
         taken = samples[contender.name]
         summary = Summary.of(taken)
+        percent = 100 * limit / contender.devices / summary.median
         rows.append(
             {
                 "contender": contender.name,
@@ -97,7 +98,7 @@ def case_record(
                 "smallest_ms": summary.smallest,
                 "ratio": ratio(ours, taken),
                 "ratio_of_smallest": min(ours) / summary.smallest,
-                "percent_of_limit": None if contender.results is None else 100 * limit / contender.devices / summary.median,
+                "percent_of_limit": None if contender.results is None else percent,
                 "temp_mib": _mib(contender.temp_bytes),
                 "result_mib": _mib(contender.result_bytes),
                 "sent_mib": _mib(contender.sent_bytes),
