@@ -198,6 +198,7 @@ def _relative_error(got: np.ndarray, expected: np.ndarray) -> float:
     error = size = 0.0
     for i in range(0, len(expected) if expected.ndim else 1, SLAB_ROWS):
         a, b = (x[i : i + SLAB_ROWS] if expected.ndim else x for x in (got, expected))
-        error += float(np.sum(np.square(a - b, dtype=np.float64)))
-        size += float(np.sum(np.square(b, dtype=np.float64)))
+        difference = a - b
+        error += float(np.vdot(difference, difference))
+        size += float(np.vdot(b, b))
     return math.sqrt(error / size)

@@ -204,7 +204,7 @@ def growth(record: dict[str, Any]) -> str:
             cells = []
             for key in ("median_ms", "temp_mib"):
                 exponent = _exponent([(size, row[key]) for size, row in found])
-                cells.append("-" if exponent is None else f"{letter}^{exponent:.2f}")
+                cells.append("-" if exponent is None else f"{letter}^{round(exponent, 2) + 0.0:.2f}")  # no -0.00
             sizes = " ".join(str(size) for size, _ in found)
             rows.append((f"{peer}, {letter} = {sizes}", *cells))
     return "\n".join(aligned(rows)) if len(rows) > 1 else ""
