@@ -30,7 +30,7 @@ class Effort:
     compiles: int
 
 
-FULL = Effort(rounds=15, seconds=2.0, most_seconds=10.0, sample_seconds=0.01, compiles=3)
+FULL = Effort(rounds=15, seconds=2.0, most_seconds=8.0, sample_seconds=0.01, compiles=3)
 QUICK = Effort(rounds=3, seconds=0.0, most_seconds=10.0, sample_seconds=0.01, compiles=1)
 LEAST_ROUNDS, MOST_ROUNDS = 3, 100
 SLAB_ROWS = 64

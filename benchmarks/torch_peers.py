@@ -10,6 +10,7 @@ from benchmarks.cases import GRADIENT, Case
 from benchmarks.harness import Contender, Effort, estimate
 from benchmarks.inputs import Inputs
 
+LEAST_CHUNK = 32
 GIVEN_UP = 1.15  # heuristic: where a chunk is slower than the best one by this much, half of it is not tried
 
 
@@ -45,10 +46,10 @@ def _contender(name: str, case: Case, inputs: Inputs, loss_of: Callable[..., Any
         return max(torch.cuda.max_memory_allocated() - held - made, 0)
 
     def results() -> list[np.ndarray]:
-        out = [x.detach().float().cpu().numpy() for x in run()]
+        out = [x.detach().float().cpu() for x in run()]
         if case.hidden and case.mode != "value":
-            out[-1] = out[-1].T
-        return out
+            out[-1] = out[-1].T.contiguous()
+        return [x.numpy() for x in out]
 
     return Contender(name, run, results, temp_bytes=temporaries())
 
@@ -83,7 +84,7 @@ def fused(name: str, case: Case, inputs: Inputs, effort: Effort) -> Contender | 
         return estimate(contender.call), contender
 
     best, rows = with_chunk(None), case.rows
-    while rows >= 16:
+    while rows >= LEAST_CHUNK:
         tried = with_chunk(rows)
         if tried[0] > GIVEN_UP * best[0] and rows < case.rows:
             break
