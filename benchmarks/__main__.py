@@ -64,8 +64,8 @@ def run(suites: Sequence[Suite], quick: bool, path: Path) -> dict[str, Any]:
 
 
 def conclude(record: dict[str, Any], path: Path) -> None:
-    for text in (report.growth(record), report.findings(record)):
-        print(f"\n{text}" if text else "")
+    for text in filter(None, (report.growth(record), report.findings(record))):
+        print(f"\n{text}")
     print("\nwritten: " + " ".join(str(p) for p in (path, *pictures.draw(record, path))))
 
 
