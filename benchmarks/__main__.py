@@ -3,9 +3,11 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ RESULTS = REPOSITORY / "benchmarks" / "results"
 
 
 def run_case(case: Case, limits: Limits, effort: Effort) -> dict[str, Any]:
+    start = time.perf_counter()
     inputs = Inputs(case)
     # What is called float32 is multiplied as that by everyone: JAX's default is narrower on GPUs and TPUs.
     with jax.default_matmul_precision("highest" if case.dtype == "float32" else "default"):
@@ -33,8 +36,10 @@ def run_case(case: Case, limits: Limits, effort: Effort) -> dict[str, Any]:
         alone = bound(case, inputs, effort)
         contenders.append(alone.contender)
         samples = measure(contenders, effort)
-    own = limits.at_own_shapes(case.dtype, alone, min(samples[alone.contender.name]) / 1e3)
-    return report.case_record(case, contenders, samples, own, left_out | refused)
+    best = {c.name: min(samples[c.name]) / 1e3 * c.devices for c in contenders}
+    own = limits.at_own_shapes(case.dtype, alone, best.pop(alone.contender.name))
+    own = own.reached(case, min(best.values()))
+    return report.case_record(case, contenders, samples, own, left_out | refused, time.perf_counter() - start)
 
 
 def run(suites: Sequence[Suite], quick: bool, path: Path) -> dict[str, Any]:
@@ -59,13 +64,15 @@ def run(suites: Sequence[Suite], quick: bool, path: Path) -> dict[str, Any]:
 
 
 def conclude(record: dict[str, Any], path: Path) -> None:
-    for text in (report.growth(record), report.findings(record)):
-        print(f"\n{text}" if text else "")
+    for text in filter(None, (report.growth(record), report.findings(record))):
+        print(f"\n{text}")
     print("\nwritten: " + " ".join(str(p) for p in (path, *pictures.draw(record, path))))
 
 
 def _write(record: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    # The samples of a row on one line.
+    text = re.sub(r"\[\s+([^][{}]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", json.dumps(record, indent=1))
+    path.write_text(text + "\n")
 
 
 def _on_fake_devices(quick: bool) -> list[dict[str, Any]]:
@@ -113,4 +120,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     # A compilation that is read back from a cache on disk would count as a fast one.
     jax.config.update("jax_compilation_cache_dir", None)
+    # JAX would take three quarters of a GPU's memory at once, and PyTorch needs some of the same.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     main(sys.argv[1:])

@@ -10,8 +10,12 @@ from benchmarks.cases import Case
 from benchmarks.harness import FULL, Contender, Effort, compiled, measure
 from benchmarks.inputs import Inputs
 
-COPY_BYTES = 2**28
-PRODUCT_SIZES = ((2048, 2048, 2048), (1024, 512, 8192))  # rows, contracted, columns: square, and a head's proportions
+# Rows, contracted, columns: square, and a head's proportions. Large enough that starting them does not count.
+COPY_BYTES = {"cpu": 2**28, "accelerator": 2**31}
+PRODUCT_SIZES = {
+    "cpu": ((2048, 2048, 2048), (1024, 512, 8192)),
+    "accelerator": ((8192, 8192, 8192), (8192, 4096, 32768)),
+}
 PRODUCT_LOGITS_BYTES = 2**32  # where all logits take more, the products alone are timed on as many rows as take this
 
 
@@ -66,6 +70,14 @@ class Limits:
         fastest = max(self.copy_bytes_per_second, alone.bytes / seconds)
         return dataclasses.replace(self, copy_bytes_per_second=fastest)
 
+    def reached(self, case: Case, seconds: float) -> "Limits":
+        """With the rates that a contender showed to be possible: what nobody beats is a limit."""
+        rate = max(self.product_flops_per_second[case.dtype], case.flops() / seconds)
+        return Limits(
+            max(self.copy_bytes_per_second, case.bytes_moved() / seconds),
+            self.product_flops_per_second | {case.dtype: rate},
+        )
+
     def seconds(self, case: Case) -> float:
         """The least time that the case can take: products or memory, whichever binds."""
         return max(self._by_memory(case), self._by_products(case))
@@ -92,14 +104,16 @@ def _product(rows: int, contracted: int, columns: int, dtype: str, effort: Effor
 
 def measure_limits(dtypes: set[str], effort: Effort) -> Limits:
     scale = 1 if effort is FULL else 4
-    copy = _copy(COPY_BYTES // scale, effort)
+    kind = "cpu" if jax.default_backend() == "cpu" else "accelerator"
+    size, shapes = COPY_BYTES[kind] // scale, PRODUCT_SIZES[kind]
+    copy = _copy(size, effort)
     with jax.default_matmul_precision("highest"):  # of float32; it says nothing about narrower types
         products = {
-            dtype: {2 * n * d * v // scale: _product(n // scale, d, v, dtype, effort) for n, d, v in PRODUCT_SIZES}
+            dtype: {2 * n * d * v // scale: _product(n // scale, d, v, dtype, effort) for n, d, v in shapes}
             for dtype in dtypes
         }
     contenders = [copy, *(c for by_flops in products.values() for c in by_flops.values())]
     best = {name: min(samples) / 1e3 for name, samples in measure(contenders, effort).items()}
     rates = {d: max(flops / best[c.name] for flops, c in by.items()) for d, by in products.items()}
     jax.clear_caches()
-    return Limits(2 * (COPY_BYTES // scale) / best["copy"], rates)
+    return Limits(2 * size / best["copy"], rates)

@@ -18,7 +18,7 @@ import optax
 
 from benchmarks import sharded, torch_peers
 from benchmarks.cases import GRADIENT, Case, Resources
-from benchmarks.harness import Contender, Effort, compiled
+from benchmarks.harness import Contender, Effort, compiled, failure
 from benchmarks.inputs import Inputs
 from jaxent.curvature import linear_ggn_vector_product
 from jaxent.gradient_norms import linear_gradient_norms
@@ -205,7 +205,7 @@ def prepared(case: Case, inputs: Inputs, effort: Effort, at_hand: Resources) -> 
         except Exception as error:
             if not contenders:  # ours, which the others are compared with
                 raise
-            left_out[peer.label] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}"
+            left_out[peer.label] = failure(error)
             continue
         if contender is None:
             continue

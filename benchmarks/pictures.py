@@ -1,6 +1,9 @@
-"""A record as pictures: memory against vocabulary, time against rows, percent of the limit."""
+"""A record as pictures: cost against vocabulary, cost against rows, percent of the limit.
 
-from collections.abc import Callable
+On white, whatever the page behind them is: they are read in light and in dark themes.
+"""
+
+import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,17 @@ STYLES = {
     "tokamax chunked_xla": ("#7F7F7F", "X"),
     "tokamax mosaic_tpu": ("#000000", "*"),
 }
+AXES = {"classes": "vocabulary V", "rows": "rows N"}
+NAMES = {"classes": "vocabulary", "rows": "rows", "limit": "limit"}
+
+
+def path_of(picture: str, record: Path) -> Path:
+    return record.with_name(f"{record.stem}-{NAMES[picture]}.png")
+
+
+def source(record: Path) -> str:
+    """What a picture says in its file about the record that it was drawn from."""
+    return f"{record.name} sha256 {hashlib.sha256(record.read_bytes()).hexdigest()}"
 
 
 def draw(record: dict[str, Any], path: Path) -> list[Path]:
@@ -28,21 +42,43 @@ def draw(record: dict[str, Any], path: Path) -> list[Path]:
     from matplotlib.figure import Figure
 
     drawn = []
-    pictures: dict[str, Callable[[Figure, dict[str, Any]], bool]] = {
-        "memory": _memory_against_vocabulary,
-        "time": _time_against_rows,
-        "limit": _percent_of_limit,
-    }
-    for name, fill in pictures.items():
-        figure = Figure(layout="constrained", dpi=150)
-        if fill(figure, record):
-            drawn.append(path.with_name(f"{path.stem}-{name}.png"))
-            figure.savefig(drawn[-1])
+    for name in NAMES:
+        figure = Figure(layout="constrained", dpi=120, facecolor="white")
+        if _percent_of_limit(figure, record) if name == "limit" else _cost(figure, record, name):
+            drawn.append(path_of(name, path))
+            figure.savefig(drawn[-1], metadata={"Source": source(path)})
     return drawn
 
 
+def _cost(figure: Any, record: dict[str, Any], over: str) -> bool:
+    """Memory and time of a sweep, side by side."""
+    points = sweep(record, over)
+    if not points:
+        return False
+    shape, sizes = points[0]["case"], [case["case"][over] for case in points]
+    memory, time = figure.subplots(1, 2)
+    figure.set_size_inches(9, 3.9)
+    memory.plot(sizes, [_logits_mib(case["case"]) for case in points], "k:", label="the logits, in float32")
+    time.plot(sizes, [case["limit_ms"] for case in points], "k--", label="limit of the device")
+    for axes, key, unit in ((memory, "temp_mib", "temporaries, MiB"), (time, "median_ms", "milliseconds")):
+        _curves(axes, points, over, key)
+        axes.set(xlabel=AXES[over], ylabel=unit)
+        axes.legend(fontsize=9)
+    memory.set_title("memory", fontsize=10)
+    time.set_title("time", fontsize=10)
+    fixed = f"V = {shape['classes']:,}" if over == "rows" else f"N = {shape['rows']:,}"
+    where = f"{record['machine']['device']}, {record['machine']['cores']} cores, {record['date'][:10]}"
+    what = f"Value and gradient of the loss from hidden states, {fixed}, D = {shape['hidden']:,}, {shape['dtype']}"
+    figure.suptitle(f"{what}\n{where}", fontsize=10)
+    return True
+
+
+def _logits_mib(shape: dict[str, Any]) -> float:
+    return 4 * shape["rows"] * shape["classes"] / 2**20
+
+
 def _curves(axes: Any, points: list[dict[str, Any]], over: str, key: str) -> None:
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     for peer, (colour, marker) in STYLES.items():
         found = [(case["case"][over], row[key]) for case in points for row in case["rows"] if row["peer"] == peer]
@@ -54,42 +90,8 @@ def _curves(axes: Any, points: list[dict[str, Any]], over: str, key: str) -> Non
     axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
     axes.minorticks_off()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(lambda y, _: f"{y:,.4g}")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.4g}"))
     axes.grid(alpha=0.3)
-
-
-def _title(record: dict[str, Any], shape: dict[str, Any], what: str, fixed: str) -> str:
-    size = shape["classes" if fixed == "V" else "rows"]
-    what = f"{what} of value and gradient, {fixed}={size}, D={shape['hidden']}, {shape['dtype']}"
-    return f"{what}\n{record['machine']['device']}, {record['date'][:10]}"
-
-
-def _memory_against_vocabulary(figure: Any, record: dict[str, Any]) -> bool:
-    points = sweep(record, "classes")
-    if not points:
-        return False
-    axes = figure.subplots()
-    _curves(axes, points, "classes", "temp_mib")
-    rows = points[0]["case"]["rows"]
-    sizes = [case["case"]["classes"] for case in points]
-    axes.plot(sizes, [4 * rows * v / 2**20 for v in sizes], "k:", label="float32 logits")
-    axes.set(xlabel="vocabulary V", ylabel="temporaries, MiB")
-    axes.set_title(_title(record, points[0]["case"], "Memory", "N"), fontsize=10)
-    axes.legend()
-    return True
-
-
-def _time_against_rows(figure: Any, record: dict[str, Any]) -> bool:
-    points = sweep(record, "rows")
-    if not points:
-        return False
-    axes = figure.subplots()
-    _curves(axes, points, "rows", "median_ms")
-    axes.plot([case["case"]["rows"] for case in points], [case["limit_ms"] for case in points], "k:", label="limit")
-    axes.set(xlabel="rows N", ylabel="milliseconds")
-    axes.set_title(_title(record, points[0]["case"], "Time", "V"), fontsize=10)
-    axes.legend()
-    return True
 
 
 def _percent_of_limit(figure: Any, record: dict[str, Any]) -> bool:
@@ -103,10 +105,9 @@ def _percent_of_limit(figure: Any, record: dict[str, Any]) -> bool:
         if found:
             size = 70 if peer == "jaxent" else 30
             axes.scatter(*zip(*found, strict=True), s=size, color=colour, marker=marker, label=peer, zorder=3)
-    axes.axvline(100, color="black", linestyle=":")
     axes.set_yticks(range(len(shown)), [c["name"] for c in shown], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 102)
     axes.set(xlabel="percent of the limit: matrix products or bytes moved, whichever binds")
     axes.set_title(f"{record['machine']['device']}, {record['date'][:10]}", fontsize=10)
     axes.grid(alpha=0.3)

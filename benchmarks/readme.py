@@ -1,4 +1,4 @@
-"""The README's table of speed, generated from a record."""
+"""The README's chart and table of speed, generated from a record."""
 
 import json
 import re
@@ -6,23 +6,30 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import number
+from benchmarks import pictures
+from benchmarks.report import mib, number, sweep
 
 SECTION = re.compile(r"<!-- speed: (\S+) -->\n.*?<!-- speed ends -->", flags=re.DOTALL)
-PEERS = {"optax": "optax", "jax.nn.log_softmax": "`log_softmax`", "torch dense": "torch", "torch fused": "torch fused"}
+PEERS = {
+    "optax": "optax",
+    "jax.nn.log_softmax": "`log_softmax`",
+    "torch dense": "torch",
+    "torch fused": "torch fused",
+    "tokamax xla": "tokamax",
+}
 
 
 def table(record: dict[str, Any]) -> str:
     """Value and gradient of every plain case: our time and share of the limit, and each peer's time by ours."""
     where, versions = record["machine"], record["versions"]
-    date = record["date"][:10]
     lines = [
-        f"Value and gradient on {where['device']}, {where['cores']} cores, float32, {date}, jax {versions['jax']}: "
-        "milliseconds, percent of what the device's matrix products or memory allow, the peers' time by ours (above 1 "
-        "jaxent is faster), and temporaries.",
+        f"Value and gradient on {where['device']}, {where['cores']} cores, float32, {record['date'][:10]}, jax "
+        f"{versions['jax']}: milliseconds; percent of what the device's matrix products or memory allow; the time of "
+        "others by ours (above 1 jaxent is faster); temporaries. Without D the loss is of logits, with D of hidden "
+        "states.",
         "",
-        "| N, D, V | jaxent | of limit | " + " | ".join(PEERS.values()) + " | MiB | optax MiB |",
-        "|---" * (5 + len(PEERS)) + "|",
+        "| N, D, V | jaxent, ms | of limit | " + " | ".join(PEERS.values()) + " | jaxent, MiB | optax, MiB |",
+        "|---" + "|--:" * (4 + len(PEERS)) + "|",
     ]
     return "\n".join([*lines, *_rows(record)])
 
@@ -37,7 +44,7 @@ def _rows(record: dict[str, Any]) -> Iterator[str]:
         ours = rows["jaxent"]
         shape = f"{what['rows']}, {what['hidden'] or '-'}, {what['classes']}"
         peers = [f"{1 / rows[name]['ratio']:.2f}" if name in rows else "-" for name in PEERS]
-        memory = [number(rows[name]["temp_mib"]) if name in rows else "-" for name in ("jaxent", "optax")]
+        memory = [mib(rows[name]["temp_mib"]) if name in rows else "-" for name in ("jaxent", "optax")]
         percent = f"{ours['percent_of_limit']:.0f}%"
         cells = (f"{what['head']} {shape}".strip(), number(ours["median_ms"]), percent, *peers, *memory)
         yield "| " + " | ".join(cells) + " |"
@@ -45,11 +52,19 @@ def _rows(record: dict[str, Any]) -> Iterator[str]:
 
 def section(repository: Path, record: Path) -> str:
     """What the README says between its two marks, with the marks."""
-    path = record.resolve().relative_to(repository.resolve()).as_posix()
-    return f"<!-- speed: {path} -->\n{table(json.loads(record.read_text()))}\n<!-- speed ends -->"
+    read = json.loads(record.read_text())
+    path, picture = (
+        p.resolve().relative_to(repository.resolve()).as_posix() for p in (record, pictures.path_of("classes", record))
+    )
+    text = f"Memory and time against the vocabulary on {read['machine']['device']}"
+    chart = [f"![{text}]({picture})", ""] if sweep(read, "classes") else []
+    return "\n".join([f"<!-- speed: {path} -->", *chart, table(read), "<!-- speed ends -->"])
 
 
 def update(repository: Path, record: Path) -> None:
+    """Draws the record's pictures anew and writes the README's section."""
+    if not pictures.draw(json.loads(record.read_text()), record):
+        raise SystemExit("the README shows a chart: nothing was written")
     readme = repository / "README.md"
     text, count = SECTION.subn(lambda _: section(repository, record), readme.read_text(encoding="utf-8"))
     if count != 1:

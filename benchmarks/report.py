@@ -76,16 +76,19 @@ def case_record(
     samples: dict[str, list[float]],
     limits: Limits,
     left_out: dict[str, str],
+    seconds: float,
 ) -> dict[str, Any]:
-    """The rows of one case. `ratio` is the first contender's time by this one's: below 1 ours is faster."""
+    """The rows of one case, which took `seconds` in all.
+
+    `ratio` is the first contender's time by this one's: below 1 ours is faster.
+    """
     ours = samples[contenders[0].name]
     limit = 1e3 * limits.seconds(case)
     rows = []
     for contender in contenders:
         taken = samples[contender.name]
         summary = Summary.of(taken)
-        # Fake devices share the cores of one CPU.
-        devices = 1 if jax.default_backend() == "cpu" else contender.devices
+        percent = 100 * limit / contender.devices / summary.median
         rows.append(
             {
                 "contender": contender.name,
@@ -95,7 +98,7 @@ def case_record(
                 "smallest_ms": summary.smallest,
                 "ratio": ratio(ours, taken),
                 "ratio_of_smallest": min(ours) / summary.smallest,
-                "percent_of_limit": None if contender.results is None else 100 * limit / devices / summary.median,
+                "percent_of_limit": None if contender.results is None else percent,
                 "temp_mib": _mib(contender.temp_bytes),
                 "result_mib": _mib(contender.result_bytes),
                 "sent_mib": _mib(contender.sent_bytes),
@@ -110,6 +113,7 @@ def case_record(
         "limit_ms": limit,
         "limit": limits.binding(case),
         "limits": asdict(limits),
+        "seconds": seconds,
         "left_out": left_out,
         "rows": rows,
     }
@@ -131,6 +135,10 @@ def number(value: float | None, digits: int = 3) -> str:
     if abs(value) >= 10 ** (digits - 1):
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
+
+
+def mib(value: float | None) -> str:
+    return "<0.01" if value is not None and 0 < value < 0.01 else number(value)
 
 
 HEADER = ("", "ms", "+-", "least", "ours/this", "by least", "% of limit", "temp MiB", "new MiB", "compile s")
@@ -162,10 +170,10 @@ def table(case: dict[str, Any]) -> str:
             f"{row['ratio']:.2f}",
             f"{row['ratio_of_smallest']:.2f}",
             number(row["percent_of_limit"], 2),
-            number(row["temp_mib"]),
-            number(row["result_mib"]),
+            mib(row["temp_mib"]),
+            mib(row["result_mib"]),
             number(row["compile_s"], 2),
-            *([number(row["sent_mib"])] if sharded else []),
+            *([mib(row["sent_mib"])] if sharded else []),
         )
         for row in case["rows"]
     ]
@@ -196,7 +204,7 @@ def growth(record: dict[str, Any]) -> str:
             cells = []
             for key in ("median_ms", "temp_mib"):
                 exponent = _exponent([(size, row[key]) for size, row in found])
-                cells.append("-" if exponent is None else f"{letter}^{exponent:.2f}")
+                cells.append("-" if exponent is None else f"{letter}^{round(exponent, 2) + 0.0:.2f}")  # no -0.00
             sizes = " ".join(str(size) for size, _ in found)
             rows.append((f"{peer}, {letter} = {sizes}", *cells))
     return "\n".join(aligned(rows)) if len(rows) > 1 else ""
@@ -216,10 +224,13 @@ def findings(record: dict[str, Any]) -> str:
     slower, compiles = [], {suite: [] for suite in COMPILE_TARGETS}
     for case in record["cases"]:
         ours, *others = case["rows"]
+        # Over a mesh a peer competes with ours over the mesh.
+        rival = next((row for row in others if row["peer"] == "jaxent, automatic"), ours)
         for row in others:
             competes = row["percent_of_limit"] is not None and not row["peer"].startswith("jaxent")
-            if competes and min(row["ratio"], row["ratio_of_smallest"]) > SLOWER:
-                slower.append((row["ratio"], f"{row['ratio']:.2f} x {row['contender']}: {case['name']}"))
+            by_median, by_least = (row[key] / rival[key] for key in ("ratio", "ratio_of_smallest"))
+            if competes and min(by_median, by_least) > SLOWER:
+                slower.append((by_median, f"{by_median:.2f} x {row['contender']}: {case['name']}"))
             if row["peer"] == "optax" and case["case"]["suite"] in compiles:
                 compiles[case["case"]["suite"]].append((ours["compile_s"] / row["compile_s"], case["name"]))
     lines = ["slower than a peer:" + ("" if slower else " nowhere")]

@@ -129,7 +129,7 @@ def _linear_gradient_norms(
         # In units of the row's largest entry: in float16 a gradient of 1e-8 would be 0 before the product.
         unit, size = _in_units(d_raw, classes)
         d_hidden = classes.across(products.by_hidden(unit.astype(dtype), kernel.astype(dtype)))
-        by_bias = size * _norm(unit, classes)
+        by_bias = size * _norm_in_units(unit, classes)
         features = ClassAxis()
         (state,) = _arrays.accumulated(hidden)
         norms = GradientNorms(
@@ -157,8 +157,12 @@ def _in_units(x: jax.Array, axis: ClassAxis) -> tuple[jax.Array, jax.Array]:
 def _norm(x: jax.Array, axis: ClassAxis) -> jax.Array:
     """The Euclidean norm of each row, with derivative 0 where it is 0."""
     unit, size = _in_units(x, axis)
+    return size * _norm_in_units(unit, axis)
+
+
+def _norm_in_units(unit: jax.Array, axis: ClassAxis) -> jax.Array:
     squares = axis.sum(jnp.square(unit))
-    return size * jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
+    return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
 
 
 @exportable
