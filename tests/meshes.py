@@ -202,8 +202,10 @@ def placed(case: str, mesh: jax.sharding.Mesh) -> list[jax.Array]:
     return [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in (arrays()[n] for n in CASES[case].names)]
 
 
-# What XLA sends is settled before LLVM, which takes most of the time.
+# What XLA sends is settled before code is emitted, which takes most of the time.
 FAST: Any = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+if jax.__version_info__ < (0, 11):  # later there is no such option
+    FAST["xla_cpu_use_fusion_emitters"] = False
 
 
 def run(f: Callable[..., Any], *args: Any) -> Any:
