@@ -258,12 +258,13 @@ class Batch(tuple[int, ...]):
 
     mesh: AbstractMesh
     split: Split
+    like: jax.Array
 
     @classmethod
     def of(cls, x: jax.Array, dims: int) -> "Batch":
         """The first `dims` axes of `x`."""
         batch = cls(x.shape[:dims])
-        batch.mesh, batch.split = _mesh(x), _split(x)[:dims]
+        batch.mesh, batch.split, batch.like = _mesh(x), _split(x)[:dims], x
         return batch
 
     def flatten(self, x: jax.Array) -> jax.Array:
@@ -271,8 +272,16 @@ class Batch(tuple[int, ...]):
         dims, axes = len(self), _names(self.split)
         if dims == 1:
             return x
+        if axes and _mesh(x).empty:
+            x = self._on_mesh(x)
         flat = _on_each(lambda x: x.reshape(-1, *x.shape[dims:]), axes, P(*self.split), P(axes))
         return automatic(flat, x, mesh=self.mesh, out_specs=P(axes, *_split(x)[dims:]))
+
+    def _on_mesh(self, x: jax.Array) -> jax.Array:
+        """An array of the host, split as the batch is: outside `jit`, `shard_map` takes no other beside split ones."""
+        dims = len(self)
+        nowhere = jnp.any(jnp.zeros_like(self.like, bool), axis=tuple(range(dims, self.like.ndim)))
+        return jnp.where(jnp.expand_dims(nowhere, tuple(range(dims, x.ndim))), x, x)
 
     def unflatten(self, x: jax.Array) -> jax.Array:
         """`(rows, ...)` to `(*batch, ...)`."""
@@ -291,7 +300,8 @@ class Batch(tuple[int, ...]):
 def check_vocab_axis(function: str, vocab_axis: str | None, rows: Mapping[str, Any] = MappingProxyType({})) -> None:
     """An unknown mesh axis is named here, before a collective fails in words about axis environments.
 
-    `rows` are arguments with rows and no classes, as they came: split over the axis they would have a wrong shape too.
+    `rows` are arguments with rows and no classes, as they came: split over the axis they would have a wrong shape too,
+    and without any to compare their shape with, a value would be wrong and no one told.
     """
     if vocab_axis is None:
         return
@@ -306,10 +316,11 @@ def check_vocab_axis(function: str, vocab_axis: str | None, rows: Mapping[str, A
         ) from error
     for name, x in rows.items():
         if isinstance(x, jax.Array) and vocab_axis in varying(x):
+            gathered = ", or take its jax.lax.pmean if it was gathered" if name.startswith("hidden") else ""
             raise ValueError(
                 f"jaxent.{function}: `{name}` must be the same on all devices of `vocab_axis`, since labels count all "
                 f"classes and rows have all of them; got {jax.typeof(x)}, which differs along {vocab_axis!r}: leave "
-                f"the axis out of its in_specs"
+                f"the axis out of its in_specs{gathered}"
             )
 
 

@@ -49,7 +49,9 @@ def check_softmax_arguments(
     )
 
 
-def check_vocab_axis(function: str, vocab_axis: str | None, targets: ArrayLike, **rows: ArrayLike | None) -> None:
+def check_vocab_axis(
+    function: str, vocab_axis: str | None, targets: ArrayLike | None, **rows: ArrayLike | None
+) -> None:
     """The axis, and that labels and rows are not split over it, before their shapes are looked at."""
     with_classes = isinstance(targets, jax.Array) and jnp.issubdtype(targets.dtype, jnp.floating)
     _sharding.check_vocab_axis(function, vocab_axis, rows if with_classes else {"targets": targets, **rows})

@@ -449,6 +449,8 @@ def _linear_product(
 ) -> tuple[jax.Array | None, ...]:
     _check_reduction(function, reduction)
     head, batch = _heads.check_head(function, hidden, kernel, bias)
+    rows = {"where": options["where"], "weights": options["weights"]}
+    _targets.check_vocab_axis(function, vocab_axis, targets, hidden=head.hidden, **rows)
     steps = _check_steps(function, v, (hidden, kernel, bias))
     if targets is None:
         targets, ignore_index = batch.unflatten(_no_labels(head.hidden, ClassAxis())), None

@@ -79,6 +79,7 @@ def linear_gradient_norms(
     """
     name = "linear_gradient_norms"
     head, batch = _heads.check_head(name, hidden, kernel, bias)
+    _targets.check_vocab_axis(name, vocab_axis, targets, hidden=head.hidden, where=where, weights=weights)
     arguments = _targets.check_softmax_arguments(
         name,
         (*batch, head.kernel.shape[1]),

@@ -99,7 +99,7 @@ def linear_softmax_cross_entropy(
     name = "linear_softmax_cross_entropy"
     head, batch = _heads.check_head(name, hidden, kernel, bias)
     logits_shape = (*batch, head.kernel.shape[1])
-    _targets.check_vocab_axis(name, vocab_axis, targets, where=where, weights=weights)
+    _targets.check_vocab_axis(name, vocab_axis, targets, hidden=head.hidden, where=where, weights=weights)
     arguments = _targets.check_softmax_arguments(
         name,
         logits_shape,
@@ -233,7 +233,7 @@ def linear_token_statistics(
     """
     name = "linear_token_statistics"
     head, batch = _heads.check_head(name, hidden, kernel, bias)
-    check_vocab_axis(name, vocab_axis, {"labels": labels})
+    check_vocab_axis(name, vocab_axis, {"labels": labels, "hidden": head.hidden})
     if labels is not None:
         labels = _targets.check_labels(name, "labels", labels, batch)
     check_class_axis(name, vocab_axis, {"kernel": (head.kernel, 1)}, {"labels": labels})
@@ -344,7 +344,8 @@ def linear_kl_divergence(
     head_q, batch_q = _heads.check_head(name, hidden_q, kernel_q, bias_q, "_q")
     if batch_q != batch:
         raise _arrays.shape_error(name, "hidden_q", f"have the batch shape {batch} of `hidden_p`", hidden_q)
-    check_same_split(name, {"hidden_p": head_p.hidden, "hidden_q": head_q.hidden}, 0)
+    hiddens = {"hidden_p": head_p.hidden, "hidden_q": head_q.hidden}
+    check_same_split(name, hiddens, 0)
     check_same_split(name, {"kernel_p": head_p.kernel, "kernel_q": head_q.kernel}, 1)
     if head_q.kernel.shape[1] != head_p.kernel.shape[1]:
         expected = f"have {head_p.kernel.shape[1]} classes, as `kernel_p` has"
@@ -353,7 +354,7 @@ def linear_kl_divergence(
         raise ValueError(
             f"jaxent.{name}: `divergence` must be 'forward', 'reverse' or 'jensen_shannon', got {divergence!r}"
         )
-    check_vocab_axis(name, vocab_axis, {"where": where, "weights": weights})
+    check_vocab_axis(name, vocab_axis, {"where": where, "weights": weights, **hiddens})
     where, weights = _targets.check_row_arguments(name, batch, where, weights)
     divisor = _reduction.check(name, reduction, denominator)
     kernels = {"kernel_p": (head_p.kernel, 1), "kernel_q": (head_q.kernel, 1)}

@@ -22,6 +22,7 @@ token_statistics: Any = jaxent.token_statistics
 linear_softmax_cross_entropy: Any = jaxent.linear_softmax_cross_entropy
 linear_token_statistics: Any = jaxent.linear_token_statistics
 linear_kl_divergence: Any = jaxent.linear_kl_divergence
+linear_ggn_vector_product: Any = jaxent.linear_ggn_vector_product
 
 # Each is divided by 8, none is a multiple of another or of a chunk, and no two products of their parts agree.
 ROWS, FEATURES, CLASSES, TOP, CHUNK = 160, 7, 88, 3, 27
@@ -201,14 +202,20 @@ def placed(case: str, mesh: jax.sharding.Mesh) -> list[jax.Array]:
     return [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in (arrays()[n] for n in CASES[case].names)]
 
 
-# What XLA sends is settled before LLVM, which takes most of the time.
+# What XLA sends is settled before code is emitted, which takes most of the time.
 FAST: Any = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+if jax.__version_info__ < (0, 11):  # later there is no such option
+    FAST["xla_cpu_use_fusion_emitters"] = False
+
+
+def run(f: Callable[..., Any], *args: Any) -> Any:
+    """`jit(f)(*args)`, compiled in a hurry."""
+    return jax.jit(f).lower(*args).compile(FAST)(*args)
 
 
 @functools.cache
 def unsharded(case: str) -> Any:
-    args = [arrays()[name][0] for name in CASES[case].names]
-    return jax.jit(program(case)).lower(*args).compile(FAST)(*args)
+    return run(program(case), *(arrays()[name][0] for name in CASES[case].names))
 
 
 @functools.cache

@@ -17,12 +17,16 @@ from meshes import (
     MESHES,
     ROWS,
     SHARDABLE,
+    TOP,
     arrays,
     compiled,
+    linear_ggn_vector_product,
+    linear_kl_divergence,
     linear_softmax_cross_entropy,
     linear_token_statistics,
     make_mesh,
     placed,
+    run,
     softmax_cross_entropy,
     unsharded,
 )
@@ -85,7 +89,7 @@ def test_a_batch_split_over_several_axes_stays_where_it_is():
         by = jax.grad(lambda h, w: linear_softmax_cross_entropy(h, w, y, chunk_rows=9), argnums=(0, 1))(h, w)
         return rows, by, linear_token_statistics(h, w, np.abs(arrays()["y"][0]).reshape(8, 20) % CLASSES, top_k=2)
 
-    want = losses(*(np.asarray(x) for x in (h, w, y)))
+    want = run(losses, *(np.asarray(x) for x in (h, w, y)))
     program = jax.jit(losses).lower(h, w, y).compile(FAST)
     got = program(h, w, y)
     assert_same(got, want)
@@ -94,6 +98,8 @@ def test_a_batch_split_over_several_axes_stays_where_it_is():
     sent = collectives(program)
     assert [c for c in sent if c.kind != "all-reduce"] == []
     assert {c.extent for c in sent} <= {(), (FEATURES, CLASSES)}
+    # Labels of the host, outside jit, where `shard_map` takes no array without a mesh.
+    assert_same(linear_softmax_cross_entropy(h, w, np.asarray(y), chunk_rows=9, reduction="none"), want[0])
 
 
 def test_without_jit_and_with_labels_of_the_host():
@@ -101,17 +107,17 @@ def test_without_jit_and_with_labels_of_the_host():
     y, c, where = (arrays()[name][0] for name in ("y", "c", "where"))
     options = {"where": where, "label_smoothing": 0.125}
     z, h, w = (on(mesh, name) for name in ("z", "h", "w"))
-    for classes in (c, on(mesh, "c")):
-        got = softmax_cross_entropy(z, y, class_weights=classes, **options)
-        assert_same(got, softmax_cross_entropy(arrays()["z"][0], y, class_weights=c, **options))
-        got = linear_softmax_cross_entropy(h, w, y, class_weights=classes, reduction="sum", **options)
-        want = linear_softmax_cross_entropy(
-            *(arrays()[n][0] for n in "hw"), y, class_weights=c, reduction="sum", **options
-        )
-        assert_same(got, want)
+
+    def unsharded_ones(z: Any, h: Any, w: Any, y: Any, c: Any) -> Any:
+        dense = softmax_cross_entropy(z, y, class_weights=c, **options)
+        linear = linear_softmax_cross_entropy(h, w, y, class_weights=c, reduction="sum", **options)
+        return dense, linear, jaxent.softmax_cross_entropy_gradient(z, y)
+
     gradient = jaxent.softmax_cross_entropy_gradient(z, y)
     assert gradient.sharding == z.sharding
-    assert_same(gradient, jaxent.softmax_cross_entropy_gradient(arrays()["z"][0], y))
+    dense = softmax_cross_entropy(z, y, class_weights=c, **options)
+    linear = linear_softmax_cross_entropy(h, w, y, class_weights=on(mesh, "c"), reduction="sum", **options)
+    assert_same((dense, linear, gradient), run(unsharded_ones, *(arrays()[name][0] for name in "zhw"), y, c))
 
 
 def test_vmap_over_an_axis_that_is_split():
@@ -127,8 +133,8 @@ def test_vmap_over_an_axis_that_is_split():
         return jax.vmap(one)(h, y)
 
     with jax.set_mesh(mesh):  # without it jax 0.12 cannot even map `jnp.where(y == 0, 0.0, 1.0)`
-        got = jax.jit(gradients)(h, on(mesh, "w"), y)
-    assert_same(got, jax.jit(gradients)(np.asarray(h), arrays()["w"][0], np.asarray(y)))
+        got = run(gradients, h, on(mesh, "w"), y)
+    assert_same(got, run(gradients, np.asarray(h), arrays()["w"][0], np.asarray(y)))
     assert got[0][1][1].sharding.spec == P("data", None, "vocab")
 
 
@@ -140,8 +146,8 @@ def test_classes_split_over_two_axes():
     def gradients(h: Any, w: Any, y: Any, c: Any) -> Any:
         return jax.grad(linear_softmax_cross_entropy, argnums=(0, 1))(h, w, y, class_weights=c)
 
-    got = jax.jit(gradients)(h, w, y, c)
-    assert_same(got, jax.jit(gradients)(h, arrays()["w"][0], y, arrays()["c"][0]))
+    got = run(gradients, h, w, y, c)
+    assert_same(got, run(gradients, h, arrays()["w"][0], y, arrays()["c"][0]))
     assert got[1].sharding == w.sharding
 
 
@@ -154,33 +160,42 @@ def test_an_uneven_vocabulary_under_automatic_sharding():
     h, w = on(mesh, "h"), arrays()["w"][0][:, :uneven]
     y = arrays()["labels"][0] % uneven
 
-    def step(h: Any, w: Any, split: bool) -> Any:
-        if split:
-            w = jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P(None, "vocab")))
-        return jax.value_and_grad(linear_softmax_cross_entropy, argnums=1)(h, w, y, label_smoothing=0.125)
+    def step(h: Any, w: Any) -> Any:
+        gradient = jax.value_and_grad(linear_softmax_cross_entropy, argnums=1)(h, w, y, label_smoothing=0.125)
+        return gradient, linear_token_statistics(h, w, y, top_k=TOP)
 
-    assert_same(jax.jit(step, static_argnums=2)(h, w, True), step(np.asarray(h), w, False))
+    def split(h: Any, w: Any) -> Any:
+        return step(h, jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P(None, "vocab"))))
+
+    assert_same(run(split, h, w), run(step, np.asarray(h), w))
 
 
 def test_an_uneven_vocabulary_is_padded_with_classes_of_bias_minus_infinity():
     mesh, uneven = make_mesh("2x4", "automatic"), CLASSES - 2
-    w = arrays()["w"][0].copy()
-    b = np.where(np.arange(CLASSES) < uneven, arrays()["b"][0], -np.inf).astype(np.float32)
-    y = arrays()["labels"][0] % uneven
-    h = arrays()["h"][0]
+    real = np.arange(CLASSES) < uneven
+    h, w, y = arrays()["h"][0], arrays()["w"][0], arrays()["labels"][0] % uneven
+    b = np.where(real, arrays()["b"][0], -np.inf).astype(np.float32)
+    c = np.where(real, arrays()["c"][0], 0).astype(np.float32)
 
-    def loss(h: Any, w: Any, b: Any, **options: Any) -> Any:
-        return linear_softmax_cross_entropy(h, w, y, bias=b, z_loss=0.25, **options)
+    def loss(h: Any, w: Any, b: Any, c: Any, t: float, **axis: Any) -> Any:
+        """Without smoothing and with it, which spreads over `CLASSES` classes instead of `uneven` ones."""
+        plain = linear_softmax_cross_entropy(h, w, y, bias=b, z_loss=0.25, **axis)
+        options = {"class_weights": c, "label_smoothing": 1 - (1 - 0.125) / t, "z_loss": 0.25 / t}
+        return plain + t * linear_softmax_cross_entropy(h, w, y, bias=b, **options, **axis)
 
-    def part(h: Any, w: Any, b: Any) -> Any:
-        return loss(h, w, b, vocab_axis="vocab")
+    def part(*args: Any) -> Any:
+        return loss(*args, t=1 - 0.125 + 0.125 * CLASSES / uneven, vocab_axis="vocab")
 
-    spread = jax.shard_map(part, mesh=mesh, in_specs=(P(), P(None, "vocab"), P("vocab")), out_specs=P())
-    value, (by_h, by_w, by_b) = jax.jit(jax.value_and_grad(spread, argnums=(0, 1, 2)))(h, w, b)
-    want = jax.value_and_grad(loss, argnums=(0, 1, 2))(h, w[:, :uneven], b[:uneven])
-    assert_same((value, (by_h, by_w[:, :uneven], by_b[:uneven])), want)
-    assert not np.any(by_w[:, uneven:])
-    assert not np.any(by_b[uneven:])
+    split = (P(), P(None, "vocab"), P("vocab"), P("vocab"))
+    spread = jax.shard_map(part, mesh=mesh, in_specs=split, out_specs=P())
+    every = (0, 1, 2, 3)
+    value, (by_h, *padded) = run(jax.value_and_grad(spread, argnums=every), h, w, b, c)
+    by_w, by_b, by_c = (x[..., :uneven] for x in padded)
+    unpadded = h, w[:, :uneven], b[:uneven], c[:uneven]
+    want = run(jax.value_and_grad(lambda *args: loss(*args, t=1.0), argnums=every), *unpadded)
+    assert_same((value, (by_h, by_w, by_b, by_c)), want)
+    assert not np.any(padded[0][:, uneven:])
+    assert not np.any(padded[1][uneven:])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -201,7 +216,7 @@ def call(name: str, **options: Any) -> Any:
 
 
 DENSE = ("softmax_cross_entropy", "softmax_cross_entropy_gradient", "token_statistics")
-LINEAR = ("linear_softmax_cross_entropy", "linear_token_statistics")
+LINEAR = ("linear_softmax_cross_entropy", "linear_token_statistics", "linear_gradient_norms")
 
 
 @pytest.mark.parametrize("name", DENSE + LINEAR)
@@ -220,9 +235,25 @@ def test_manual_axes_that_do_not_fit(name: str):
         ValueError, match=rf"jaxent\.{name}: `{labels}` must be the same on all devices of `vocab_axis`"
     ):
         manual(call(name, vocab_axis="vocab"), *split, P("vocab"))(*x, y)
+    if linear:
+        hidden = rf"jaxent\.{name}: `hidden` must be the same on all devices of `vocab_axis`.*pmean"
+        with pytest.raises(ValueError, match=hidden):
+            manual(call(name, vocab_axis="vocab"), P("vocab"), P(None, "vocab"), P())(*x, y)
     which = "kernel" if linear else "logits"
     with pytest.raises(ValueError, match=rf"jaxent\.{name}: `{which}` must hold each device's own classes"):
         manual(call(name, vocab_axis="vocab"), *whole, P())(*x, y)
+
+
+def test_hidden_states_split_over_the_vocabulary_axis():
+    """Without labels there is no number of rows to compare theirs with."""
+    specs = (P("vocab"), P(None, "vocab"))
+    for name, function in (
+        ("linear_kl_divergence", lambda h, w: linear_kl_divergence(h, w, h, w, vocab_axis="vocab")),
+        ("linear_token_statistics", lambda h, w: linear_token_statistics(h, w, vocab_axis="vocab").entropy),
+        ("linear_ggn_vector_product", lambda h, w: linear_ggn_vector_product(h, w, (h, w), vocab_axis="vocab")),
+    ):
+        with pytest.raises(ValueError, match=rf"jaxent\.{name}: `hidden(_p)?` must be the same on all devices"):
+            manual(function, *specs)(arrays()["h"][0], arrays()["w"][0])
 
 
 def test_explicit_splits_that_do_not_fit():

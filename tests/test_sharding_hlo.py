@@ -89,6 +89,27 @@ def test_the_gradient_by_the_kernel_crosses_once_unless_xla_decides(kind: str):
     assert kernel == [chunks]
 
 
+def test_rows_split_over_several_axes_of_an_automatic_mesh_stay_where_they_are():
+    """With `explicit_axes`, as the README says; without, XLA gathers the rows over the second axis."""
+    mesh, rows, batch = make_mesh("2x4", "automatic"), P("data", "vocab"), (8, ROWS // 8)
+
+    def step(hidden: Any, kernel: Any, labels: Any) -> Any:
+        labels = labels.reshape(batch, out_sharding=rows)
+
+        def loss(hidden: Any, kernel: Any) -> Any:
+            return linear_softmax_cross_entropy(hidden, kernel, labels, chunk_rows=9)
+
+        return jax.value_and_grad(loss, argnums=(0, 1))(hidden, kernel)
+
+    with jax.set_mesh(mesh):
+        explicit = jax.sharding.explicit_axes(step, in_sharding=(rows, P(), P()))
+        found = collectives(
+            compile_on(mesh, explicit, rows, P(), P(), shapes=((*batch, FEATURES), (FEATURES, CLASSES), (ROWS,)))
+        )
+    assert {c.kind for c in found} == {"all-reduce"}
+    assert [(c.extent, c.times) for c in found if c.extent] == [((FEATURES, CLASSES), 1)]
+
+
 def test_the_readme_says_what_the_formula_gives():
     text = (pathlib.Path(__file__).parents[1] / "benchmarks" / "README.md").read_text()
     section = text[text.index("## How cost grows") :]
