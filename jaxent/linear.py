@@ -99,7 +99,9 @@ def linear_softmax_cross_entropy(
     name = "linear_softmax_cross_entropy"
     head, batch = _heads.check_head(name, hidden, kernel, bias)
     logits_shape = (*batch, head.kernel.shape[1])
-    _targets.check_vocab_axis(name, vocab_axis, targets, hidden=head.hidden, where=where, weights=weights)
+    # Hidden states that were gathered over the axis are typed as differing along it, as split ones are. Split ones have
+    # another shape than targets.
+    _targets.check_vocab_axis(name, vocab_axis, targets, where=where, weights=weights)
     arguments = _targets.check_softmax_arguments(
         name,
         logits_shape,
@@ -233,7 +235,7 @@ def linear_token_statistics(
     """
     name = "linear_token_statistics"
     head, batch = _heads.check_head(name, hidden, kernel, bias)
-    check_vocab_axis(name, vocab_axis, {"labels": labels, "hidden": head.hidden})
+    check_vocab_axis(name, vocab_axis, {"hidden": head.hidden} if labels is None else {"labels": labels})
     if labels is not None:
         labels = _targets.check_labels(name, "labels", labels, batch)
     check_class_axis(name, vocab_axis, {"kernel": (head.kernel, 1)}, {"labels": labels})

@@ -217,6 +217,7 @@ def call(name: str, **options: Any) -> Any:
 
 DENSE = ("softmax_cross_entropy", "softmax_cross_entropy_gradient", "token_statistics")
 LINEAR = ("linear_softmax_cross_entropy", "linear_token_statistics", "linear_gradient_norms")
+GATHERED = LINEAR[:2]  # take hidden states that were gathered over the vocabulary axis
 
 
 @pytest.mark.parametrize("name", DENSE + LINEAR)
@@ -236,8 +237,8 @@ def test_manual_axes_that_do_not_fit(name: str):
     ):
         manual(call(name, vocab_axis="vocab"), *split, P("vocab"))(*x, y)
     if linear:
-        hidden = rf"jaxent\.{name}: `hidden` must be the same on all devices of `vocab_axis`.*pmean"
-        with pytest.raises(ValueError, match=hidden):
+        hidden = "`hidden` must be the same on all devices of `vocab_axis`.*pmean"
+        with pytest.raises(ValueError, match=f"`{labels}` must have shape" if name in GATHERED else hidden):
             manual(call(name, vocab_axis="vocab"), P("vocab"), P(None, "vocab"), P())(*x, y)
     which = "kernel" if linear else "logits"
     with pytest.raises(ValueError, match=rf"jaxent\.{name}: `{which}` must hold each device's own classes"):
@@ -254,6 +255,27 @@ def test_hidden_states_split_over_the_vocabulary_axis():
     ):
         with pytest.raises(ValueError, match=rf"jaxent\.{name}: `hidden(_p)?` must be the same on all devices"):
             manual(function, *specs)(arrays()["h"][0], arrays()["w"][0])
+
+
+def test_hidden_states_gathered_over_the_vocabulary_axis():
+    """Sequence parallelism (Korthikanti et al., 2022): the gradient is summed as it goes back to its rows."""
+    h, w, y = (arrays()[n][0] for n in ("h", "w", "labels"))
+    y = np.abs(y)  # -100 is no label of the statistics
+
+    def log_likelihood(*args: Any, **options: Any) -> jax.Array:
+        log_prob = linear_token_statistics(*args, **options).log_prob
+        assert log_prob is not None
+        return jax.numpy.mean(log_prob)
+
+    for loss in (linear_softmax_cross_entropy, log_likelihood):
+
+        def part(h: jax.Array, w: jax.Array, y: jax.Array, loss: Any = loss) -> jax.Array:
+            return loss(jax.lax.all_gather(h, "vocab", tiled=True), w, y, vocab_axis="vocab")
+
+        f = jax.value_and_grad(manual(part, P("vocab"), P(None, "vocab"), P()), (0, 1))
+        program = jax.jit(f).lower(h, w, y).compile()
+        assert_same(program(h, w, y), jax.value_and_grad(loss, (0, 1))(h, w, y))
+        assert "reduce-scatter(" in (program.as_text() or "")
 
 
 def test_explicit_splits_that_do_not_fit():
