@@ -108,7 +108,7 @@ def _percent_of_limit(figure: Any, record: dict[str, Any]) -> bool:
     axes.set_yticks(range(len(shown)), [c["name"] for c in shown], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, 102)
-    axes.set(xlabel="percent of the limit: matrix products or bytes moved, whichever binds")
+    axes.set(xlabel="percent of the limit, of matrix products or of bytes moved")
     axes.set_title(f"{record['machine']['device']}, {record['date'][:10]}", fontsize=10)
     axes.grid(alpha=0.3)
     figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)

@@ -222,19 +222,17 @@ def _probabilities_jvp(classes, primals, tangents):
 # Negative log-likelihoods
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def label_nll(z: jax.Array, codes: jax.Array, classes: ClassAxis) -> tuple[jax.Array, Normalizer]:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def label_nll(
+    z: jax.Array, codes: jax.Array, classes: ClassAxis, beside_gradient: bool = False
+) -> tuple[jax.Array, Normalizer]:
     """`-log p_y` of each row, with the row's normaliser: `(m - z_y) + log1p(r)`; both 0 in ignored rows.
 
-    Shift first: `logsumexp(z) - z_y` at logits near 1e4 is 2.40723 where 2.40761 is due.
+    Shift first: `logsumexp(z) - z_y` at logits near 1e4 is 2.40723 where 2.40761 is due. With `beside_gradient` the
+    exponentials are those that the gradient needs too.
     """
-    return _nll_of_sums(_label_sums_for_value(z, codes, classes), codes, classes)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def _label_nll(z: jax.Array, codes: jax.Array, classes: ClassAxis) -> tuple[jax.Array, Normalizer]:
-    """`label_nll` beside a gradient."""
-    return _nll_of_sums(_label_sums(z, codes, classes), codes, classes)
+    sums = _label_sums if beside_gradient else _label_sums_for_value
+    return _nll_of_sums(sums(z, codes, classes), codes, classes)
 
 
 def _nll_of_sums(sums: LabelSums, codes: jax.Array, classes: ClassAxis) -> tuple[jax.Array, Normalizer]:
@@ -273,16 +271,13 @@ def _other_probabilities_jvp(classes, primals, tangents):
     return p, p * d_log_p
 
 
-def _label_nll_jvp(classes, primals, tangents):
+@label_nll.defjvp
+def _label_nll_jvp(classes, beside_gradient, primals, tangents):
     (z, codes), (dz, _) = primals, tangents
-    nll, row = _label_nll(z, codes, classes)
+    nll, row = label_nll(z, codes, classes, True)
     d_nll = classes.sum(label_gradient(z, codes, nll, row, classes) * dz)
     exponentials = jnp.exp(jnp.where(codes == IGNORED, -jnp.inf, z - row.shift))
     return (nll, row), (d_nll, Normalizer(jnp.zeros_like(row.shift), classes.sum(exponentials * dz)))
-
-
-label_nll.defjvp(_label_nll_jvp)
-_label_nll.defjvp(_label_nll_jvp)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -502,7 +497,7 @@ def softmax_loss_gradient(z: jax.Array, rows: RowTargets, options: LossOptions, 
     ignored = rows.codes == IGNORED
     count = classes.size(z)
     if rows.probabilities is None:
-        nll, row = _label_nll(z, rows.codes, classes)
+        nll, row = label_nll(z, rows.codes, classes, True)
         gradient = label_gradient(z, rows.codes, nll, row, classes)
         if options.smoothing is not None:
             gradient *= 1 - options.smoothing
