@@ -10,8 +10,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxent import _rows
-from jaxent._rows import IGNORED, LossOptions, RowTargets
+from jaxent import _rows, _softmax
+from jaxent._labels import IGNORED
+from jaxent._rows import LossOptions, RowTargets
 from jaxent._sharding import ClassAxis
 
 
@@ -27,11 +28,11 @@ class GaussNewton:
         z, step = jnp.where(ignored, 0, z), jnp.where(ignored, 0, step)
         slope = _rows.target_mass(z, rows, options, self.classes)
         if options.z_loss is None:
-            return _weighted(rows, slope * _rows.half_variance(z, step, self.classes))
-        row = _rows.normalizer(z, self.classes)
+            return _weighted(rows, slope * _softmax.half_variance(z, step, self.classes))
+        row = _softmax.normalizer(z, self.classes)
         slope += 2 * options.z_loss * (row.shift + row.log_total)
-        mean = self.classes.sum(_rows.probabilities(z, row, self.classes) * step)
-        form = slope * _rows.half_variance(z, step, self.classes) + options.z_loss * jnp.square(mean)
+        mean = self.classes.sum(_softmax.probabilities(z, row, self.classes) * step)
+        form = slope * _softmax.half_variance(z, step, self.classes) + options.z_loss * jnp.square(mean)
         return _weighted(rows, form)
 
 

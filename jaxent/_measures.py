@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxent import _numerics, _rows
+from jaxent import _numerics, _softmax
 from jaxent._sharding import ClassAxis
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def kl_rows(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> jax.Array:
 
 def _lost_mass(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> jax.Array:
     """The probability under P of the classes that Q has removed."""
-    return classes.sum(jnp.where(jnp.isneginf(z_q), _rows.softmax(z_p, classes), 0))
+    return classes.sum(jnp.where(jnp.isneginf(z_q), _softmax.softmax(z_p, classes), 0))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
@@ -245,14 +245,14 @@ def _pole_jvp(classes, primals, tangents):
     (z_p, z_q), (dz_p, _) = primals, tangents
     lost = _lost_mass(z_p, z_q, classes)
     big = jnp.where(lost > 0, float(jnp.finfo(z_p.dtype).max), 0).astype(z_p.dtype)
-    slope = _rows.softmax(z_p, classes) * (jnp.isneginf(z_q).astype(z_p.dtype) - lost)
+    slope = _softmax.softmax(z_p, classes) * (jnp.isneginf(z_q).astype(z_p.dtype) - lost)
     sign = jnp.sign(slope) + (slope - lax.stop_gradient(slope)) * big
     return _pole(z_p, z_q, classes), classes.sum((dz_p * (sign * big)) * big)
 
 
 def cross_entropy_rows(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> jax.Array:
     """`H(P, Q) = H(P) + D(P || Q)`: neither is negative, and a class that both have removed is in neither."""
-    return _rows.entropy(z_p, classes) + kl_rows(z_p, z_q, classes)
+    return _softmax.entropy(z_p, classes) + kl_rows(z_p, z_q, classes)
 
 
 def _centred_differences(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -262,11 +262,11 @@ def _centred_differences(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> 
     the largest `z_p`: there `c` is then `-E_p[d]` with the digits of a sum over the other classes.
     """
     both = ~(jnp.isneginf(z_p) | jnp.isneginf(z_q))
-    shift_p = _rows.normalizer(z_p, classes).shift
+    shift_p = _softmax.normalizer(z_p, classes).shift
     there = classes.max(jnp.where(z_p == shift_p, z_q, -jnp.inf))
-    shift_q = jnp.where(jnp.isneginf(there), _rows.normalizer(z_q, classes).shift, there)
+    shift_q = jnp.where(jnp.isneginf(there), _softmax.normalizer(z_q, classes).shift, there)
     differences = jnp.where(both, (z_q - shift_q) - (z_p - shift_p), 0)
-    mean = classes.sum(_rows.softmax(z_p, classes) * differences)
+    mean = classes.sum(_softmax.softmax(z_p, classes) * differences)
     return jnp.where(both, differences - mean, 0), mean, shift_q
 
 
@@ -276,8 +276,8 @@ def _kl_rows(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> jax.Array:
 
     Above 1 the sum may overflow, and the divergence is large enough for `sum_k p_k L_k + (q_k - p_k)`.
     """
-    p, q = _rows.softmax(z_p, classes), _rows.softmax(z_q, classes)
-    row_p, row_q = _rows.normalizer(z_p, classes), _rows.normalizer(z_q, classes)
+    p, q = _softmax.softmax(z_p, classes), _softmax.softmax(z_q, classes)
+    row_p, row_q = _softmax.normalizer(z_p, classes), _softmax.normalizer(z_q, classes)
     removed_p, removed_q = jnp.isneginf(z_p), jnp.isneginf(z_q)
     centred, mean, shift_q = _centred_differences(z_p, z_q, classes)
     near = jnp.abs(centred) <= 1
@@ -295,7 +295,7 @@ def _kl_rows_jvp(classes, primals, tangents):
     # By z_p: p_k (log(p_k / q_k) - D) = -p_k c_k. By z_q: q_k - p_k = p_k expm1(c_k - D).
     (z_p, z_q), (dz_p, dz_q) = primals, tangents
     divergence = _kl_rows(z_p, z_q, classes)
-    p, q = _rows.softmax(z_p, classes), _rows.softmax(z_q, classes)
+    p, q = _softmax.softmax(z_p, classes), _softmax.softmax(z_q, classes)
     centred, _, _ = _centred_differences(z_p, z_q, classes)
     log_q_over_p = centred - divergence
     near = (jnp.abs(log_q_over_p) <= 1) & ~jnp.isneginf(z_p) & (_lost_mass(z_p, z_q, classes) == 0)
@@ -305,7 +305,7 @@ def _kl_rows_jvp(classes, primals, tangents):
 
 def jensen_shannon_rows(z_p: jax.Array, z_q: jax.Array, mixture: jax.Array, classes: ClassAxis) -> jax.Array:
     """`b D(P || M) + (1 - b) D(Q || M)` of each row, with `M = b P + (1 - b) Q`."""
-    log_p, log_q = _rows.log_softmax(z_p, classes), _rows.log_softmax(z_q, classes)
+    log_p, log_q = _softmax.log_softmax(z_p, classes), _softmax.log_softmax(z_q, classes)
     removed = jnp.isneginf(log_p) & jnp.isneginf(log_q)
     log_m = jnp.logaddexp(
         jnp.where(removed, 0, log_p) + jnp.log(mixture), jnp.where(removed, 0, log_q) + jnp.log1p(-mixture)

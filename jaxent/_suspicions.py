@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxent import _arrays, _targets
-from jaxent._rows import IGNORED, INVALID, label_codes
+from jaxent._labels import IGNORED, INVALID, label_codes
 from jaxent._targets import SoftmaxArguments
 
 # Heuristics: how seldom uniform logits may look like probabilities before it is said that they are some; by how much

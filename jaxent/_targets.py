@@ -9,7 +9,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxent import _arrays, _sharding
-from jaxent._rows import IGNORED, INVALID, LossOptions, RowTargets, label_codes
+from jaxent._labels import IGNORED, INVALID, label_codes
+from jaxent._rows import LossOptions, RowTargets
 from jaxent._sharding import ClassAxis
 
 

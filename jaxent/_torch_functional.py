@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxent import _arrays, _numerics, _rows, _targets, _torch_rules, losses
+from jaxent import _arrays, _numerics, _softmax, _targets, _torch_rules, losses
 from jaxent._sharding import ClassAxis
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ def softmax(
     >>> softmax(jnp.array([[0.0, 0.0]]), dim=1)
     Array([[0.5, 0.5]], dtype=float32)
     """
-    return _softmax("softmax", _rows.softmax, input, dim, _stacklevel, dtype)
+    return _along_dim("softmax", _softmax.softmax, input, dim, _stacklevel, dtype)
 
 
 def log_softmax(
@@ -54,10 +54,10 @@ def log_softmax(
     >>> log_softmax(jnp.array([[0.0, 0.0]]), dim=1)
     Array([[-0.6931472, -0.6931472]], dtype=float32)
     """
-    return _softmax("log_softmax", _rows.log_softmax, input, dim, _stacklevel, dtype)
+    return _along_dim("log_softmax", _softmax.log_softmax, input, dim, _stacklevel, dtype)
 
 
-def _softmax(
+def _along_dim(
     name: str,
     rows_function: Callable[[jax.Array, ClassAxis], jax.Array],
     input: ArrayLike,

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxent import _arrays, _heads, _torch_rules, linear, losses
-from jaxent._rows import IGNORED, RowTargets
+from jaxent._labels import IGNORED
+from jaxent._rows import RowTargets
 from jaxent._sharding import ClassAxis
 from jaxent._streaming import Head, Logits, stream_rows, stream_sum
 from jaxent.risk import WeightedSum

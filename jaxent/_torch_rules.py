@@ -11,7 +11,8 @@ from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxent import _arrays, _targets
-from jaxent._rows import IGNORED, RowTargets, label_codes
+from jaxent._labels import IGNORED, label_codes
+from jaxent._rows import RowTargets
 from jaxent._sharding import ClassAxis
 from jaxent._targets import SoftmaxArguments
 

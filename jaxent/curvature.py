@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxent import _arrays, _heads, _reduction, _rows, _targets
+from jaxent import _arrays, _heads, _reduction, _softmax, _targets
 from jaxent._forms import Fisher, Form, GaussNewton
 from jaxent._heads import Shaping
 from jaxent._layout import Layout
@@ -57,9 +57,9 @@ def logit_hessian(logits: ArrayLike, *, axis: int = -1) -> jax.Array:
 @functools.partial(jax.jit, inline=True)
 def _logit_hessian(logits: jax.Array) -> jax.Array:
     (z,) = _arrays.accumulated(logits)
-    row = _rows.normalizer(z, ClassAxis())
-    p = _rows.probabilities(z, row, ClassAxis())
-    diagonal = p * -jnp.expm1(_rows.log_probabilities(z, row, ClassAxis()))
+    row = _softmax.normalizer(z, ClassAxis())
+    p = _softmax.probabilities(z, row, ClassAxis())
+    diagonal = p * -jnp.expm1(_softmax.log_probabilities(z, row, ClassAxis()))
     same = jnp.eye(z.shape[-1], dtype=bool).reshape((1,) * (z.ndim - 1) + (z.shape[-1],) * 2)
     return jnp.where(same, diagonal[..., None], -p[..., :, None] * p[..., None, :])
 
@@ -90,7 +90,7 @@ def logit_hessian_product(logits: ArrayLike, v: ArrayLike, *, axis: int = -1) ->
 @functools.partial(jax.jit, static_argnames=("classes",), inline=True)
 def _logit_hessian_product(logits: jax.Array, v: jax.Array, *, classes: ClassAxis) -> jax.Array:
     z, step = _arrays.accumulated(logits, v)
-    return jax.jvp(lambda z: _rows.softmax(z, classes), (z,), (step,))[1]
+    return jax.jvp(lambda z: _softmax.softmax(z, classes), (z,), (step,))[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

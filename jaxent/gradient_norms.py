@@ -10,9 +10,10 @@ from jax.typing import ArrayLike
 from jaxent import _arrays, _heads, _rows, _targets
 from jaxent._exports import exportable
 from jaxent._heads import Shaping
+from jaxent._labels import IGNORED
 from jaxent._layout import Layout
 from jaxent._options import Precision
-from jaxent._rows import IGNORED, LossOptions, RowTargets
+from jaxent._rows import LossOptions, RowTargets
 from jaxent._sharding import ClassAxis
 from jaxent._streaming import Head, Logits, Products, stream_rows
 from jaxent._targets import SoftmaxArguments

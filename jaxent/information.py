@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxent import _arrays, _measures, _numerics, _rows, _targets
+from jaxent import _arrays, _labels, _measures, _numerics, _softmax, _targets
 from jaxent._sharding import ClassAxis
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -376,7 +376,7 @@ def entropy_with_logits(
     >>> entropy_with_logits(jnp.zeros(4), base=2)
     Array(2., dtype=float32)
     """
-    return _of_logits("entropy_with_logits", _rows.entropy, ("logits",), (logits,), axis, where, base)
+    return _of_logits("entropy_with_logits", _softmax.entropy, ("logits",), (logits,), axis, where, base)
 
 
 def cross_entropy_with_logits(
@@ -477,15 +477,15 @@ def empirical_distribution(labels: ArrayLike, num_classes: int, *, weights: Arra
 
 @functools.partial(jax.jit, static_argnames=("count",), inline=True)
 def _empirical_distribution(labels: jax.Array, weights: jax.Array | None, *, count: int) -> jax.Array:
-    codes = _rows.label_codes(labels, count, None, None).reshape(-1)
+    codes = _labels.label_codes(labels, count, None, None).reshape(-1)
     if weights is None:
         dtype, amounts = jnp.result_type(float), jnp.ones(codes.shape, jnp.int32)
     else:
         (amounts,) = _arrays.accumulated(weights.reshape(-1))
         dtype = amounts.dtype
-    invalid = jnp.any((codes == _rows.INVALID) & (amounts != 0))
+    invalid = jnp.any((codes == _labels.INVALID) & (amounts != 0))
     # An index out of range is dropped; a negative one would count from the end.
-    index = jnp.where(codes == _rows.INVALID, count, codes)
+    index = jnp.where(codes == _labels.INVALID, count, codes)
     sums = jnp.zeros(count, amounts.dtype).at[index].add(amounts, mode="drop")
     return jnp.where(invalid, jnp.nan, sums.astype(dtype) / jnp.sum(sums).astype(dtype))
 
@@ -523,7 +523,7 @@ def _mutual_information(p: jax.Array, *, axis: tuple[int, int]) -> jax.Array:
 
 
 def _self_information_of_rows(z: jax.Array, classes: ClassAxis) -> jax.Array:
-    return -_rows.log_softmax(z, classes)
+    return -_softmax.log_softmax(z, classes)
 
 
 @functools.partial(jax.jit, static_argnames=("measure", "axis", "order"), inline=True)

@@ -11,12 +11,13 @@ import jax.extend
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxent import _arrays, _heads, _measures, _reduction, _rows, _targets
+from jaxent import _arrays, _heads, _labels, _measures, _reduction, _rows, _targets
 from jaxent._heads import Shaping
+from jaxent._labels import IGNORED
 from jaxent._layout import Layout
 from jaxent._options import Divergence, DivergenceOptions, LinearOptions, Precision
 from jaxent._reduction import Reduction
-from jaxent._rows import IGNORED, LossOptions, RowTargets
+from jaxent._rows import LossOptions, RowTargets
 from jaxent._sharding import ClassAxis, check_class_axis, check_same_split, check_vocab_axis
 from jaxent._streaming import Head, Logits, Products, RowFunction, stream_rows, stream_sum
 from jaxent._targets import SoftmaxArguments
@@ -265,7 +266,7 @@ def _linear_token_statistics(
 ) -> TokenStatistics:
     codes = None
     if labels is not None:
-        codes = _rows.label_codes(labels[:, None], classes.size(head.kernel), None, None)
+        codes = _labels.label_codes(labels[:, None], classes.size(head.kernel), None, None)
 
     def row_fn(logits: Logits, codes: jax.Array | None, shaping: Shaping) -> TokenStatistics:
         return row_statistics(shaping(logits[0]), codes, classes, top_k)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxent import _arrays, _reduction, _rows, _targets
+from jaxent import _arrays, _labels, _reduction, _rows, _softmax, _targets
 from jaxent._exports import exportable
 from jaxent._options import BinaryOptions, LabelOptions, SoftmaxOptions
 from jaxent._reduction import Reduction
@@ -387,7 +387,7 @@ def _token_statistics(
         (z,) = _arrays.accumulated(logits)
         codes = None
         if labels is not None:
-            codes = _rows.label_codes(jnp.expand_dims(labels, classes.axis), classes.size(z), None, None)
+            codes = _labels.label_codes(jnp.expand_dims(labels, classes.axis), classes.size(z), None, None)
         return row_statistics(z, codes, classes, top_k)
 
     return elementwise(rows, logits, labels, without=classes.axis)
@@ -395,7 +395,7 @@ def _token_statistics(
 
 def row_statistics(z: jax.Array, codes: jax.Array | None, classes: ClassAxis, top_k: int) -> TokenStatistics:
     """`TokenStatistics` of rows whose labels are codes."""
-    row = _rows.normalizer(z, classes)
+    row = _softmax.normalizer(z, classes)
     usable = jnp.isfinite(row.rest)
     log_prob = rank = top_log_probs = top_classes = None
 
@@ -403,7 +403,7 @@ def row_statistics(z: jax.Array, codes: jax.Array | None, classes: ClassAxis, to
         return jnp.squeeze(x, classes.axis)
 
     if codes is not None:
-        log_prob = per_row(-_rows.label_nll(z, codes, classes)[0])
+        log_prob = per_row(-_labels.label_nll(z, codes, classes)[0])
         label_logit = lax.stop_gradient(classes.take(z, codes))
         higher = classes.sum((lax.stop_gradient(z) > label_logit).astype(jnp.int32))
         rank = per_row(jnp.where(usable & (codes >= 0), higher, -1))
@@ -417,7 +417,7 @@ def row_statistics(z: jax.Array, codes: jax.Array | None, classes: ClassAxis, to
     return TokenStatistics(
         log_prob,
         per_row(row.shift + row.log_total),
-        per_row(_rows.entropy(z, classes)),
+        per_row(_softmax.entropy(z, classes)),
         argmax,
         rank,
         top_log_probs,

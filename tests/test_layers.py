@@ -7,7 +7,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "jaxent"
 LAYERS = (
     ("_arrays", "_exports", "_numerics", "_options", "_sharding"),  # arguments, records, safe arithmetic, meshes
-    ("_layout", "_rows", "_ways", "risk"),  # chunks, the mathematics of a row, ways to a gradient, sums
+    ("_layout", "_softmax", "_ways", "risk"),  # chunks, the softmax of a row, ways to a gradient, sums
+    ("_labels",),
+    ("_rows",),  # the row losses
     ("_differences", "_forms", "_measures", "_reduction", "_streaming", "_targets"),  # the engine; forms of arguments
     ("_heads", "_suspicions", "_torch_rules", "information", "losses", "planning"),  # what is made of one row function
     ("_torch_functional", "diagnose", "gradients", "linear"),
