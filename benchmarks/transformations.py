@@ -81,7 +81,8 @@ class Data:
 # Losses and transformations
 
 
-def by_kernel(f: Loss) -> Loss:
+def gradient(f: Loss) -> Loss:
+    """By hidden states and kernel."""
     return jax.grad(f, argnums=(0, 1))
 
 
@@ -93,28 +94,32 @@ def through_scan(f: Loss, h: Any, w: Any, y: Any) -> Any:
 
 
 def exported(f: Loss, *data: Any) -> Any:
-    lowered = jax.export.export(jax.jit(by_kernel(f)), platforms=["cpu", "cuda", "tpu"])(*data)
+    lowered = jax.export.export(jax.jit(gradient(f)), platforms=["cpu", "cuda", "tpu"])(*data)
     return jax.export.deserialize(lowered.serialize()).call(*data)
 
 
-def on_mesh(f: Loss, kind: AxisType, split: str, data: Any) -> Any:
-    """Value and gradient on two devices, with rows or classes split, as XLA or the types say."""
+def over_two_devices(kind: AxisType, split: str) -> tuple[jax.sharding.Mesh, tuple[P, P, P]]:
+    """A mesh, and how it splits hidden states, kernel and labels, by rows or by classes."""
     mesh = jax.make_mesh((2,), (split,), axis_types=(kind,), devices=jax.devices()[:2])
-    specs = (P("rows"), P(), P("rows")) if split == "rows" else (P(), P(None, "classes"), P())
+    return mesh, (P("rows"), P(), P("rows")) if split == "rows" else (P(), P(None, "classes"), P())
+
+
+def on_mesh(f: Loss, kind: AxisType, split: str, data: Any) -> Any:
+    """The gradient where XLA or the types say what crosses the mesh."""
+    mesh, specs = over_two_devices(kind, split)
     placed = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(data, specs, strict=True)]
     with jax.set_mesh(mesh):
-        return jax.device_get(jax.jit(by_kernel(f))(*placed))
+        return jax.device_get(jax.jit(gradient(f))(*placed))
 
 
 def in_shard_map(f: Loss, split: str, data: Any) -> Any:
     """The same where each device runs the loss on its own part."""
-    mesh = jax.make_mesh((2,), (split,), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
-    specs = (P("rows"), P(), P("rows")) if split == "rows" else (P(), P(None, "classes"), P())
+    mesh, specs = over_two_devices(AxisType.Auto, split)
 
     def part(*data: Any) -> Any:
         return jax.lax.pmean(f(*data), "rows") if split == "rows" else f(*data, vocab_axis="classes")
 
-    return jax.device_get(jax.jit(by_kernel(jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=P())))(*data))
+    return jax.device_get(jax.jit(gradient(jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=P())))(*data))
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ def autograd(torch: Any, f: Loss, t: Any) -> Any:
 
 
 TRANSFORMATIONS: dict[str, Transformation] = {
-    "`grad`": Transformation(lambda d: d.gradient(d.h), lambda f, d: jax.jit(by_kernel(f))(*given(d)), autograd),
+    "`grad`": Transformation(lambda d: d.gradient(d.h), lambda f, d: jax.jit(gradient(f))(*given(d)), autograd),
     "`jvp`": Transformation(
         lambda d: d.slope(),
         lambda f, d: jax.jit(lambda h, w, y: jax.jvp(lambda h, w: f(h, w, y), (h, w), direction(d))[1])(*given(d)),
@@ -163,7 +168,7 @@ TRANSFORMATIONS: dict[str, Transformation] = {
     ),
     "Hessian-vector product": Transformation(
         lambda d: d.product(),
-        lambda f, d: jax.jit(lambda h, w, y: jax.jvp(lambda h, w: by_kernel(f)(h, w, y), (h, w), direction(d))[1])(
+        lambda f, d: jax.jit(lambda h, w, y: jax.jvp(lambda h, w: gradient(f)(h, w, y), (h, w), direction(d))[1])(
             *given(d)
         ),
         lambda torch, f, t: torch.autograd.functional.hvp(
@@ -172,7 +177,7 @@ TRANSFORMATIONS: dict[str, Transformation] = {
     ),
     "`vmap(grad)`": Transformation(
         lambda d: d.batch_gradient(),
-        lambda f, d: jax.jit(jax.vmap(by_kernel(f), (0, None, None)))(jnp.float32(d.batch()), *given(d)[1:]),
+        lambda f, d: jax.jit(jax.vmap(gradient(f), (0, None, None)))(jnp.float32(d.batch()), *given(d)[1:]),
         lambda torch, f, t: torch.func.vmap(torch.func.grad(f, argnums=(0, 1)), (0, None, None))(
             torch.stack([t.h, t.dh]), t.w, t.y
         ),
@@ -183,7 +188,7 @@ TRANSFORMATIONS: dict[str, Transformation] = {
     ),
     "`checkpoint`": Transformation(
         lambda d: d.gradient(d.h),
-        lambda f, d: jax.jit(by_kernel(jax.checkpoint(f)))(*given(d)),
+        lambda f, d: jax.jit(gradient(jax.checkpoint(f)))(*given(d)),
         lambda torch, f, t: autograd(
             torch,
             lambda *x: importlib.import_module("torch.utils.checkpoint").checkpoint(f, *x, use_reentrant=False),

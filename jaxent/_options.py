@@ -8,53 +8,58 @@ Precision = Any  # what `jax.lax.dot_general` takes as `precision`
 Divergence = Literal["forward", "reverse", "jensen_shannon"]
 
 
-class LabelOptions(TypedDict, total=False):
+class RowOptions(TypedDict, total=False):
+    """Of all losses."""
+
+    where: ArrayLike | None
+    weights: ArrayLike | None
+    denominator: ArrayLike | None
+
+
+class ClassOptions(RowOptions, total=False):
+    """Of the losses with labels."""
+
+    class_weights: ArrayLike | None
+    ignore_index: int | None
+
+
+class CrossEntropyOptions(ClassOptions, total=False):
+    """Of the cross-entropies of logits and of hidden states."""
+
+    label_smoothing: ArrayLike
+    z_loss: ArrayLike
+    vocab_axis: str | None
+
+
+class LabelOptions(ClassOptions, total=False):
     """Of `nll_loss`."""
 
     axis: int
-    where: ArrayLike | None
-    weights: ArrayLike | None
-    class_weights: ArrayLike | None
-    ignore_index: int | None
-    denominator: ArrayLike | None
 
 
-class SoftmaxOptions(LabelOptions, total=False):
+class SoftmaxOptions(CrossEntropyOptions, total=False):
     """Of `softmax_cross_entropy`."""
 
-    label_smoothing: ArrayLike
-    z_loss: ArrayLike
-    vocab_axis: str | None
+    axis: int
 
 
-class BinaryOptions(TypedDict, total=False):
+class BinaryOptions(RowOptions, total=False):
     """Of `sigmoid_cross_entropy`."""
 
-    where: ArrayLike | None
-    weights: ArrayLike | None
     pos_weight: ArrayLike | None
-    denominator: ArrayLike | None
 
 
-class LinearOptions(TypedDict, total=False):
+class LinearOptions(CrossEntropyOptions, total=False):
     """Of `linear_softmax_cross_entropy`."""
 
     bias: ArrayLike | None
-    where: ArrayLike | None
-    weights: ArrayLike | None
-    class_weights: ArrayLike | None
-    ignore_index: int | None
-    label_smoothing: ArrayLike
-    z_loss: ArrayLike
     soft_cap: ArrayLike | None
     temperature: ArrayLike
-    denominator: ArrayLike | None
     chunk_rows: int | None
     precision: Precision
-    vocab_axis: str | None
 
 
-class DivergenceOptions(TypedDict, total=False):
+class DivergenceOptions(RowOptions, total=False):
     """Of `linear_kl_divergence`."""
 
     bias_p: ArrayLike | None
@@ -64,9 +69,6 @@ class DivergenceOptions(TypedDict, total=False):
     soft_cap_p: ArrayLike | None
     soft_cap_q: ArrayLike | None
     temperature: ArrayLike
-    where: ArrayLike | None
-    weights: ArrayLike | None
-    denominator: ArrayLike | None
     chunk_rows: int | None
     precision: Precision
     vocab_axis: str | None
