@@ -1,7 +1,8 @@
 """The loss of a row with a label, in one pass: what the label lacks, and the sum over the other classes."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,30 +34,89 @@ def label_codes(labels: jax.Array, count: int, ignore_index: int | None, kept: j
     return codes if kept is None else jnp.where(kept, codes, IGNORED)
 
 
-# Logits in a block of rows that stays in cache. Heuristic: 2 MiB; half and twice as much cost the same on two cores, an
-# eighth 1.4 times as much.
-BLOCK_LOGITS = 2**19
-# From this many classes on blocks pay: 1.2 times optax at 4096 x 4096 against 1.3 in one sum over all rows; at 8192 x
-# 1000 it is 1.4 against 1.2, at 16384 x 256 1.7 against 1.4.
-BLOCK_CLASSES = 2**12
+# From this many classes on the label is left out of its own group of classes only. Heuristic: that costs the same at
+# 2048 classes, 1.1 times as much at 1000, and 0.7 to 0.9 times as much at 4096. Beyond `FUSED_CLASSES` the CPU back end
+# writes the exponentials of a row sum out (512 x 65536: 80 ms, in groups 10).
+GROUPED_CLASSES = 2**12
+FUSED_CLASSES = 2**15
+
+SumOfOthers = Callable[[jax.Array, jax.Array, jax.Array, ClassAxis], jax.Array]  # of logits, codes, shifts
 
 
-class LabelSums(NamedTuple):
-    """One pass over a row with a label: the maximum, the label's logit and the sum over the other classes."""
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def label_nll(
+    z: jax.Array, codes: jax.Array, classes: ClassAxis, beside_gradient: bool = False
+) -> tuple[jax.Array, Normalizer]:
+    """`-log p_y` of each row, `(m - z_y) + log1p(r)`, with the row's `m` and `r`; both 0 in ignored rows.
 
-    shift: jax.Array
-    label_logit: jax.Array
-    others: jax.Array
+    Shift first: `logsumexp(z) - z_y` at logits near 1e4 is 2.40723 where 2.40761 is due. With `beside_gradient` the
+    exponentials are those that the gradient needs too; without, `m` may be the label's logit instead of the maximum.
+    """
+    # Row quantities go without the class axis: the CPU back end takes twice as long over (65536, 1) as over (65536,).
+    code, label_logit = (jnp.squeeze(x, classes.axis) for x in (codes, classes.take(z, codes)))
+    label_logit = _of_valid(label_logit, code)
+    if beside_gradient:
+        loss = _nll_from_maximum(z, code, label_logit, classes, _sum_beside_gradient)
+    else:
+        loss = _nll_for_value(z, code, label_logit, classes)
+    return jax.tree.map(lambda x: jnp.expand_dims(x, classes.axis), loss)
 
 
-def _label_sums(z: jax.Array, codes: jax.Array, classes: ClassAxis) -> LabelSums:
-    shift = _label_shift(z, codes, classes)
-    return LabelSums(shift, classes.take(z, codes), classes.sum(_other_exponentials(z, codes, shift, classes)))
+def _of_valid(x: jax.Array, code: jax.Array) -> jax.Array:
+    """`x`; 0 in ignored rows, nan for invalid labels."""
+    return jnp.where(code == IGNORED, 0, jnp.where(code == INVALID, jnp.nan, x))
 
 
-def _label_shift(z: jax.Array, codes: jax.Array, classes: ClassAxis) -> jax.Array:
-    """The row maximum; 0 in ignored rows, nan for invalid labels."""
-    return jnp.where(codes == IGNORED, 0, jnp.where(codes == INVALID, jnp.nan, shift_of(z, classes)))
+def _nll_from_maximum(
+    z: jax.Array, code: jax.Array, label_logit: jax.Array, classes: ClassAxis, sum_of_others: SumOfOthers
+) -> tuple[jax.Array, Normalizer]:
+    """`r` from the sum over the other classes: the label is a guess at the maximum.
+
+    If it holds the maximum, that sum is `r`. If not, `r` is that sum less what the label lacks to one, and may lose
+    digits when it is small; but then `m - z_y` is the loss, and `log1p(r)` is lost in it.
+    """
+    shift = _of_valid(jnp.squeeze(shift_of(z, classes), classes.axis), code)
+    others = classes.across(sum_of_others(z, code, shift, classes))
+    others = jnp.where(others < 2.0**90, others, jnp.nan)  # a row with nan, whose sum of distances did not show it
+    row = Normalizer(shift, jnp.where(code == IGNORED, 0, others + (jnp.exp(label_logit - shift) - 1)))
+    return (shift - label_logit) + row.log_total, row
+
+
+def _nll_for_value(
+    z: jax.Array, code: jax.Array, label_logit: jax.Array, classes: ClassAxis
+) -> tuple[jax.Array, Normalizer]:
+    """The same, on one CPU with `m = z_y`, which needs no pass for the maximum: 0.8 times the time at 8192 x 1000.
+
+    A loss above 62 nats shows as a sum above 2**90, and all rows are counted again from their maxima.
+    """
+    from_maximum = functools.partial(_nll_from_maximum, classes=classes, sum_of_others=_sum_of_others)
+    # An array that only `jit` knows to be split has no mesh in its type.
+    if jax.device_count() > 1 or not jax.typeof(z).sharding.mesh.empty:
+        return from_maximum(z, code, label_logit)  # whether to count again would be one more number to cross the mesh
+
+    def from_label(z: jax.Array, code: jax.Array, label_logit: jax.Array) -> tuple[jax.Array, Normalizer]:
+        others = _sum_of_others_in_groups(z, code, label_logit, classes)
+        row = Normalizer(label_logit, jnp.where(code == IGNORED, 0, others))
+        once = (label_logit - label_logit) + row.log_total, row  # nan for a label at infinity
+        # Of `others` anew: a sum of `rest`, which the loss needs too, would have to wait for it.
+        too_large = ~(jnp.sum(jnp.where(code < 0, 0, others)) < 2.0**90)
+
+        def again(_: Any) -> Any:
+            return jnp.zeros_like(too_large), from_maximum(z, code, label_logit)
+
+        # A loop of one step or none: `vmap` would turn `cond` into both of its branches.
+        return lax.while_loop(lambda state: state[0], again, (too_large, once))[1]
+
+    return lax.platform_dependent(z, code, label_logit, cpu=from_label, default=from_maximum)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The sum of `exp(z_k - m)` over the classes that an array holds, without the label
+
+
+def _sum_beside_gradient(z: jax.Array, codes: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
+    codes, shift = (jnp.expand_dims(x, classes.axis) for x in (codes, shift))
+    return jnp.sum(_other_exponentials(z, codes, shift, classes), axis=classes.axis)
 
 
 def _other_exponentials(z: jax.Array, codes: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
@@ -70,73 +130,41 @@ def _other_exponentials(z: jax.Array, codes: jax.Array, shift: jax.Array, classe
     return jnp.exp(jnp.where(left_out, nothing, z - shift))
 
 
-def _label_sums_for_value(z: jax.Array, codes: jax.Array, classes: ClassAxis) -> LabelSums:
-    """The same, when no gradient needs the exponentials, which the CPU back end would write out.
+def _sum_of_others(z: jax.Array, code: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
+    """The same where no gradient needs the exponentials; above 2**90 or nan if one of them is nan.
 
-    It fuses arithmetic into a row sum, but not a comparison (8192 x 1000: twice the time). The distance between two
-    classes, scaled by a power of two so that it stays exact, is 0 or at least 2**100, and no exponential exceeds 1.
+    The CPU back end fuses arithmetic into a row sum, but not a comparison (8192 x 1000: twice the time). The distance
+    between two classes, scaled by a power of two so that it stays exact, is 0 or at least 2**100.
     """
-    if z.shape[classes.axis] >= BLOCK_CLASSES:
-        return _label_sums_in_blocks(z, codes, classes)
-    shift = _label_shift(z, codes, classes)
     scale = 2.0**100
-    label = (codes - classes.first(z)).astype(z.dtype) * scale
-    others = jnp.minimum(jnp.abs(classes.index(z, z.dtype) * scale - label), jnp.exp(z - shift))
-    return LabelSums(shift, classes.take(z, codes), classes.sum(others))
+    label = (code - classes.first(z)).astype(z.dtype) * scale
+    label, shift = (jnp.expand_dims(x, classes.axis) for x in (label, shift))
+    distances = jnp.abs(classes.index(z, z.dtype) * scale - label)
+    return jnp.sum(jnp.minimum(distances, jnp.exp(z - shift)), axis=classes.axis)
 
 
-def _label_sums_in_blocks(z: jax.Array, codes: jax.Array, classes: ClassAxis) -> LabelSums:
-    """The same, on a CPU a few rows at a time.
-
-    Above 2**15 classes the CPU back end does not even fuse `exp` into the row sum: 1400 ms at 4096 x 50257, against 120
-    in blocks. They are strided, so that rows which are sharded stay where they are.
-    """
-    one_device = classes.mesh_axis is None and jax.typeof(z).sharding.mesh.empty
-    known = all(isinstance(size, int) for size in z.shape)  # and not a symbol of `jax.export`
-    if not one_device or not known or classes.axis != -1 or z.size <= BLOCK_LOGITS:
-        return _label_sums(z, codes, classes)
-    rows, count = z.size // z.shape[-1], z.shape[-1]
-    size = max(n for n in range(1, max(1, BLOCK_LOGITS // count) + 1) if rows % n == 0)
-
-    def in_blocks(z: jax.Array, codes: jax.Array) -> LabelSums:
-        blocks = z.reshape(size, rows // size, count), codes.reshape(size, rows // size, 1)
-
-        def one(i: jax.Array) -> LabelSums:
-            z_i, codes_i = (lax.dynamic_index_in_dim(x, i, 1, keepdims=False) for x in blocks)
-            return _label_sums(z_i, codes_i, classes)
-
-        sums = lax.map(one, jnp.arange(rows // size, dtype=jnp.int32))
-        return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(codes.shape), sums)
-
-    return lax.platform_dependent(z, codes, cpu=in_blocks, default=lambda z, codes: _label_sums(z, codes, classes))
+def _sum_of_others_in_groups(z: jax.Array, code: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
+    """The same for many classes: the plain sums of groups of classes, and of the label's group without the label."""
+    count = z.shape[classes.axis]
+    if classes.axis != -1 or not isinstance(count, int) or count < GROUPED_CLASSES:  # or a symbol of `jax.export`
+        return _sum_of_others(z, code, shift, classes)
+    size = min((n for n in range(16, 2**12) if count % n == 0), key=lambda n: abs(n - 256), default=count)
+    if size < count:
+        groups = z.reshape(*z.shape[:-1], count // size, size)
+        own = jnp.clip(code, 0, count - 1) // size
+        group = jnp.take_along_axis(groups, own[..., None, None], axis=-2, mode="promise_in_bounds")[..., 0, :]
+        sums = jnp.sum(jnp.exp(groups - shift[..., None, None]), axis=-1)
+        elsewhere = jnp.sum(jnp.where(classes.index(sums) == own[..., None], 0, sums), axis=-1)
+        return elsewhere + _sum_beside_gradient(group, code - own * size, shift, classes)
+    if count > FUSED_CLASSES:  # a prime number of classes, say
+        half = count // 2
+        sums = functools.partial(_sum_of_others_in_groups, shift=shift, classes=classes)
+        return sums(z[..., :half], code) + sums(z[..., half:], jnp.where(code < half, INVALID, code - half))
+    return _sum_of_others(z, code, shift, classes)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def label_nll(
-    z: jax.Array, codes: jax.Array, classes: ClassAxis, beside_gradient: bool = False
-) -> tuple[jax.Array, Normalizer]:
-    """`-log p_y` of each row, with the row's normaliser: `(m - z_y) + log1p(r)`; both 0 in ignored rows.
-
-    Shift first: `logsumexp(z) - z_y` at logits near 1e4 is 2.40723 where 2.40761 is due. With `beside_gradient` the
-    exponentials are those that the gradient needs too.
-    """
-    sums = _label_sums if beside_gradient else _label_sums_for_value
-    return _nll_of_sums(sums(z, codes, classes), codes, classes)
-
-
-def _nll_of_sums(sums: LabelSums, codes: jax.Array, classes: ClassAxis) -> tuple[jax.Array, Normalizer]:
-    """The label is a guess at the maximum.
-
-    If it holds the maximum, the sum over the other classes is `r`. If not, `r` is that sum less what the label lacks to
-    one, and may lose digits when it is small; but then `m - z_y` is the loss, and `log1p(r)` is lost in it.
-    """
-    # Without the class axis: the CPU back end takes twice as long over (65536, 1) as over (65536,).
-    shift, label_logit, others, code = (jnp.squeeze(x, classes.axis) for x in (*sums, codes))
-    others = jnp.where(others < 2.0**90, others, jnp.nan)  # a row with nan, whose sum of distances did not show it
-    rest = others + (jnp.exp(label_logit - shift) - 1)
-    nll = (shift - label_logit) + jnp.log1p(rest)
-    nll, rest = (jnp.expand_dims(jnp.where(code == IGNORED, 0, x), classes.axis) for x in (nll, rest))
-    return nll, Normalizer(sums.shift, rest)
+# ----------------------------------------------------------------------------------------------------------------------
+# Derivatives
 
 
 def label_gradient(z: jax.Array, codes: jax.Array, nll: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Array:

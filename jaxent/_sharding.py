@@ -83,7 +83,8 @@ class ClassAxis:
             return self.across(jnp.sum(jnp.where(self.is_class(labels, x), x, 0), axis=self.axis, keepdims=True))
         local, count = labels - self.first(x), x.shape[self.axis]
         taken = jnp.take_along_axis(x, jnp.clip(local, 0, count - 1), axis=self.axis, mode="promise_in_bounds")
-        return jnp.where((local >= 0) & (local < count), taken, 0)
+        taken, local = (jnp.squeeze(x, self.axis) for x in (taken, local))  # faster on a CPU than (rows, 1)
+        return jnp.expand_dims(jnp.where((local >= 0) & (local < count), taken, 0), self.axis)
 
     def top(self, x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         """The `k` largest entries of each row and their classes, on a new last axis in place of the class axis."""

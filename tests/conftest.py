@@ -24,6 +24,12 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
 
 
 @pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with one device, where no array is split without its type saying so."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
+@pytest.fixture
 def x64() -> Iterator[None]:
     """64-bit types for the length of a test."""
     with jax.enable_x64(True):

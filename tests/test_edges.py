@@ -10,6 +10,8 @@ import pytest
 from cases import nll_loss, sigmoid_cross_entropy, softmax_cross_entropy, softmax_cross_entropy_gradient
 from oracles import assert_close
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 inf, nan = np.inf, np.nan
 
 ROWS = {

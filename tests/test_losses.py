@@ -25,6 +25,8 @@ from oracles import assert_close
 
 from jaxent import WeightedSum
 
+pytestmark = pytest.mark.usefixtures("one_device")
+
 
 def losses_under(logits: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Every reduction that the arguments allow, in one program."""
@@ -74,19 +76,10 @@ def test_shapes(option: str, shape: tuple[int, ...], axis: int, rng: np.random.G
     check_losses(draw_logits(rng, shape), {**arguments, "axis": axis}, ulp=4, dtype=np.float32)
 
 
-# 256 and 2**15: the row sum changes its form there; above 2**15 it runs over blocks of rows.
-@pytest.mark.parametrize("count", [1, 2, 10, 255, 256, 257, 1000, 2049])
+# The row sum changes its form at 256, 4096 and 2**15 classes; 4099, 32771 and 65537 are prime.
+@pytest.mark.parametrize("count", [1, 2, 10, 255, 256, 257, 1000, 2049, 4096, 4099, 32768, 32769, 50257, 65537])
 @pytest.mark.parametrize("rows", [1, 5])
 def test_class_counts(count: int, rows: int, rng: np.random.Generator):
-    check_long_rows(rng, rows, count)
-
-
-@pytest.mark.parametrize(("rows", "count"), [(1, 32768), (3, 32768), (1, 32769), (3, 32769), (34, 32769), (2, 50257)])
-def test_class_counts_beyond_the_blocks(rows: int, count: int, rng: np.random.Generator):
-    check_long_rows(rng, rows, count)
-
-
-def check_long_rows(rng: np.random.Generator, rows: int, count: int) -> None:
     z, labels = draw_logits(rng, (rows, count)), draw_labels(rng, (rows,), count)
     z[-1, labels[-1]] = 12.0  # the label holds the maximum
     labels[0] = count - 1
@@ -98,10 +91,53 @@ def check_long_rows(rng: np.random.Generator, rows: int, count: int) -> None:
 
     got, gradient = rows_and_gradient(z)
     want = [oracles.long_row_nll(z[n], labels[n]) for n in range(rows)]
-    # A pairwise float32 sum over n terms of one sign is off by at most log2(n) / 2 ulp, and `exp` by 1 or 2.
-    ulp = 4 + np.log2(count) / 2
+    ulp = ulp_of_long_rows(count)
     assert_close(got, [value for value, _ in want], ulp=ulp, dtype=np.float32)
     assert_close(gradient, np.stack([g for _, g in want]), ulp=ulp, dtype=np.float32)
+
+
+def ulp_of_long_rows(count: int) -> float:
+    """A pairwise float32 sum over n terms of one sign is off by at most log2(n) / 2 ulp, and `exp` by 1 or 2."""
+    return 4 + np.log2(count) / 2
+
+
+@pytest.mark.parametrize("count", [1, 2, 10, 1000, 4096, 4099, 4106, 32768, 32771, 50257, 65537])
+@pytest.mark.parametrize("maximum", [True, False])
+def test_class_counts_without_a_gradient(count: int, maximum: bool, rng: np.random.Generator):
+    # The label at both ends, in the middle, and at both ends of groups of 256 classes.
+    labels = np.unique(
+        np.clip([0, 255, 256, count // 2 - 1, count // 2, count - 257, count - 256, count - 1], 0, count - 1)
+    )
+    z = draw_logits(rng, (len(labels), count))
+    if maximum:
+        z[np.arange(len(labels)), labels] = 40.0  # a loss of 1e-15 or so
+    got = jax.jit(lambda z: softmax_cross_entropy(z, labels, reduction="none"))(z)
+    want = [oracles.long_row_nll(z[n], label)[0] for n, label in enumerate(labels)]
+    # At 40 the difference of two logits is rounded by up to 2e-6, and the loss with it.
+    assert_close(got, want, ulp=ulp_of_long_rows(count) + 16 * maximum, dtype=np.float32)
+
+
+@pytest.mark.parametrize("count", [4, 4096])
+@pytest.mark.parametrize("apply", [lambda f: f, jax.vmap], ids=["batched", "vmap"])
+def test_losses_large_and_tiny_side_by_side(count: int, apply: Any):
+    # Rows are counted from the label's logit, and again from their maximum when a loss above 62 nats overflows there.
+    inf, nan = np.inf, np.nan
+    rows = [
+        *([0, 1, 2, -1], [0, -41.0, -42.0, -inf], [-41.0, -41.0, 0, -41.0], [-61.0, 0, 0, 0], [-63.0, 0, -1.0, 0]),
+        *([-90.0, 0, -1.0, 0], [-1e4, 1, 1, 1], [1e30, 0, 2e30, 0], [0, 0, 0, 0], [-1e38, 0, 1e38, 0]),
+        *([-inf, 0, 1, -inf], [-inf, -inf, -inf, -inf], [inf, 0, 0, 0], [0, inf, 0, 0], [nan, 0, 0, 0], [0, 0, nan, 0]),
+        *([nan, 0, inf, 0], [0, 100.0, 200.0, 0]),
+    ]
+    z = np.full((len(rows), count), -inf, np.float32)
+    z[:, :4] = rows
+    labels = np.zeros(len(rows), np.int32)
+    labels[-2:] = -100, 7777
+    want = oracles.softmax_cross_entropy(z[:, :4], np.where(labels == 7777, 0, labels)).losses
+    want[-1] = nan
+    program = jax.jit(apply(lambda z, labels: softmax_cross_entropy(z, labels, reduction="none")))
+    assert_close(program(z, labels), want, ulp=8, dtype=np.float32)
+    usual = np.s_[:3]  # and where nothing has to be counted again
+    assert_close(program(z[usual], labels[usual]), want[usual], ulp=8, dtype=np.float32)
 
 
 @pytest.mark.slow
