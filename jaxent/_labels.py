@@ -185,7 +185,7 @@ def _other_probabilities_jvp(classes, primals, tangents):
     z_kept, dz = jnp.where(ignored, 0, z), jnp.where(ignored, 0, dz)
     _, d_log_p = log_probabilities_jvp(classes, (z_kept, row), (dz, None))
     p = _other_probabilities(z, codes, row, classes)
-    return p, jnp.where(ignored, 0, p) * d_log_p
+    return p, p * d_log_p
 
 
 @label_nll.defjvp

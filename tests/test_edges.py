@@ -110,6 +110,19 @@ def test_a_dropped_row_is_exactly_zero(target: Any, arguments: dict[str, Any], o
         assert pair.total == 0
 
 
+def test_a_dropped_row_is_zero_in_third_derivatives():
+    z = np.array([[1.0, 2.0, -1.0], [nan, inf, 3.0], [200.0, -inf, 0.0]], np.float32)
+    labels = np.array([0, -100, -100])
+
+    def loss(z: jax.Array) -> jax.Array:
+        return softmax_cross_entropy(z, labels, reduction="sum")
+
+    for outer in (jax.jacfwd, jax.jacrev):
+        third = jax.jit(outer(jax.jacrev(jax.jacrev(loss))))(z)
+        assert np.all(np.isfinite(third[0])) and np.any(third[0] != 0)
+        assert np.all(third[1:] == 0)
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_row_with_every_label_and_labels_out_of_range(option: str):
     rows = ROWS_FOR_Z_LOSS if "z_loss" in OPTIONS[option] else ROWS
