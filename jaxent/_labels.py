@@ -34,13 +34,8 @@ def label_codes(labels: jax.Array, count: int, ignore_index: int | None, kept: j
     return codes if kept is None else jnp.where(kept, codes, IGNORED)
 
 
-# From this many classes on the label is left out of its own group of classes only. Heuristic: that costs the same at
-# 2048 classes, 1.1 times as much at 1000, and 0.7 to 0.9 times as much at 4096. Beyond `FUSED_CLASSES` the CPU back end
-# writes the exponentials of a row sum out (512 x 65536: 80 ms, in groups 10).
-GROUPED_CLASSES = 2**12
-FUSED_CLASSES = 2**15
-
-SumOfOthers = Callable[[jax.Array, jax.Array, jax.Array, ClassAxis], jax.Array]  # of logits, codes, shifts
+# Of logits, codes, shifts and the class axis, which all but the logits go without.
+SumOfOthers = Callable[[jax.Array, jax.Array, jax.Array, ClassAxis], jax.Array]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
@@ -113,6 +108,12 @@ def _nll_for_value(
 # ----------------------------------------------------------------------------------------------------------------------
 # The sum of `exp(z_k - m)` over the classes that an array holds, without the label
 
+# From this many classes on the label is left out of its own group of classes only. Heuristic: that costs the same at
+# 2048 classes, 1.1 times as much at 1000, and 0.7 to 0.9 times as much at 4096. Beyond `FUSED_CLASSES` the CPU back end
+# writes the exponentials of a row sum out (512 x 65536: 80 ms, in groups 10).
+GROUPED_CLASSES = 2**12
+FUSED_CLASSES = 2**15
+
 
 def _sum_beside_gradient(z: jax.Array, codes: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
     codes, shift = (jnp.expand_dims(x, classes.axis) for x in (codes, shift))
@@ -144,7 +145,7 @@ def _sum_of_others_in_groups(z: jax.Array, code: jax.Array, shift: jax.Array, cl
     count = z.shape[classes.axis]
     if classes.axis != -1 or not isinstance(count, int) or count < GROUPED_CLASSES:  # or a symbol of `jax.export`
         return _sum_of_others(z, code, shift, classes)
-    size = min((n for n in range(16, 2**12) if count % n == 0), key=lambda n: abs(n - 256), default=count)
+    size = min((n for n in range(16, 2**12) if count % n == 0), key=lambda n: max(n, 2**16 // n), default=count)
     if size < count:
         groups = z.reshape(*z.shape[:-1], count // size, size)
         own = jnp.clip(code, 0, count - 1) // size
