@@ -20,25 +20,30 @@ PEERS = {
 
 
 def table(record: dict[str, Any]) -> str:
-    """Value and gradient of every plain case: our time and share of the limit, and each peer's time by ours."""
+    """Every plain case, with its gradient and alone: our time and share of the limit, and each peer's time by ours."""
     where, versions = record["machine"], record["versions"]
+    head = [
+        "| N, D, V | jaxent, ms | of limit | " + " | ".join(PEERS.values()) + " | jaxent, MiB | optax, MiB |",
+        "|---" + "|--:" * (4 + len(PEERS)) + "|",
+    ]
     lines = [
         f"Value and gradient on {where['device']}, {where['cores']} cores, float32, {record['date'][:10]}, jax "
         f"{versions['jax']}: milliseconds; percent of what the device's matrix products or memory allow; the time of "
         "others by ours (above 1 jaxent is faster); temporaries. Without D the loss is of logits, with D of hidden "
         "states.",
         "",
-        "| N, D, V | jaxent, ms | of limit | " + " | ".join(PEERS.values()) + " | jaxent, MiB | optax, MiB |",
-        "|---" + "|--:" * (4 + len(PEERS)) + "|",
+        *head,
+        *_rows(record, "value and gradient"),
     ]
-    return "\n".join([*lines, *_rows(record)])
+    values = list(_rows(record, "value"))
+    return "\n".join([*lines, "", "The value alone:", "", *head, *values] if values else lines)
 
 
-def _rows(record: dict[str, Any]) -> Iterator[str]:
+def _rows(record: dict[str, Any], mode: str) -> Iterator[str]:
     for case in record["cases"]:
         what = case["case"]
         plain = what["suite"] in ("dense", "linear") and not what["sweep"] and not what["donated"]
-        if not plain or what["mode"] != "value and gradient" or what["dtype"] != "float32":
+        if not plain or what["mode"] != mode or what["dtype"] != "float32":
             continue
         rows = {row["peer"]: row for row in case["rows"]}
         ours = rows["jaxent"]
