@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from jaxent import _numerics
-from jaxent._sharding import ClassAxis
+from jaxent._sharding import ClassAxis, may_be_split_by_xla
 from jaxent._softmax import Normalizer, log_probabilities_jvp, shift_of
 
 # Label codes beside the classes 0 .. C-1.
@@ -85,8 +85,7 @@ def _nll_for_value(
     A loss above 62 nats shows as a sum above 2**90, and all rows are counted again from their maxima.
     """
     from_maximum = functools.partial(_nll_from_maximum, classes=classes, sum_of_others=_sum_of_others)
-    # An array that only `jit` knows to be split has no mesh in its type.
-    if jax.device_count() > 1 or not jax.typeof(z).sharding.mesh.empty:
+    if may_be_split_by_xla(z) or not jax.typeof(z).sharding.mesh.empty:
         return from_maximum(z, code, label_logit)  # whether to count again would be one more number to cross the mesh
 
     def from_label(z: jax.Array, code: jax.Array, label_logit: jax.Array) -> tuple[jax.Array, Normalizer]:
@@ -155,8 +154,8 @@ def _sum_of_others_in_groups(z: jax.Array, code: jax.Array, shift: jax.Array, cl
         return elsewhere + _sum_beside_gradient(group, code - own * size, shift, classes)
     if count > FUSED_CLASSES:  # a prime number of classes, say
         half = count // 2
-        sums = functools.partial(_sum_of_others_in_groups, shift=shift, classes=classes)
-        return sums(z[..., :half], code) + sums(z[..., half:], jnp.where(code < half, INVALID, code - half))
+        sum_of = functools.partial(_sum_of_others_in_groups, shift=shift, classes=classes)
+        return sum_of(z[..., :half], code) + sum_of(z[..., half:], jnp.where(code < half, INVALID, code - half))
     return _sum_of_others(z, code, shift, classes)
 
 

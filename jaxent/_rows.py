@@ -132,7 +132,8 @@ def softmax_loss(z: jax.Array, rows: RowTargets, options: LossOptions, classes: 
         loss, row = target_nll(jnp.where(ignored, 0, z), targets, classes)
     if options.z_loss is not None:
         loss += options.z_loss * jnp.square(row.shift + row.log_total)
-    if rows.probabilities is not None or options.smoothing is not None:
+    if rows.probabilities is not None or options.smoothing is not None or options.z_loss is not None:
+        # The loss of a label alone is 0 there, and one more pass over the rows shows at 65536 x 10.
         loss = jnp.where(ignored, 0, loss)
     return loss if rows.weights is None else weighted(jnp.where(ignored, 0, rows.weights), loss)
 

@@ -123,9 +123,7 @@ def _top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
     There the maximum is taken `k` times, of which only a number a row crosses the mesh.
     """
-    mesh = _mesh(x)
-    # An array that only `jit` knows to be split has no mesh in its type.
-    if jax.device_count() == 1 or not (mesh.empty or _left_to_xla(mesh)):
+    if not may_be_split_by_xla(x):
         return lax.top_k(x, k)
     classes = ClassAxis()
     settled = lax.optimization_barrier(lax.stop_gradient(x))  # compared with its own maximum, not with one rounded anew
@@ -167,6 +165,13 @@ def sum_to_type(x: jax.Array, like: jax.Array) -> jax.Array:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Automatic and explicit meshes
+
+
+def may_be_split_by_xla(x: jax.Array) -> bool:
+    """Whether the array may be split over devices without its type saying how."""
+    mesh = _mesh(x)
+    # An array that only `jit` knows to be split has no mesh in its type.
+    return jax.device_count() > 1 and (mesh.empty or bool(_left_to_xla(mesh)))
 
 
 def _mesh(*arrays: jax.Array) -> AbstractMesh:
