@@ -76,19 +76,19 @@ What is wrong
 `jaxent.torch_compat` has PyTorch's losses under their own names, with its numbers; `jaxent --help` the command line.
 """
 
-from importlib import metadata as _metadata
-
-from jaxent.checking import GradientReport as GradientReport
-from jaxent.checking import check_gradient as check_gradient
+from jaxent._arguments.reduction import WeightedSum as WeightedSum
+from jaxent._check.gradient import GradientReport as GradientReport
+from jaxent._check.gradient import check_gradient as check_gradient
+from jaxent._check.inputs import Finding as Finding
+from jaxent._check.inputs import checked as checked
+from jaxent._check.inputs import diagnose as diagnose
+from jaxent._engine.plan import Plan as Plan
+from jaxent._engine.plan import plan as plan
+from jaxent._math.statistics import TokenStatistics as TokenStatistics
 from jaxent.curvature import fisher_vector_product as fisher_vector_product
 from jaxent.curvature import ggn_vector_product as ggn_vector_product
-from jaxent.curvature import linear_fisher_vector_product as linear_fisher_vector_product
-from jaxent.curvature import linear_ggn_vector_product as linear_ggn_vector_product
 from jaxent.curvature import logit_hessian as logit_hessian
 from jaxent.curvature import logit_hessian_product as logit_hessian_product
-from jaxent.diagnose import Finding as Finding
-from jaxent.diagnose import checked as checked
-from jaxent.diagnose import diagnose as diagnose
 from jaxent.gradient_norms import GradientNoise as GradientNoise
 from jaxent.gradient_norms import GradientNorms as GradientNorms
 from jaxent.gradient_norms import gradient_noise_scale as gradient_noise_scale
@@ -111,21 +111,19 @@ from jaxent.information import renyi_entropy as renyi_entropy
 from jaxent.information import self_information as self_information
 from jaxent.information import self_information_with_logits as self_information_with_logits
 from jaxent.information import tsallis_entropy as tsallis_entropy
-from jaxent.linear import linear_kl_divergence as linear_kl_divergence
 from jaxent.linear import linear_loss as linear_loss
 from jaxent.linear import linear_softmax_cross_entropy as linear_softmax_cross_entropy
-from jaxent.linear import linear_token_statistics as linear_token_statistics
-from jaxent.losses import TokenStatistics as TokenStatistics
+from jaxent.linear_curvature import linear_fisher_vector_product as linear_fisher_vector_product
+from jaxent.linear_curvature import linear_ggn_vector_product as linear_ggn_vector_product
+from jaxent.linear_divergence import linear_kl_divergence as linear_kl_divergence
 from jaxent.losses import nll_loss as nll_loss
 from jaxent.losses import sigmoid_cross_entropy as sigmoid_cross_entropy
 from jaxent.losses import softmax_cross_entropy as softmax_cross_entropy
-from jaxent.losses import token_statistics as token_statistics
-from jaxent.planning import Plan as Plan
-from jaxent.planning import plan as plan
 from jaxent.risk import EmpiricalRisk as EmpiricalRisk
-from jaxent.risk import WeightedSum as WeightedSum
+from jaxent.token_statistics import linear_token_statistics as linear_token_statistics
+from jaxent.token_statistics import token_statistics as token_statistics
 
-__version__ = _metadata.version("jaxent")
+__version__ = "0.1.0"
 
 __all__ = [
     "EmpiricalRisk",
@@ -175,3 +173,8 @@ __all__ = [
     "token_statistics",
     "tsallis_entropy",
 ]
+
+
+def __dir__() -> list[str]:
+    """The public names and modules, and not the private folders that importing them has loaded."""
+    return [name for name in globals() if name.startswith("__") or not name.startswith("_")]

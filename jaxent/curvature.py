@@ -1,28 +1,29 @@
-"""Curvature of the softmax loss: Hessian by the logits, Gauss-Newton and Fisher products through any model."""
+"""Curvature of the softmax loss: its Hessian, and Gauss-Newton and Fisher products through any model."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxent import _arrays, _heads, _reduction, _softmax, _targets
-from jaxent._forms import Fisher, Form, GaussNewton
-from jaxent._heads import Shaping
-from jaxent._layout import Layout
-from jaxent._options import Precision
-from jaxent._rows import LossOptions, RowTargets
-from jaxent._sharding import ClassAxis, check_vocab_axis, elementwise
-from jaxent._streaming import Head, Logits, Products
-from jaxent._targets import SoftmaxArguments
-from jaxent.linear import stream_reduced, without_ignored
-from jaxent.losses import check_logits, check_softmax_call
+from jaxent._arguments import arrays
+from jaxent._arguments.reduction import MatrixReduction, check_matrix_reduction, reduce_losses
+from jaxent._arguments.targets import (
+    SoftmaxArguments,
+    check_logits,
+    check_softmax_call,
+    row_targets,
+    zero_labels,
+)
+from jaxent._math import softmax
+from jaxent._math.quadratic_forms import Fisher, GaussNewton, QuadraticForm
+from jaxent._mesh.apply import map_rows
+from jaxent._mesh.check import check_vocab_axis
+from jaxent._mesh.class_axis import ClassAxis
 
 Pytree = Any
-MatrixReduction = Literal["mean", "sum"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -56,10 +57,10 @@ def logit_hessian(logits: ArrayLike, *, axis: int = -1) -> jax.Array:
 
 @functools.partial(jax.jit, inline=True)
 def _logit_hessian(logits: jax.Array) -> jax.Array:
-    (z,) = _arrays.accumulated(logits)
-    row = _softmax.normalizer(z, ClassAxis())
-    p = _softmax.probabilities(z, row, ClassAxis())
-    diagonal = p * -jnp.expm1(_softmax.log_probabilities(z, row, ClassAxis()))
+    (z,) = arrays.accumulated(logits)
+    row = softmax.normalizer(z, ClassAxis())
+    p = softmax.probabilities(z, row, ClassAxis())
+    diagonal = p * -jnp.expm1(softmax.log_probabilities(z, row, ClassAxis()))
     same = jnp.eye(z.shape[-1], dtype=bool).reshape((1,) * (z.ndim - 1) + (z.shape[-1],) * 2)
     return jnp.where(same, diagonal[..., None], -p[..., :, None] * p[..., None, :])
 
@@ -82,15 +83,15 @@ def logit_hessian_product(logits: ArrayLike, v: ArrayLike, *, axis: int = -1) ->
     """
     name = "logit_hessian_product"
     z, axis = check_logits(name, "logits", logits, axis)
-    step = _arrays.floating(name, "v", v)
-    _arrays.check_shape(name, "v", step, z.shape, "that of the logits")
+    step = arrays.floating(name, "v", v)
+    arrays.check_shape(name, "v", step, z.shape, "that of the logits")
     return _logit_hessian_product(z, step, classes=ClassAxis(axis))
 
 
 @functools.partial(jax.jit, static_argnames=("classes",), inline=True)
 def _logit_hessian_product(logits: jax.Array, v: jax.Array, *, classes: ClassAxis) -> jax.Array:
-    z, step = _arrays.accumulated(logits, v)
-    return jax.jvp(lambda z: _softmax.softmax(z, classes), (z,), (step,))[1]
+    z, step = arrays.accumulated(logits, v)
+    return jax.jvp(lambda z: softmax.softmax(z, classes), (z,), (step,))[1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -239,7 +240,7 @@ def fisher_vector_product(
 
 def _product(
     function: str,
-    form: Callable[[ClassAxis], Form],
+    form: Callable[[ClassAxis], QuadraticForm],
     logits_fn: Callable[[Any], jax.Array],
     params: Pytree,
     v: Pytree,
@@ -249,21 +250,21 @@ def _product(
     ignore_index: int | None,
     **options: Any,
 ) -> Pytree:
-    _check_reduction(function, options["reduction"])
+    check_matrix_reduction(function, options["reduction"])
     params = _floating_leaves(function, "params", params)
     v = _check_tangents(function, v, params)
     logits, push = jax.linearize(logits_fn, params)
     if not (isinstance(logits, jax.Array) and jnp.issubdtype(logits.dtype, jnp.floating)):
-        raise _arrays.dtype_error(function, "logits_fn", "return floating logits", logits)
+        raise arrays.dtype_error(function, "logits_fn", "return floating logits", logits)
     logits, axis = check_logits(function, "logits_fn(params)", logits, axis)
     check_vocab_axis(function, options["vocab_axis"])
     if targets is None:
-        targets, ignore_index = _no_labels(logits, ClassAxis(axis, options["vocab_axis"])), None
-    arrays, static = check_softmax_call(function, logits, targets, axis=axis, ignore_index=ignore_index, **options)
+        targets, ignore_index = zero_labels(logits, ClassAxis(axis, options["vocab_axis"])), None
+    traced, static = check_softmax_call(function, logits, targets, axis=axis, ignore_index=ignore_index, **options)
 
     def half_form(v: Pytree) -> jax.Array:
         step = push(jax.tree.map(lambda x, p: x.astype(p.dtype), v, params))
-        return _half_form(step, *arrays, form=form(static["classes"]), **static)
+        return _half_form(step, *traced, form=form(static["classes"]), **static)
 
     return jax.grad(half_form)(v)
 
@@ -275,276 +276,24 @@ def _half_form(
     arguments: SoftmaxArguments,
     divisor: jax.Array | None,
     *,
-    form: Form,
+    form: QuadraticForm,
     classes: ClassAxis,
     ignore_index: int | None,
     reduction: MatrixReduction,
 ) -> jax.Array:
     def row_forms(logits: jax.Array, step: jax.Array, arguments: SoftmaxArguments) -> tuple[jax.Array, jax.Array]:
-        z, step = _arrays.accumulated(logits, step)
-        rows, options = _targets.row_targets(arguments, z, classes, ignore_index)
+        z, step = arrays.accumulated(logits, step)
+        rows, options = row_targets(arguments, z, classes, ignore_index)
         return jnp.squeeze(form(z, step, rows, options), classes.axis), rows.total_weights(classes)
 
-    forms, weights = elementwise(row_forms, logits, step, arguments, without=classes.axis)
-    total: Any = _reduction.reduce(forms, weights, reduction, divisor)
+    forms, weights = map_rows(row_forms, logits, step, arguments, without=classes.axis)
+    total: Any = reduce_losses(forms, weights, reduction, divisor)
     return total
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Of a linear layer, without the logits
-
-
-def linear_ggn_vector_product(
-    hidden: ArrayLike,
-    kernel: ArrayLike,
-    v: tuple[ArrayLike | None, ...],
-    *,
-    targets: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    where: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    class_weights: ArrayLike | None = None,
-    ignore_index: int | None = -100,
-    label_smoothing: ArrayLike = 0.0,
-    z_loss: ArrayLike = 0.0,
-    soft_cap: ArrayLike | None = None,
-    temperature: ArrayLike = 1.0,
-    reduction: MatrixReduction = "mean",
-    denominator: ArrayLike | None = None,
-    chunk_rows: int | None = None,
-    precision: Precision = None,
-    vocab_axis: str | None = None,
-) -> tuple[jax.Array | None, ...]:
-    r"""`ggn_vector_product` of a linear layer by hidden states, kernel and bias, streamed, in its unit.
-
-    $$u_n = J_n v = v^h_n W + h_n V^W + v^b, \qquad
-    G v = \frac{1}{W} \sum_n \big(A_n u_n W^\top,\; h_n^\top A_n u_n,\; A_n u_n\big)$$
-
-    with the `A_n` of `ggn_vector_product`, for the logits of `linear_softmax_cross_entropy`; soft cap and temperature
-    belong to the model and enter through their derivatives. Rows are taken a chunk at a time: the memory does not grow
-    with their number. A product by the kernel costs three matrix products of the size of the logits, and each of
-    `hidden` and `kernel` adds two to the one for the logits.
-
-    **Arguments:**
-
-    - `hidden`: `(*batch, features)`. `kernel`: `(features, classes)`. `bias`: `(classes,)`.
-    - `v`: `(v_hidden, v_kernel)` or `(v_hidden, v_kernel, v_bias)`, shaped like what they are steps of and converted to
-      its dtype. None stands for what is held fixed: `(None, v_kernel)` is the matrix of the kernel alone.
-    - `targets` and the options as in `ggn_vector_product`; `soft_cap`, `temperature`, `chunk_rows`, `precision`,
-      `vocab_axis` as in `linear_softmax_cross_entropy`.
-
-    **Returns:** a tuple with the shapes and dtypes of `v`, None where it is None. A row that is not counted adds
-    exactly 0, whatever it holds.
-
-    **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or option.
-
-    >>> hidden, kernel = jnp.eye(2), jnp.zeros((2, 2))
-    >>> linear_ggn_vector_product(hidden, kernel, (None, jnp.array([[1.0, 0.0], [0.0, 0.0]])))[1]
-    Array([[ 0.125, -0.125],
-           [ 0.   ,  0.   ]], dtype=float32)
-    """
-    return _linear_product(
-        "linear_ggn_vector_product",
-        GaussNewton,
-        hidden,
-        kernel,
-        v,
-        targets,
-        bias=bias,
-        where=where,
-        weights=weights,
-        class_weights=class_weights,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        soft_cap=soft_cap,
-        temperature=temperature,
-        reduction=reduction,
-        denominator=denominator,
-        chunk_rows=chunk_rows,
-        precision=precision,
-        vocab_axis=vocab_axis,
-    )
-
-
-def linear_fisher_vector_product(
-    hidden: ArrayLike,
-    kernel: ArrayLike,
-    labels: ArrayLike,
-    v: tuple[ArrayLike | None, ...],
-    *,
-    bias: ArrayLike | None = None,
-    where: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    ignore_index: int | None = -100,
-    label_smoothing: ArrayLike = 0.0,
-    soft_cap: ArrayLike | None = None,
-    temperature: ArrayLike = 1.0,
-    reduction: MatrixReduction = "mean",
-    denominator: ArrayLike | None = None,
-    chunk_rows: int | None = None,
-    precision: Precision = None,
-    vocab_axis: str | None = None,
-) -> tuple[jax.Array | None, ...]:
-    r"""`fisher_vector_product` of a linear layer by hidden states, kernel and bias, streamed, in its unit.
-
-    $$F v = \frac{1}{W} \sum_n w_n\, g_n \langle g_n, v \rangle, \qquad
-    \langle g_n, v \rangle = (p_n - y_n)^\top (v^h_n W + h_n V^W + v^b)$$
-
-    **Arguments:** `hidden`, `kernel`, `bias`, `v`, `soft_cap`, `temperature`, `chunk_rows`, `precision` and
-    `vocab_axis` as in `linear_ggn_vector_product`; `labels` and the other options as in `fisher_vector_product`.
-
-    **Returns:** a tuple with the shapes and dtypes of `v`, None where it is None. A row that is not counted adds
-    exactly 0, whatever it holds. Costs what `linear_ggn_vector_product` costs.
-
-    **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or option.
-
-    >>> hidden, kernel, v = jnp.eye(2), jnp.zeros((2, 2)), jnp.array([[1.0, 0.0], [0.0, 0.0]])
-    >>> linear_fisher_vector_product(hidden, kernel, jnp.array([0, 1]), (None, v))[1]
-    Array([[ 0.125, -0.125],
-           [ 0.   ,  0.   ]], dtype=float32)
-    """
-    return _linear_product(
-        "linear_fisher_vector_product",
-        Fisher,
-        hidden,
-        kernel,
-        v,
-        labels,
-        bias=bias,
-        where=where,
-        weights=weights,
-        class_weights=None,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=0.0,
-        soft_cap=soft_cap,
-        temperature=temperature,
-        reduction=reduction,
-        denominator=denominator,
-        chunk_rows=chunk_rows,
-        precision=precision,
-        vocab_axis=vocab_axis,
-    )
-
-
-def _linear_product(
-    function: str,
-    form: Callable[[ClassAxis], Form],
-    hidden: ArrayLike,
-    kernel: ArrayLike,
-    v: tuple[ArrayLike | None, ...],
-    targets: ArrayLike | None,
-    *,
-    bias: ArrayLike | None,
-    ignore_index: int | None,
-    soft_cap: ArrayLike | None,
-    temperature: ArrayLike,
-    reduction: MatrixReduction,
-    denominator: ArrayLike | None,
-    chunk_rows: int | None,
-    precision: Precision,
-    vocab_axis: str | None,
-    **options: Any,
-) -> tuple[jax.Array | None, ...]:
-    _check_reduction(function, reduction)
-    head, batch = _heads.check_head(function, hidden, kernel, bias)
-    rows = {"where": options["where"], "weights": options["weights"]}
-    _targets.check_vocab_axis(function, vocab_axis, targets, hidden=head.hidden, **rows)
-    steps = _check_steps(function, v, (hidden, kernel, bias))
-    if targets is None:
-        targets, ignore_index = batch.unflatten(_no_labels(head.hidden, ClassAxis())), None
-    shape = (*batch, head.kernel.shape[1])
-    arguments = _targets.check_softmax_arguments(function, shape, -1, targets, **options)
-    divisor = _reduction.check(function, reduction, denominator)
-    _targets.check_class_axis(function, vocab_axis, {"kernel": (head.kernel, 1)}, arguments)
-    by_hidden, *by_layer = steps
-    by_hidden, *by_layer = _linear_curvature(
-        head,
-        (None if by_hidden is None else batch.flatten(by_hidden), *by_layer),
-        _heads.flat_rows(arguments, batch),
-        _heads.check_shaping(function, soft_cap, temperature),
-        divisor,
-        row_fn=_StreamedForm(form(ClassAxis(-1, vocab_axis))),
-        ignore_index=_targets.check_ignore_index(function, ignore_index),
-        reduction=reduction,
-        # Two blocks at a time: the logits, and their step or its derivative.
-        layout=_heads.layout(function, chunk_rows, head, head),
-        products=_heads.products(precision, head),
-    )
-    return (None if by_hidden is None else batch.unflatten(by_hidden), *by_layer)[: len(v)]
-
-
-@dataclasses.dataclass(frozen=True)
-class _StreamedForm:
-    """A form as the engine takes it: the first block holds the logits, the others add up to their step."""
-
-    form: Form
-
-    def __call__(
-        self, logits: Logits, rows: RowTargets, shared: tuple[Shaping, LossOptions, jax.Array | None]
-    ) -> jax.Array:
-        shaping, options, by_bias = shared
-        raw, *steps = logits
-        if by_bias is not None:
-            steps.append(jnp.broadcast_to(by_bias[None, :], raw.shape))
-        step = functools.reduce(jnp.add, steps)
-        z, step = jax.jvp(shaping, (raw,), (step,))
-        return self.form(z, step, rows, options)[:, 0]
-
-
-@functools.partial(jax.jit, static_argnames=("row_fn", "ignore_index", "reduction", "layout", "products"), inline=True)
-def _linear_curvature(
-    head: Head,
-    steps: tuple[jax.Array | None, ...],
-    arguments: SoftmaxArguments,
-    shaping: Shaping,
-    divisor: jax.Array | None,
-    *,
-    row_fn: _StreamedForm,
-    ignore_index: int | None,
-    reduction: MatrixReduction,
-    layout: Layout,
-    products: Products,
-) -> tuple[jax.Array | None, ...]:
-    like = _heads.logits_like(head)
-    rows, options = _targets.row_targets(arguments, like, row_fn.form.classes, ignore_index)
-    rows, hidden = without_ignored(rows, head.hidden)
-
-    def half_form(steps: tuple[jax.Array | None, ...]) -> jax.Array:
-        by_hidden, by_kernel, by_bias = steps
-        heads = [head._replace(hidden=hidden)]
-        if by_kernel is not None:
-            heads.append(Head(hidden, by_kernel.astype(hidden.dtype), None))
-        if by_hidden is not None:
-            _, by_hidden = without_ignored(rows, by_hidden.astype(hidden.dtype))
-            heads.append(Head(by_hidden, head.kernel, None))
-        if by_bias is not None and head.bias is not None:
-            by_bias = by_bias.astype(head.bias.dtype).astype(like.dtype)
-        shared = (shaping, options, by_bias)
-        total: Any = stream_reduced(row_fn, tuple(heads), rows, shared, reduction, divisor, layout, products)
-        return total
-
-    return steps if all(x is None for x in steps) else jax.grad(half_form)(steps)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Arguments
-
-
-def _no_labels(x: jax.Array, axis: ClassAxis) -> jax.Array:
-    """The label 0 for each row, taken from the rows so that it is sharded and typed as they are."""
-    return jnp.squeeze(axis.sum(jnp.zeros_like(x, jnp.int32)), axis.axis)
-
-
-def _check_reduction(function: str, reduction: Any) -> None:
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f"jaxent.{function}: `reduction` must be 'mean' or 'sum', got {reduction!r}")
 
 
 def _floating_leaves(function: str, argument: str, tree: Pytree) -> Pytree:
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: _arrays.floating(function, argument + jax.tree_util.keystr(path), x), tree
+        lambda path, x: arrays.floating(function, argument + jax.tree_util.keystr(path), x), tree
     )
 
 
@@ -556,22 +305,5 @@ def _check_tangents(function: str, v: Pytree, params: Pytree) -> Pytree:
         )
     v = _floating_leaves(function, "v", v)
     for (path, x), p in zip(jax.tree_util.tree_leaves_with_path(v), jax.tree.leaves(params), strict=True):
-        _arrays.check_shape(function, "v" + jax.tree_util.keystr(path), x, p.shape, "that of the parameter")
+        arrays.check_shape(function, "v" + jax.tree_util.keystr(path), x, p.shape, "that of the parameter")
     return v
-
-
-def _check_steps(
-    function: str, v: Any, operands: tuple[ArrayLike | None, ...]
-) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
-    """The steps of hidden states, kernel and bias; None is held fixed."""
-    if not isinstance(v, tuple) or len(v) not in (2, 3):
-        raise _arrays.dtype_error(function, "v", "be a tuple (v_hidden, v_kernel) or (v_hidden, v_kernel, v_bias)", v)
-    steps = []
-    for name, step, operand in zip(("hidden", "kernel", "bias"), (*v, None)[:3], operands, strict=True):
-        if step is not None:
-            step = _arrays.floating(function, f"v_{name}", step)
-            if operand is None:
-                raise ValueError(f"jaxent.{function}: `v_{name}` must be None, since there is no `{name}`")
-            _arrays.check_shape(function, f"v_{name}", step, jnp.shape(operand), f"that of `{name}`")
-        steps.append(step)
-    return steps[0], steps[1], steps[2]

@@ -7,17 +7,33 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxent import _arrays, _heads, _rows, _targets
-from jaxent._exports import exportable
-from jaxent._heads import Shaping
-from jaxent._labels import IGNORED
-from jaxent._layout import Layout
-from jaxent._options import Precision
-from jaxent._rows import LossOptions, RowTargets
-from jaxent._sharding import ClassAxis
-from jaxent._streaming import Head, Logits, Products, stream_rows
-from jaxent._targets import SoftmaxArguments
-from jaxent.linear import without_ignored
+from jaxent._arguments import arrays
+from jaxent._arguments.options import Precision
+from jaxent._arguments.targets import (
+    SoftmaxArguments,
+    check_class_axis_of_rows,
+    check_ignore_index,
+    check_row_arguments,
+    check_softmax_arguments,
+    check_vocab_axis_of_rows,
+    row_targets,
+)
+from jaxent._engine.chunking import Chunking
+from jaxent._engine.linear_head import (
+    LogitTransform,
+    check_head,
+    check_logit_transform,
+    chunking_for,
+    flat_rows,
+    logits_like,
+    matrix_products,
+    zero_ignored_hidden,
+)
+from jaxent._engine.streaming import Head, Logits, MatrixProducts, stream_rows
+from jaxent._math.label_loss import IGNORED
+from jaxent._math.row_losses import LossOptions, RowTargets, ignore_zero_weight_rows, softmax_loss_gradient
+from jaxent._mesh.class_axis import ClassAxis
+from jaxent._serialization import exportable
 
 
 @exportable
@@ -79,9 +95,9 @@ def linear_gradient_norms(
     (Array([0.70710677], dtype=float32), Array([0.70710677], dtype=float32))
     """
     name = "linear_gradient_norms"
-    head, batch = _heads.check_head(name, hidden, kernel, bias)
-    _targets.check_vocab_axis(name, vocab_axis, targets, hidden=head.hidden, where=where, weights=weights)
-    arguments = _targets.check_softmax_arguments(
+    head, batch = check_head(name, hidden, kernel, bias)
+    check_vocab_axis_of_rows(name, vocab_axis, targets, hidden=head.hidden, where=where, weights=weights)
+    arguments = check_softmax_arguments(
         name,
         (*batch, head.kernel.shape[1]),
         -1,
@@ -92,48 +108,48 @@ def linear_gradient_norms(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
-    _targets.check_class_axis(name, vocab_axis, {"kernel": (head.kernel, 1)}, arguments)
+    check_class_axis_of_rows(name, vocab_axis, {"kernel": (head.kernel, 1)}, arguments)
     norms = _linear_gradient_norms(
         head,
-        _heads.flat_rows(arguments, batch),
-        _heads.check_shaping(name, soft_cap, temperature),
+        flat_rows(arguments, batch),
+        check_logit_transform(name, soft_cap, temperature),
         classes=ClassAxis(-1, vocab_axis),
-        ignore_index=_targets.check_ignore_index(name, ignore_index),
-        layout=_heads.layout(name, chunk_rows, head),
-        products=_heads.products(precision, head),
+        ignore_index=check_ignore_index(name, ignore_index),
+        chunking=chunking_for(name, chunk_rows, head),
+        products=matrix_products(precision, head),
     )
     return jax.tree.map(batch.unflatten, norms)
 
 
-@functools.partial(jax.jit, static_argnames=("classes", "ignore_index", "layout", "products"), inline=True)
+@functools.partial(jax.jit, static_argnames=("classes", "ignore_index", "chunking", "products"), inline=True)
 def _linear_gradient_norms(
     head: Head,
     arguments: SoftmaxArguments,
-    shaping: Shaping,
+    transform: LogitTransform,
     *,
     classes: ClassAxis,
     ignore_index: int | None,
-    layout: Layout,
-    products: Products,
+    chunking: Chunking,
+    products: MatrixProducts,
 ) -> GradientNorms:
-    rows, options = _targets.row_targets(arguments, _heads.logits_like(head), classes, ignore_index)
-    rows, hidden = without_ignored(rows, head.hidden)
+    rows, options = row_targets(arguments, logits_like(head), classes, ignore_index)
+    rows, hidden = zero_ignored_hidden(rows, head.hidden)
     dtype = head.kernel.dtype
 
     def row_fn(
-        logits: Logits, per_row: tuple[RowTargets, jax.Array], shared: tuple[Shaping, LossOptions, jax.Array]
+        logits: Logits, per_row: tuple[RowTargets, jax.Array], shared: tuple[LogitTransform, LossOptions, jax.Array]
     ) -> GradientNorms:
-        (rows, hidden), (shaping, options, kernel) = per_row, shared
-        z, pull = jax.vjp(shaping, logits[0])
-        rows = _rows.without_weightless(z, rows, classes)
-        dz = _rows.softmax_loss_gradient(z, rows, options, classes)
+        (rows, hidden), (transform, options, kernel) = per_row, shared
+        z, pull = jax.vjp(transform, logits[0])
+        rows = ignore_zero_weight_rows(z, rows, classes)
+        dz = softmax_loss_gradient(z, rows, options, classes)
         (d_raw,) = pull(dz)
         # In units of the row's largest entry: in float16 a gradient of 1e-8 would be 0 before the product.
         unit, size = _in_units(d_raw, classes)
-        d_hidden = classes.across(products.by_hidden(unit.astype(dtype), kernel.astype(dtype)))
+        d_hidden = classes.psum(products.by_hidden(unit.astype(dtype), kernel.astype(dtype)))
         by_bias = size * _norm_in_units(unit, classes)
         features = ClassAxis()
-        (state,) = _arrays.accumulated(hidden)
+        (state,) = arrays.accumulated(hidden)
         norms = GradientNorms(
             _norm(dz, classes), size * _norm(d_hidden, features), by_bias * _norm(state, features), by_bias
         )
@@ -143,8 +159,8 @@ def _linear_gradient_norms(
         row_fn,
         (head._replace(hidden=hidden),),
         (rows, hidden),
-        (shaping, options, head.kernel),
-        layout,
+        (transform, options, head.kernel),
+        chunking,
         products,
     )
 
@@ -211,10 +227,10 @@ def gradient_noise_scale(
     [5.5, 3.5, 1.5714]
     """
     name = "gradient_noise_scale"
-    singles = _arrays.real(name, "norms", norms)
-    mean = _arrays.real(name, "mean_norm", mean_norm)
-    _arrays.check_shape(name, "mean_norm", mean, (), "a scalar")
-    where, weights = _targets.check_row_arguments(name, singles.shape, where, weights)
+    singles = arrays.real(name, "norms", norms)
+    mean = arrays.real(name, "mean_norm", mean_norm)
+    arrays.check_shape(name, "mean_norm", mean, (), "a scalar")
+    where, weights = check_row_arguments(name, singles.shape, where, weights)
     return _gradient_noise_scale(singles, mean, where, weights)
 
 
@@ -222,7 +238,7 @@ def gradient_noise_scale(
 def _gradient_noise_scale(
     norms: jax.Array, mean_norm: jax.Array, where: jax.Array | None, weights: jax.Array | None
 ) -> GradientNoise:
-    norms, mean_norm = _arrays.accumulated(norms, mean_norm)
+    norms, mean_norm = arrays.accumulated(norms, mean_norm)
     w = jnp.ones_like(norms) if weights is None else weights.astype(norms.dtype)
     w = w if where is None else jnp.where(where, w, 0)
     norms = jnp.where(w == 0, 0, norms)

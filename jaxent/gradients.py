@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxent import _arrays, _rows, _targets
-from jaxent._reduction import Reduction
-from jaxent._sharding import ClassAxis, elementwise
-from jaxent._targets import SoftmaxArguments
-from jaxent.losses import check_softmax_call
-from jaxent.risk import WeightedSum
+from jaxent._arguments import arrays
+from jaxent._arguments.reduction import Reduction, WeightedSum
+from jaxent._arguments.targets import SoftmaxArguments, check_softmax_call, row_targets
+from jaxent._math.row_losses import softmax_loss_gradient
+from jaxent._mesh.apply import map_rows
+from jaxent._mesh.class_axis import ClassAxis
 
 
 def softmax_cross_entropy_gradient(
@@ -57,7 +57,7 @@ def softmax_cross_entropy_gradient(
     >>> softmax_cross_entropy_gradient(logits, jnp.array(2)).round(4)
     Array([ 0.25,  0.25, -0.5 ], dtype=float32)
     """
-    arrays, static = check_softmax_call(
+    traced, static = check_softmax_call(
         "softmax_cross_entropy_gradient",
         logits,
         targets,
@@ -72,7 +72,7 @@ def softmax_cross_entropy_gradient(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
-    return _softmax_cross_entropy_gradient(*arrays, **static)
+    return _softmax_cross_entropy_gradient(*traced, **static)
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "ignore_index", "reduction"), inline=True)
@@ -86,13 +86,13 @@ def _softmax_cross_entropy_gradient(
     reduction: Reduction,
 ) -> jax.Array:
     def derivative(logits: jax.Array, arguments: SoftmaxArguments, divisor: jax.Array | None) -> jax.Array:
-        (z,) = _arrays.accumulated(logits)
-        rows, options = _targets.row_targets(arguments, z, classes, ignore_index)
-        gradient = _rows.softmax_loss_gradient(z, rows, options, classes)
+        (z,) = arrays.accumulated(logits)
+        rows, options = row_targets(arguments, z, classes, ignore_index)
+        gradient = softmax_loss_gradient(z, rows, options, classes)
         if reduction == "mean":
             weight = (jnp.sum(rows.total_weights(classes)) if divisor is None else divisor).astype(z.dtype)
             # A mean of total 1 is the derivative of a mean by its total: 1 / weight, and 0 for an empty one.
             gradient *= WeightedSum(jnp.ones_like(weight), weight).mean()
         return gradient.astype(logits.dtype)
 
-    return elementwise(derivative, logits, arguments, divisor)
+    return map_rows(derivative, logits, arguments, divisor)

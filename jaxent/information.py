@@ -12,8 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxent import _arrays, _labels, _measures, _numerics, _softmax, _targets
-from jaxent._sharding import ClassAxis
+from jaxent._arguments import arrays
+from jaxent._arguments.targets import check_classes, check_row_arguments
+from jaxent._math import joint, renyi, safe, softmax
+from jaxent._math.divergences import cross_entropy_rows, kl_rows
+from jaxent._math.label_loss import INVALID, encode_labels
+from jaxent._mesh.class_axis import ClassAxis
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One distribution
@@ -36,7 +40,7 @@ def self_information(p: ArrayLike, *, base: ArrayLike | None = None) -> jax.Arra
     Array([0., 1., 2.], dtype=float32)
     """
     name = "self_information"
-    p = _arrays.floating(name, "p", p)
+    p = arrays.floating(name, "p", p)
     return _evaluate(_self_information, (p,), None, _log_base(name, base), axis=None)
 
 
@@ -114,7 +118,7 @@ def renyi_entropy(
     Array(1., dtype=float32)
     """
     order = _check_order("renyi_entropy", order, np.inf)
-    return _of_one("renyi_entropy", _measures.renyi_entropy, p, axis, where, base, order=order)
+    return _of_one("renyi_entropy", renyi.entropy, p, axis, where, base, order=order)
 
 
 def tsallis_entropy(p: ArrayLike, order: float, *, axis: int = -1, where: ArrayLike | None = None) -> jax.Array:
@@ -251,7 +255,7 @@ def renyi_divergence(
     Array(2., dtype=float32)
     """
     order = _check_order("renyi_divergence", order, np.inf)
-    return _of_two("renyi_divergence", _measures.renyi_divergence, p, q, axis, where, base, order=order)
+    return _of_two("renyi_divergence", renyi.divergence, p, q, axis, where, base, order=order)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -299,10 +303,10 @@ def conditional_entropy(pxy: ArrayLike, *, axis: int = -1, base: ArrayLike | Non
     """
     name = "conditional_entropy"
     p, log_base = _check_joint(name, pxy, base)
-    axis = _arrays.canonical_axis(name, axis, p.ndim)
+    axis = arrays.canonical_axis(name, axis, p.ndim)
     if axis < -2:
         raise ValueError(f"jaxent.{name}: `axis` must be one of the last two of {p.ndim}, got {axis}")
-    return _evaluate(_measures.conditional_entropy, (p,), None, log_base, axis=axis)
+    return _evaluate(joint.conditional_entropy, (p,), None, log_base, axis=axis)
 
 
 def mutual_information(pxy: ArrayLike, *, base: ArrayLike | None = None) -> jax.Array:
@@ -376,7 +380,7 @@ def entropy_with_logits(
     >>> entropy_with_logits(jnp.zeros(4), base=2)
     Array(2., dtype=float32)
     """
-    return _of_logits("entropy_with_logits", _softmax.entropy, ("logits",), (logits,), axis, where, base)
+    return _of_logits("entropy_with_logits", softmax.entropy, ("logits",), (logits,), axis, where, base)
 
 
 def cross_entropy_with_logits(
@@ -406,9 +410,7 @@ def cross_entropy_with_logits(
     Array(2., dtype=float32)
     """
     name = "cross_entropy_with_logits"
-    return _of_logits(
-        name, _measures.cross_entropy_rows, ("p_logits", "q_logits"), (p_logits, q_logits), axis, where, base
-    )
+    return _of_logits(name, cross_entropy_rows, ("p_logits", "q_logits"), (p_logits, q_logits), axis, where, base)
 
 
 def kl_divergence_with_logits(
@@ -439,7 +441,7 @@ def kl_divergence_with_logits(
     '1.2500e-09'
     """
     name = "kl_divergence_with_logits"
-    return _of_logits(name, _measures.kl_rows, ("p_logits", "q_logits"), (p_logits, q_logits), axis, where, base)
+    return _of_logits(name, kl_rows, ("p_logits", "q_logits"), (p_logits, q_logits), axis, where, base)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -466,26 +468,26 @@ def empirical_distribution(labels: ArrayLike, num_classes: int, *, weights: Arra
     Array([0.25, 0.25, 0.5 ], dtype=float32)
     """
     name = "empirical_distribution"
-    labels = _arrays.integer(name, "labels", labels)
+    labels = arrays.integer(name, "labels", labels)
     if isinstance(num_classes, bool) or not isinstance(num_classes, (int, np.integer)):
-        raise _arrays.dtype_error(name, "num_classes", "be an int", num_classes)
+        raise arrays.dtype_error(name, "num_classes", "be an int", num_classes)
     if num_classes < 1:
         raise ValueError(f"jaxent.{name}: `num_classes` must be at least 1, got {num_classes}")
-    _, weights = _targets.check_row_arguments(name, labels.shape, None, weights)
+    _, weights = check_row_arguments(name, labels.shape, None, weights)
     return _empirical_distribution(labels, weights, count=int(num_classes))
 
 
 @functools.partial(jax.jit, static_argnames=("count",), inline=True)
 def _empirical_distribution(labels: jax.Array, weights: jax.Array | None, *, count: int) -> jax.Array:
-    codes = _labels.label_codes(labels, count, None, None).reshape(-1)
+    codes = encode_labels(labels, count, None, None).reshape(-1)
     if weights is None:
         dtype, amounts = jnp.result_type(float), jnp.ones(codes.shape, jnp.int32)
     else:
-        (amounts,) = _arrays.accumulated(weights.reshape(-1))
+        (amounts,) = arrays.accumulated(weights.reshape(-1))
         dtype = amounts.dtype
-    invalid = jnp.any((codes == _labels.INVALID) & (amounts != 0))
+    invalid = jnp.any((codes == INVALID) & (amounts != 0))
     # An index out of range is dropped; a negative one would count from the end.
-    index = jnp.where(codes == _labels.INVALID, count, codes)
+    index = jnp.where(codes == INVALID, count, codes)
     sums = jnp.zeros(count, amounts.dtype).at[index].add(amounts, mode="drop")
     return jnp.where(invalid, jnp.nan, sums.astype(dtype) / jnp.sum(sums).astype(dtype))
 
@@ -495,35 +497,35 @@ def _empirical_distribution(labels: jax.Array, weights: jax.Array | None, *, cou
 
 
 def _self_information(p: jax.Array, *, axis: None) -> jax.Array:
-    return _numerics.cross_entropy_term(jnp.ones_like(p), p)
+    return safe.cross_entropy_term(jnp.ones_like(p), p)
 
 
 def _entropy(p: jax.Array, *, axis: int | tuple[int, int]) -> jax.Array:
-    return jnp.sum(_numerics.entropy_term(p), axis=axis)
+    return jnp.sum(safe.entropy_term(p), axis=axis)
 
 
 def _tsallis_entropy(p: jax.Array, *, axis: int, order: float) -> jax.Array:
-    return _entropy(p, axis=axis) if order == 1 else jnp.sum(_numerics.tsallis_term(p, order), axis=axis)
+    return _entropy(p, axis=axis) if order == 1 else jnp.sum(safe.tsallis_term(p, order), axis=axis)
 
 
 def _cross_entropy(p: jax.Array, q: jax.Array, *, axis: int) -> jax.Array:
-    return jnp.sum(_numerics.cross_entropy_term(p, q), axis=axis)
+    return jnp.sum(safe.cross_entropy_term(p, q), axis=axis)
 
 
 def _kl_divergence(p: jax.Array, q: jax.Array, *, axis: int) -> jax.Array:
-    return jnp.sum(_numerics.kl_term(p, q), axis=axis)
+    return jnp.sum(safe.kl_term(p, q), axis=axis)
 
 
 def _jensen_shannon(p: jax.Array, q: jax.Array, *, axis: int) -> jax.Array:
-    return jnp.sum(_numerics.jensen_shannon_term(p, q), axis=axis)
+    return jnp.sum(safe.jensen_shannon_term(p, q), axis=axis)
 
 
 def _mutual_information(p: jax.Array, *, axis: tuple[int, int]) -> jax.Array:
-    return _measures.mutual_information(p)
+    return joint.mutual_information(p)
 
 
 def _self_information_of_rows(z: jax.Array, classes: ClassAxis) -> jax.Array:
-    return -_softmax.log_softmax(z, classes)
+    return -softmax.log_softmax(z, classes)
 
 
 @functools.partial(jax.jit, static_argnames=("measure", "axis", "order"), inline=True)
@@ -537,11 +539,11 @@ def _evaluate(
     order: float | None = None,
 ) -> jax.Array:
     """A deleted class is one of probability 0: in every measure it adds nothing where all operands are 0."""
-    operands = _arrays.accumulated(*operands)
+    operands = arrays.accumulated(*operands)
     if where is not None:
         operands = tuple(jnp.where(where, x, 0) for x in operands)
     options = {} if order is None else {"order": order}
-    return _in_base(measure(*_numerics.in_domain(*operands), axis=axis, **options), log_base)
+    return _in_base(measure(*safe.in_domain(*operands), axis=axis, **options), log_base)
 
 
 @functools.partial(jax.jit, static_argnames=("measure", "axis"), inline=True)
@@ -553,7 +555,7 @@ def _evaluate_logits(
     *,
     axis: int,
 ) -> jax.Array:
-    operands = _arrays.accumulated(*operands)
+    operands = arrays.accumulated(*operands)
     if where is not None:
         operands = tuple(jnp.where(where, z, -jnp.inf) for z in operands)
     value = measure(*operands, ClassAxis(axis))
@@ -612,39 +614,39 @@ def _check_operands(
     function: str, names: tuple[str, ...], values: tuple[ArrayLike, ...], axis: int, where: ArrayLike | None
 ) -> tuple[tuple[jax.Array, ...], int, jax.Array | None]:
     """The operands and `where`, broadcast to one shape, and the axis of the classes in it, counted from the end."""
-    operands = [_arrays.floating(function, name, value) for name, value in zip(names, values, strict=True)]
-    axis = _arrays.canonical_axis(function, axis, max(max(x.ndim for x in operands), 1))
+    operands = [arrays.floating(function, name, value) for name, value in zip(names, values, strict=True)]
+    axis = arrays.canonical_axis(function, axis, max(max(x.ndim for x in operands), 1))
     for name, x in zip(names, operands, strict=True):
         if x.ndim < -axis:
-            raise _arrays.shape_error(function, name, f"have a class axis at {axis}", x)
-        _targets.check_classes(function, name, x.shape, axis)
+            raise arrays.shape_error(function, name, f"have a class axis at {axis}", x)
+        check_classes(function, name, x.shape, axis)
         if x.shape[axis] != operands[0].shape[axis]:
             expected = f"have {operands[0].shape[axis]} classes at axis {axis}, as `{names[0]}` has"
-            raise _arrays.shape_error(function, name, expected, x)
+            raise arrays.shape_error(function, name, expected, x)
     try:
         shape = np.broadcast_shapes(*(x.shape for x in operands))
     except ValueError as error:
-        expected = f"broadcast against `{names[0]}`, {_arrays.describe(operands[0])}"
-        raise _arrays.shape_error(function, names[-1], expected, operands[-1]) from error
+        expected = f"broadcast against `{names[0]}`, {arrays.describe(operands[0])}"
+        raise arrays.shape_error(function, names[-1], expected, operands[-1]) from error
     if where is not None:
-        where = _arrays.boolean(function, "where", where)
-        _arrays.check_broadcast(function, "where", where, shape, " and ".join(f"`{name}`" for name in names))
+        where = arrays.boolean(function, "where", where)
+        arrays.check_broadcast(function, "where", where, shape, " and ".join(f"`{name}`" for name in names))
         where = jnp.broadcast_to(where, shape)
     return tuple(jnp.broadcast_to(x, shape) for x in operands), axis, where
 
 
 def _check_joint(function: str, pxy: ArrayLike, base: ArrayLike | None) -> tuple[jax.Array, jax.Array | None]:
-    p = _arrays.floating(function, "pxy", pxy)
+    p = arrays.floating(function, "pxy", pxy)
     if p.ndim < 2:
-        raise _arrays.shape_error(function, "pxy", "have two class axes", p)
+        raise arrays.shape_error(function, "pxy", "have two class axes", p)
     for axis in (-2, -1):
-        _targets.check_classes(function, "pxy", p.shape, axis)
+        check_classes(function, "pxy", p.shape, axis)
     return p, _log_base(function, base)
 
 
 def _check_order(function: str, order: Any, high: float) -> float:
     if isinstance(order, bool) or not isinstance(order, (int, float, np.integer, np.floating)):
-        raise _arrays.dtype_error(function, "order", "be a Python number, known when the function is traced", order)
+        raise arrays.dtype_error(function, "order", "be a Python number, known when the function is traced", order)
     if not 0 <= order <= high:
         raise ValueError(f"jaxent.{function}: `order` must lie in [0, inf{']' if high == np.inf else ')'}, got {order}")
     return float(order)
@@ -654,10 +656,10 @@ def _log_base(function: str, base: ArrayLike | None) -> jax.Array | None:
     """The logarithm of the base; nan for a traced base out of range."""
     if base is None:
         return None
-    array = _arrays.real(function, "base", base)
+    array = arrays.real(function, "base", base)
     if array.shape != ():
-        raise _arrays.shape_error(function, "base", "be a scalar", array)
-    (array,) = _arrays.accumulated(array)
+        raise arrays.shape_error(function, "base", "be a scalar", array)
+    (array,) = arrays.accumulated(array)
     valid = (array > 0) & (array != 1) & jnp.isfinite(array)
     try:
         known_bad = not bool(valid)

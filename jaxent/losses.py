@@ -1,20 +1,30 @@
 """Losses on logits: each is a row loss and the shared reduction."""
 
 import functools
-from typing import Any, Literal, NamedTuple, Unpack, overload
+from typing import Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.typing import ArrayLike
 
-from jaxent import _arrays, _labels, _reduction, _rows, _softmax, _targets
-from jaxent._exports import exportable
-from jaxent._options import BinaryOptions, LabelOptions, SoftmaxOptions
-from jaxent._reduction import Reduction
-from jaxent._sharding import ClassAxis, check_class_axis, check_vocab_axis, elementwise
-from jaxent._targets import SoftmaxArguments
-from jaxent.risk import WeightedSum
+from jaxent._arguments import arrays
+from jaxent._arguments.options import BinaryOptions, LabelOptions, SoftmaxOptions
+from jaxent._arguments.reduction import Reduction, WeightedSum, check_reduction, reduce_losses
+from jaxent._arguments.targets import (
+    SoftmaxArguments,
+    check_class_axis_of_rows,
+    check_class_weights,
+    check_ignore_index,
+    check_labels,
+    check_logits,
+    check_row_arguments,
+    check_softmax_call,
+    row_targets,
+    rows_shape,
+)
+from jaxent._math.row_losses import binary_nll, label_loss_from_log_probs, softmax_loss, weighted
+from jaxent._mesh.apply import map_rows
+from jaxent._mesh.class_axis import ClassAxis
 
 
 @overload
@@ -82,7 +92,7 @@ def softmax_cross_entropy(
     >>> softmax_cross_entropy(logits, jnp.array([2, -100])).round(4)
     Array(0.5514, dtype=float32)
     """
-    arrays, static = check_softmax_call(
+    traced, static = check_softmax_call(
         "softmax_cross_entropy",
         logits,
         targets,
@@ -97,30 +107,7 @@ def softmax_cross_entropy(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
-    return _softmax_cross_entropy(*arrays, **static)
-
-
-def check_softmax_call(
-    function: str,
-    logits: ArrayLike,
-    targets: ArrayLike,
-    *,
-    axis: int,
-    ignore_index: int | None,
-    reduction: Reduction,
-    denominator: ArrayLike | None,
-    vocab_axis: str | None,
-    **options: Any,
-) -> tuple[tuple[jax.Array, SoftmaxArguments, jax.Array | None], dict[str, Any]]:
-    """The checked arguments of a softmax loss, traced ones and static ones, for the loss and for its gradient."""
-    z, axis = check_logits(function, "logits", logits, axis)
-    _targets.check_vocab_axis(function, vocab_axis, targets, where=options["where"], weights=options["weights"])
-    arguments = _targets.check_softmax_arguments(function, z.shape, axis, targets, **options)
-    divisor = _reduction.check(function, reduction, denominator)
-    _targets.check_class_axis(function, vocab_axis, {"logits": (z, axis)}, arguments)
-    ignore_index = _targets.check_ignore_index(function, ignore_index)
-    static = {"classes": ClassAxis(axis, vocab_axis), "ignore_index": ignore_index, "reduction": reduction}
-    return (z, arguments, divisor), static
+    return _softmax_cross_entropy(*traced, **static)
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "ignore_index", "reduction"), inline=True)
@@ -134,13 +121,13 @@ def _softmax_cross_entropy(
     reduction: Reduction,
 ) -> jax.Array | WeightedSum:
     def row_losses(logits: jax.Array, arguments: SoftmaxArguments) -> tuple[jax.Array, jax.Array]:
-        (z,) = _arrays.accumulated(logits)
-        rows, options = _targets.row_targets(arguments, z, classes, ignore_index)
-        losses = _rows.softmax_loss(z, rows, options, classes)
+        (z,) = arrays.accumulated(logits)
+        rows, options = row_targets(arguments, z, classes, ignore_index)
+        losses = softmax_loss(z, rows, options, classes)
         return jnp.squeeze(losses, classes.axis), rows.total_weights(classes)
 
-    losses, weights = elementwise(row_losses, logits, arguments, without=classes.axis)
-    return _reduction.reduce(losses, weights, reduction, divisor)
+    losses, weights = map_rows(row_losses, logits, arguments, without=classes.axis)
+    return reduce_losses(losses, weights, reduction, divisor)
 
 
 @overload
@@ -187,17 +174,17 @@ def nll_loss(
     """
     name = "nll_loss"
     log_p, axis = check_logits(name, "log_probs", log_probs, axis)
-    shape = _targets.rows_shape(log_p.shape, axis)
-    where, weights = _targets.check_row_arguments(name, shape, where, weights)
+    shape = rows_shape(log_p.shape, axis)
+    where, weights = check_row_arguments(name, shape, where, weights)
     arguments = SoftmaxArguments(
-        _targets.check_labels(name, "labels", labels, shape),
+        check_labels(name, "labels", labels, shape),
         where,
         weights,
-        _targets.check_class_weights(name, class_weights, log_p.shape[axis]),
+        check_class_weights(name, class_weights, log_p.shape[axis]),
     )
-    divisor = _reduction.check(name, reduction, denominator)
-    _targets.check_class_axis(name, None, {"log_probs": (log_p, axis)}, arguments, "labels")
-    ignore_index = _targets.check_ignore_index(name, ignore_index)
+    divisor = check_reduction(name, reduction, denominator)
+    check_class_axis_of_rows(name, None, {"log_probs": (log_p, axis)}, arguments, "labels")
+    ignore_index = check_ignore_index(name, ignore_index)
     return _nll_loss(log_p, arguments, divisor, classes=ClassAxis(axis), ignore_index=ignore_index, reduction=reduction)
 
 
@@ -212,13 +199,13 @@ def _nll_loss(
     reduction: Reduction,
 ) -> jax.Array | WeightedSum:
     def row_losses(log_probs: jax.Array, arguments: SoftmaxArguments) -> tuple[jax.Array, jax.Array]:
-        (log_p,) = _arrays.accumulated(log_probs)
-        rows, _ = _targets.row_targets(arguments, log_p, classes, ignore_index)
-        losses = _rows.picked_nll(log_p, rows, classes)
+        (log_p,) = arrays.accumulated(log_probs)
+        rows, _ = row_targets(arguments, log_p, classes, ignore_index)
+        losses = label_loss_from_log_probs(log_p, rows, classes)
         return jnp.squeeze(losses, classes.axis), rows.total_weights(classes)
 
-    losses, weights = elementwise(row_losses, log_probs, arguments, without=classes.axis)
-    return _reduction.reduce(losses, weights, reduction, divisor)
+    losses, weights = map_rows(row_losses, log_probs, arguments, without=classes.axis)
+    return reduce_losses(losses, weights, reduction, divisor)
 
 
 @overload
@@ -267,14 +254,14 @@ def sigmoid_cross_entropy(
     Array(0.6931472, dtype=float32)
     """
     name = "sigmoid_cross_entropy"
-    z = _arrays.floating(name, "logits", logits)
-    t = _arrays.probability_or_flag(name, "targets", targets)
-    _arrays.check_shape(name, "targets", t, z.shape, "one for each logit")
-    where, weights = _targets.check_row_arguments(name, z.shape, where, weights)
+    z = arrays.floating(name, "logits", logits)
+    t = arrays.probability_or_flag(name, "targets", targets)
+    arrays.check_shape(name, "targets", t, z.shape, "one for each logit")
+    where, weights = check_row_arguments(name, z.shape, where, weights)
     if pos_weight is not None:
-        pos_weight = _arrays.real(name, "pos_weight", pos_weight)
-        _arrays.check_broadcast(name, "pos_weight", pos_weight, z.shape, "the logits")
-    divisor = _reduction.check(name, reduction, denominator)
+        pos_weight = arrays.real(name, "pos_weight", pos_weight)
+        arrays.check_broadcast(name, "pos_weight", pos_weight, z.shape, "the logits")
+    divisor = check_reduction(name, reduction, denominator)
     return _sigmoid_cross_entropy(z, t, where, weights, pos_weight, divisor, reduction=reduction)
 
 
@@ -296,7 +283,7 @@ def _sigmoid_cross_entropy(
         weights: jax.Array | None,
         pos_weight: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
-        (z,) = _arrays.accumulated(logits)
+        (z,) = arrays.accumulated(logits)
         counted = jnp.ones(z.shape, z.dtype) if weights is None else weights.astype(z.dtype)
         dropped = jnp.zeros(z.shape, bool) if where is None else ~where
         dropped |= (counted == 0) & jnp.isnan(z)
@@ -305,130 +292,7 @@ def _sigmoid_cross_entropy(
         targets = jnp.where(dropped, 0, targets.astype(z.dtype))
         if pos_weight is not None:
             pos_weight = jnp.broadcast_to(pos_weight.astype(z.dtype), z.shape)
-        return _rows.weighted(counted, _rows.binary_nll(z, targets, pos_weight)), counted
+        return weighted(counted, binary_nll(z, targets, pos_weight)), counted
 
-    losses, counted = elementwise(losses_and_weights, logits, targets, where, weights, pos_weight)
-    return _reduction.reduce(losses, counted, reduction, divisor)
-
-
-@exportable
-class TokenStatistics(NamedTuple):
-    """What one pass over the logits tells about each row, in nats; None is what was not asked for."""
-
-    log_prob: jax.Array | None
-    """`log p_y`, differentiable; nan for a label out of range."""
-    log_normalizer: jax.Array
-    """`logsumexp(z)`, differentiable."""
-    entropy: jax.Array
-    """`-sum_k p_k log p_k`, differentiable."""
-    argmax: jax.Array
-    """The first class with the highest logit, int32; -1 for a row without a softmax."""
-    rank: jax.Array | None
-    """How many classes score strictly higher than the label, int32; -1 for a label out of range."""
-    top_log_probs: jax.Array | None
-    """The `top_k` highest log-probabilities, in falling order, on a new last axis."""
-    top_classes: jax.Array | None
-    """Their classes, int32."""
-
-
-def token_statistics(
-    logits: ArrayLike,
-    labels: ArrayLike | None = None,
-    *,
-    axis: int = -1,
-    top_k: int = 0,
-    vocab_axis: str | None = None,
-) -> TokenStatistics:
-    r"""Per-row log-probability, log-normaliser, entropy, argmax, rank and top classes, in nats.
-
-    $$\log p_y = z_y - \mathrm{lse}(z), \quad H = -\sum_k p_k \log p_k, \quad
-    \mathrm{rank} = |\{k : z_k > z_y\}|$$
-
-    **Arguments:**
-
-    - `logits`: `(*batch, classes)`, floating, the classes at `axis`.
-    - `labels`: `(*batch,)`, integer; without them `log_prob` and `rank` are None.
-    - `top_k`: how many of the best classes to return; 0 for none.
-    - `vocab_axis`: the mesh axis that splits the classes, inside `jax.shard_map`.
-
-    **Returns:** `TokenStatistics` with leaves of shape `(*batch,)`, and `(*batch, top_k)` for the top classes.
-    A label out of range has log-probability nan and rank -1; a row with nan, +inf or only -inf has nan everywhere, and
-    -1 for its classes.
-
-    **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape, axis or `top_k`.
-
-    >>> stats = token_statistics(jnp.log(jnp.array([0.3, 0.3, 0.4])), jnp.array(0))
-    >>> int(stats.argmax), int(stats.rank)
-    (2, 1)
-    """
-    name = "token_statistics"
-    z, axis = check_logits(name, "logits", logits, axis)
-    check_vocab_axis(name, vocab_axis, {"labels": labels})
-    if labels is not None:
-        labels = _targets.check_labels(name, "labels", labels, _targets.rows_shape(z.shape, axis))
-    check_class_axis(name, vocab_axis, {"logits": (z, axis)}, {"labels": labels})
-    classes = ClassAxis(axis, vocab_axis)
-    return _token_statistics(z, labels, classes=classes, top_k=check_top_k(name, top_k, classes.size(z)))
-
-
-def check_top_k(function: str, top_k: int, count: int) -> int:
-    if isinstance(top_k, bool) or not isinstance(top_k, int):
-        raise _arrays.dtype_error(function, "top_k", "be an int", top_k)
-    if not 0 <= top_k <= count:
-        raise ValueError(f"jaxent.{function}: `top_k` must lie in [0, {count}], the number of classes, got {top_k}")
-    return top_k
-
-
-@functools.partial(jax.jit, static_argnames=("classes", "top_k"), inline=True)
-def _token_statistics(
-    logits: jax.Array, labels: jax.Array | None, *, classes: ClassAxis, top_k: int
-) -> TokenStatistics:
-    def rows(logits: jax.Array, labels: jax.Array | None) -> TokenStatistics:
-        (z,) = _arrays.accumulated(logits)
-        codes = None
-        if labels is not None:
-            codes = _labels.label_codes(jnp.expand_dims(labels, classes.axis), classes.size(z), None, None)
-        return row_statistics(z, codes, classes, top_k)
-
-    return elementwise(rows, logits, labels, without=classes.axis)
-
-
-def row_statistics(z: jax.Array, codes: jax.Array | None, classes: ClassAxis, top_k: int) -> TokenStatistics:
-    """`TokenStatistics` of rows whose labels are codes."""
-    row = _softmax.normalizer(z, classes)
-    usable = jnp.isfinite(row.rest)
-    log_prob = rank = top_log_probs = top_classes = None
-
-    def per_row(x: jax.Array) -> jax.Array:
-        return jnp.squeeze(x, classes.axis)
-
-    if codes is not None:
-        log_prob = per_row(-_labels.label_nll(z, codes, classes)[0])
-        label_logit = lax.stop_gradient(classes.take(z, codes))
-        higher = classes.sum((lax.stop_gradient(z) > label_logit).astype(jnp.int32))
-        rank = per_row(jnp.where(usable & (codes >= 0), higher, -1))
-    settled = lax.optimization_barrier(lax.stop_gradient(z))  # compared with its own maximum, not with one rounded anew
-    argmax = per_row(jnp.where(usable, classes.min_index(settled == classes.max(settled)), -1))
-    if top_k:
-        top_z, top_classes = classes.top(z, top_k)
-        first = jnp.moveaxis(row.shift, classes.axis, -1), jnp.moveaxis(row.log_total, classes.axis, -1)
-        top_log_probs = (top_z - first[0]) - first[1]
-        top_classes = jnp.where(jnp.moveaxis(usable, classes.axis, -1), top_classes, -1)
-    return TokenStatistics(
-        log_prob,
-        per_row(row.shift + row.log_total),
-        per_row(_softmax.entropy(z, classes)),
-        argmax,
-        rank,
-        top_log_probs,
-        top_classes,
-    )
-
-
-def check_logits(function: str, argument: str, logits: ArrayLike, axis: int) -> tuple[jax.Array, int]:
-    z = _arrays.floating(function, argument, logits)
-    if z.ndim == 0:
-        raise _arrays.shape_error(function, argument, "have a class axis", z)
-    axis = _arrays.canonical_axis(function, axis, z.ndim)
-    _targets.check_classes(function, argument, z.shape, axis)
-    return z, axis
+    losses, counted = map_rows(losses_and_weights, logits, targets, where, weights, pos_weight)
+    return reduce_losses(losses, counted, reduction, divisor)

@@ -9,42 +9,9 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxent import _arrays
-from jaxent._exports import exportable
-
-
-@exportable
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class WeightedSum:
-    """A sum of losses and the sum of their weights, so that means over parts of a batch add up to the exact mean.
-
-    A mean of means weighs a part with few counted rows like a full one. Adding totals and weights does not, and the two
-    numbers pass through `jax.lax.psum`, a scan's carry, and `has_aux` like any pytree:
-
-    >>> a, b = WeightedSum(jnp.float32(6.0), jnp.float32(3.0)), WeightedSum(jnp.float32(1.0), jnp.float32(1.0))
-    >>> float((a + b).mean())
-    1.75
-    """
-
-    total: jax.Array
-    """`sum_n w_n l_n`, in nats for the losses of this library."""
-    weight: jax.Array
-    """`sum_n w_n`."""
-
-    def __add__(self, other: "WeightedSum") -> "WeightedSum":
-        if not isinstance(other, WeightedSum):
-            return NotImplemented
-        return WeightedSum(self.total + other.total, self.weight + other.weight)
-
-    def __radd__(self, other: object) -> "WeightedSum":
-        """`sum(parts)` starts from 0."""
-        return self if isinstance(other, int) and other == 0 else NotImplemented
-
-    def mean(self) -> jax.Array:
-        """`total / weight`; 0, with derivative 0, when nothing was weighed."""
-        empty = self.weight == 0
-        return jnp.where(empty, 0, self.total / jnp.where(empty, 1, self.weight))
+from jaxent._arguments import arrays
+from jaxent._arguments.reduction import WeightedSum
+from jaxent._serialization import exportable
 
 
 @exportable
@@ -154,13 +121,13 @@ class EmpiricalRisk:
         **Arguments:** `losses`: any shape, floating, not yet weighted. `weights`: the same shape, `w >= 0`, or bool.
         A weight of 0 silences its loss, even nan or inf; a negative weight gives nan.
         """
-        x = _arrays.floating("EmpiricalRisk.update", "losses", losses)
+        x = arrays.floating("EmpiricalRisk.update", "losses", losses)
         if weights is None:
-            (x,) = _arrays.accumulated(x)
+            (x,) = arrays.accumulated(x)
             return self._plus(_two_float_sum(x), _count(x.size))
-        w = _arrays.probability_or_flag("EmpiricalRisk.update", "weights", weights)
-        _arrays.check_shape("EmpiricalRisk.update", "weights", w, x.shape, "one for each loss")
-        x, w = _arrays.accumulated(x, w)
+        w = arrays.probability_or_flag("EmpiricalRisk.update", "weights", weights)
+        arrays.check_shape("EmpiricalRisk.update", "weights", w, x.shape, "one for each loss")
+        x, w = arrays.accumulated(x, w)
         w = jnp.where(w < 0, jnp.nan, w)
         x = jnp.where(w == 0, 0, x) * w
         return self._plus(_two_float_sum(x), _two_float_sum(w))
@@ -168,10 +135,10 @@ class EmpiricalRisk:
     def merge(self, other: "EmpiricalRisk | WeightedSum") -> "EmpiricalRisk":
         """With another part's sums added; the order of the parts does not matter."""
         if isinstance(other, WeightedSum):
-            total, weight = _arrays.accumulated(jnp.asarray(other.total), jnp.asarray(other.weight))
+            total, weight = arrays.accumulated(jnp.asarray(other.total), jnp.asarray(other.weight))
             return self._plus(_TwoFloat(total, jnp.zeros_like(total)), _TwoFloat(weight, jnp.zeros_like(weight)))
         if not isinstance(other, EmpiricalRisk):
-            raise _arrays.dtype_error("EmpiricalRisk.merge", "other", "be an EmpiricalRisk or a WeightedSum", other)
+            raise arrays.dtype_error("EmpiricalRisk.merge", "other", "be an EmpiricalRisk or a WeightedSum", other)
         return self._plus(other._total, other._weight)
 
     def _plus(self, total: _TwoFloat, weight: _TwoFloat) -> "EmpiricalRisk":
@@ -207,6 +174,6 @@ class EmpiricalRisk:
         dtype = self._total.hi.dtype
         if isinstance(count, int):
             count = float(count)  # a Python int of 2^31 and more does not fit an int32
-        units = _arrays.real("EmpiricalRisk.bits_per", "count", count).astype(dtype)
-        _arrays.check_shape("EmpiricalRisk.bits_per", "count", units, (), "a scalar")
+        units = arrays.real("EmpiricalRisk.bits_per", "count", count).astype(dtype)
+        arrays.check_shape("EmpiricalRisk.bits_per", "count", units, (), "a scalar")
         return self._total.over(_TwoFloat(units, jnp.zeros_like(units))) / float(np.log(2))

@@ -17,7 +17,7 @@ from cases import draw_labels, draw_logits, softmax_cross_entropy, softmax_cross
 
 import jaxent
 from jaxent import GradientReport, check_gradient
-from jaxent.checking import DIFFERENCES, Comparison
+from jaxent._check.gradient import DIFFERENCES, Comparison
 
 LATE = np.array([0.0, -20.0, -25.0], np.float32)
 

@@ -1,27 +1,26 @@
-"""Data flows one way through the package: no module imports one of its own layer or of a layer above."""
+"""Data flows one way through the package: no module imports one of a wing above its own."""
 
 import ast
 from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "jaxent"
-LAYERS = (
-    ("_arrays", "_exports", "_numerics", "_options", "_sharding"),  # arguments, records, safe arithmetic, meshes
-    ("_layout", "_softmax", "_ways", "risk"),  # chunks, the softmax of a row, ways to a gradient, sums
-    ("_labels",),
-    ("_rows",),  # the row losses
-    ("_differences", "_forms", "_measures", "_reduction", "_streaming", "_targets"),  # the engine; forms of arguments
-    ("_heads", "_suspicions", "_torch_rules", "information", "losses", "planning"),  # what is made of one row function
-    ("_torch_functional", "diagnose", "gradients", "linear"),
-    ("_torch_linear", "checking", "curvature", "gradient_norms"),
-    ("torch_compat",),
-    ("__init__",),
-    ("cli",),
-)
+# The wings from the ground up; the public modules are the files of the package's own folder.
+GROUND_UP = "_mesh", "_math", "_arguments", "_engine", "public", "torch_compat _check", "__init__", "cli"
+LEVEL = {wing: level for level, wings in enumerate(GROUND_UP) for wing in wings.split()}
+GROUND = "_serialization"  # imports nothing of the package, and any module may import it
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Modules of the package that a file names in an import, anywhere in it; `__init__` for the package itself."""
+def wing(path: Path) -> str:
+    """The folder of a module, `public` for those of the package's own folder."""
+    folder, *rest = path.relative_to(PACKAGE).parts
+    if rest:
+        return folder
+    return "__init__" if folder in ("__init__.py", "__main__.py") else "public"
+
+
+def imported(path: Path) -> Iterator[Path]:
+    """The modules of the package that a file names in an import, anywhere in it."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -30,19 +29,63 @@ def imported(path: Path) -> Iterator[str]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
-        for package, *rest in (name.split(".") for name in names):
+        for package, *parts in (name.split(".") for name in names):
             if package == "jaxent":
-                module = rest[0] if rest else "__init__"
-                yield module if any(module in layer for layer in LAYERS) else "__init__"
+                yield module_file(parts)
+
+
+def module_file(parts: list[str]) -> Path:
+    """The longest prefix of a dotted name that is a module; the rest are names inside it."""
+    while parts:
+        for candidate in (PACKAGE.joinpath(*parts).with_suffix(".py"), PACKAGE.joinpath(*parts, "__init__.py")):
+            if candidate.exists():
+                return candidate
+        parts = parts[:-1]
+    return PACKAGE / "__init__.py"
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_folder_is_a_wing():
+    assert {wing(path) for path in MODULES} == set(LEVEL)
 
 
 def test_nothing_is_imported_upwards():
-    level = {name: i for i, layer in enumerate(LAYERS) for name in layer}
-    assert set(level) == {path.stem for path in PACKAGE.glob("*.py")} | {"cli"}
     upwards = [
-        f"{path.stem} imports {name}"
-        for path in PACKAGE.glob("*.py")
-        for name in imported(path)
-        if level[name] >= level[path.stem]
+        f"{path.relative_to(PACKAGE)} imports {other.relative_to(PACKAGE)}"
+        for path in MODULES
+        for other in imported(path)
+        if other.stem != GROUND and LEVEL[wing(other)] > LEVEL[wing(path)]
     ]
     assert not upwards
+
+
+def test_no_circle_of_imports():
+    graph = {path: {other for other in imported(path) if other.name != "__init__.py"} - {path} for path in MODULES}
+    while free := [path for path, others in graph.items() if not others]:
+        for path in free:
+            del graph[path]
+        graph = {path: others.difference(free) for path, others in graph.items()}
+    assert not graph
+
+
+def test_no_module_imports_what_another_keeps_private():
+    taken = [
+        f"{path.relative_to(PACKAGE)}: {node.module}.{alias.name}"
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jaxent")
+        for alias in node.names
+        if alias.name.startswith("_") and not is_module([*(node.module or "").split(".")[1:], alias.name])
+    ]
+    assert not taken
+
+
+def is_module(parts: list[str]) -> bool:
+    return module_file(parts) in (PACKAGE.joinpath(*parts).with_suffix(".py"), PACKAGE.joinpath(*parts, "__init__.py"))
+
+
+def test_modules_are_short():
+    long = {str(path.relative_to(PACKAGE)): n for path in MODULES if (n := len(path.read_text().splitlines())) > 400}
+    assert not long

@@ -405,10 +405,10 @@ def test_a_plan_of_a_small_loss_is_one_chunk():
     ("arguments", "options", "error", "message"),
     [
         ((-1, 2, 3), {}, ValueError, "`num_rows`"),
-        ((1, 0, 3), {}, ValueError, "`hidden_size`"),
+        ((1, 0, 3), {}, ValueError, "`features`"),
         ((1, 2, 0), {}, ValueError, "`num_classes`"),
         ((1.5, 2, 3), {}, TypeError, "`num_rows`"),
-        ((1, True, 3), {}, TypeError, "`hidden_size`"),
+        ((1, True, 3), {}, TypeError, "`features`"),
         ((1, 2, 3), {"dtype": np.int32}, TypeError, "`dtype`"),
         ((1, 2, 3), {"chunk_rows": 0}, ValueError, "`chunk_rows`"),
         ((1, 2, 3), {"chunk_rows": 1.0}, TypeError, "`chunk_rows`"),

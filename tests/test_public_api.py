@@ -59,7 +59,7 @@ linear_kl_divergence(hidden_p, kernel_p, hidden_q, kernel_q, *, bias_p=None, bia
     mixture=0.5, soft_cap_p=None, soft_cap_q=None, temperature=1.0, where=None, weights=None, reduction="mean",
     denominator=None, chunk_rows=None, precision=None, vocab_axis=None)
 linear_loss(row_loss, hidden, kernel, *row_args, bias=None, params=None, chunk_rows=None, precision=None)
-plan(num_rows, hidden_size, num_classes, *, dtype=float32, chunk_rows=None, reduction="mean")
+plan(num_rows, features, num_classes, *, dtype=float32, chunk_rows=None, reduction="mean")
 
 softmax_cross_entropy_gradient(logits, targets, *, axis=-1, where=None, weights=None, class_weights=None,
     ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean", denominator=None, vocab_axis=None)

@@ -11,7 +11,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxent import softmax_cross_entropy
-from jaxent.risk import EmpiricalRisk, WeightedSum
+from jaxent._arguments.reduction import WeightedSum
+from jaxent.risk import EmpiricalRisk
 
 ULP = 2.0**-23
 

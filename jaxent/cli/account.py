@@ -13,6 +13,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxent import information
+from jaxent._engine.plan import plan
 from jaxent.cli import model
 from jaxent.cli.corpus import Corpus
 from jaxent.cli.data import Data
@@ -20,7 +21,6 @@ from jaxent.cli.devices import DATA, VOCAB, Devices
 from jaxent.cli.evaluation import figures, measure
 from jaxent.cli.proposals import Rows
 from jaxent.gradients import softmax_cross_entropy_gradient
-from jaxent.planning import plan
 
 DENSE_BYTES = 2**27  # of logits, for as many rows of which the gradient is also taken in closed form
 

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxent import _differences, linear_loss
-from jaxent._differences import Wide
-from jaxent._ways import Entries, own_ways
-from jaxent.checking import DIFFERENCES, Comparison, Reference, compare, table
+from jaxent import linear_loss
+from jaxent._check.autodiff import FlatArguments, autodiff_gradients
+from jaxent._check.finite_differences import Float64Reference, evaluate
+from jaxent._check.gradient import DIFFERENCES, Comparison, Reference, compare, table
 from jaxent.cli import check_picture, report
 from jaxent.cli.check_cases import EVERY_DTYPE, Case, cases
 from jaxent.cli.errors import CommandError, require
@@ -83,20 +83,22 @@ def run(chosen: Sequence[Case], dtypes: Sequence[str], products: "Products") -> 
         return [r for found in pool.map(_compared, *zip(*jobs, strict=True)) for r in found]
 
 
-def _entries(case: Case, dtype: str) -> Entries:
-    return Entries("check", case.function, tuple(jnp.asarray(x, dtype=dtype) for x in case.args), {})
+def _entries(case: Case, dtype: str) -> FlatArguments:
+    return FlatArguments("check", case.function, tuple(jnp.asarray(x, dtype=dtype) for x in case.args), {})
 
 
-def _wides(group: Sequence[Case]) -> list[Wide]:
+def _wides(group: Sequence[Case]) -> list[Float64Reference]:
     with jax.enable_x64(True):
-        return _differences.evaluate([_entries(case, "float64") for case in group])
+        return evaluate([_entries(case, "float64") for case in group])
 
 
-def _compared(dtype: str, group: Sequence[Case], wides: Sequence[Wide], products: "Products") -> list[Result]:
+def _compared(
+    dtype: str, group: Sequence[Case], wides: Sequence[Float64Reference], products: "Products"
+) -> list[Result]:
     kept = [(case, wide) for case, wide in zip(group, wides, strict=True) if dtype in case.dtypes]
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
         problems = [(_entries(case, dtype), case.closed_form) for case, _ in kept]
-        owns = own_ways(problems) if problems else []
+        owns = autodiff_gradients(problems) if problems else []
     results = []
     for (case, wide), (entries, _), own in zip(kept, problems, owns, strict=True):
         exact = case.exact()

@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 
-from jaxent._ways import Entries
+from jaxent._check.autodiff import FlatArguments
 
 # Relative steps: the cube roots of the epsilons of float64 and float32, and one more for a noisier function.
 STEPS = {"float64": (2.0**-17, 2.0**-8), "float32": (2.0**-8, 2.0**-5)}
@@ -26,7 +26,7 @@ SPACING, POINTS, ORDER, SIGMAS = 1.7e-5, 9, 6, 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Wide:
+class Float64Reference:
     """What float64 tells of a function at its arguments, as vectors of entries."""
 
     exact: bool
@@ -47,7 +47,7 @@ class Wide:
     notes: list[str]
 
 
-def evaluate(problems: Sequence[Entries]) -> list[Wide]:
+def evaluate(problems: Sequence[FlatArguments]) -> list[Float64Reference]:
     """In float64, or, if a function cannot take it, in float32; all in one program, which compiles faster than many."""
     try:
         with jax.enable_x64(True):
@@ -61,7 +61,7 @@ def evaluate(problems: Sequence[Entries]) -> list[Wide]:
 class _Points:
     """Where a function is evaluated. Its drawn entries are moved one at a time, and all of them along a direction."""
 
-    def __init__(self, entries: Entries, dtype: np.dtype):
+    def __init__(self, entries: FlatArguments, dtype: np.dtype):
         self.entries, self.dtype, self.steps = entries, dtype, STEPS[dtype.name]
         self.x, self.scale = entries.x.astype(dtype), _scales(entries).astype(dtype)
         # (step, h or 2h, sign) for each entry and for the direction, which is entry -1
@@ -91,13 +91,13 @@ class _Points:
         return lax.map(at, points), lax.map(lambda shift: jax.value_and_grad(function)(x + shift), shifts)
 
 
-def _evaluate(points: list[_Points]) -> list[Wide]:
+def _evaluate(points: list[_Points]) -> list[Float64Reference]:
     program = jax.jit(lambda arrays: [p.traced(*each) for p, each in zip(points, arrays, strict=True)])
     found = program([p.arrays() for p in points])
     return [_interpreted(p, *each) for p, each in zip(points, found, strict=True)]
 
 
-def _interpreted(p: _Points, values: Any, at_shifts: tuple[Any, Any]) -> Wide:
+def _interpreted(p: _Points, values: Any, at_shifts: tuple[Any, Any]) -> Float64Reference:
     entries, dtype = p.entries, p.dtype
     epsilon = float(max(np.finfo(dtype).eps, ml_dtypes.finfo(values.dtype).eps))
     values, shifted, gradients = (np.asarray(found, np.float64) for found in (values, *at_shifts))
@@ -118,7 +118,7 @@ def _interpreted(p: _Points, values: Any, at_shifts: tuple[Any, Any]) -> Wide:
     exact = dtype == np.float64 and share <= math.sqrt(2.0**-52 * 2.0**-23)
     notes = [] if exact else [f"in float64 the loss has noise of {share:.0e} of its size: compared with differences"]
     size = np.fmax(np.abs(gradient), moved)
-    return Wide(
+    return Float64Reference(
         exact,
         value,
         max(abs(value), reach),
@@ -133,7 +133,7 @@ def _interpreted(p: _Points, values: Any, at_shifts: tuple[Any, Any]) -> Wide:
     )
 
 
-def _scales(entries: Entries) -> np.ndarray:
+def _scales(entries: FlatArguments) -> np.ndarray:
     """What a relative step of 1 is: the size of the entry, near to the spread of its leaf; 0 if it is not finite.
 
     Logits near 1e4 live on the scale of their differences, and an entry of 0 on that of the others.

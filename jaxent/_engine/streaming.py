@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxent import _arrays
-from jaxent._layout import Layout
-from jaxent._options import Precision
-from jaxent._sharding import like_varying, over_rows, sum_to_type, varying
+from jaxent._arguments import arrays
+from jaxent._arguments.options import Precision
+from jaxent._engine.chunking import Chunking
+from jaxent._mesh.apply import shard_map_rows
+from jaxent._mesh.types import pcast_like, sum_to_type, varying
 
 Pytree = Any
 SymbolicZero = jax.custom_derivatives.SymbolicZero
@@ -45,7 +46,7 @@ RowFunction = Callable[[Logits, Pytree, Pytree], Pytree]
 
 
 @dataclasses.dataclass(frozen=True)
-class Products:
+class MatrixProducts:
     """The three matrix products of a head, each accumulated in at least float32.
 
     Operands keep the dtype of the inputs: the gradient by the logits is rounded to bf16 for the backward products of a
@@ -70,7 +71,7 @@ class Products:
             b,
             (((axis_a,), (axis_b,)), ((), ())),
             precision=self.precision,
-            preferred_element_type=_arrays.accumulation_dtype(a, b),
+            preferred_element_type=arrays.accumulation_dtype(a, b),
         )
 
 
@@ -83,18 +84,18 @@ def stream_sum(
     heads: tuple[Head, ...],
     row_args: Pytree,
     params: Pytree,
-    layout: Layout,
-    products: Products,
+    chunking: Chunking,
+    products: MatrixProducts,
 ) -> jax.Array:
     """`sum_i row_loss(logits_i, row_args_i, params)`; `row_loss` returns `(chunk_rows,)` and closes over no tracer."""
 
     def part(heads: tuple[Head, ...], row_args: Pytree, params: Pytree) -> jax.Array:
-        return _summed(row_loss, layout, products, heads, row_args, params)
+        return _summed(row_loss, chunking, products, heads, row_args, params)
 
-    return _over_rows(part, heads, row_args, params, summed=True)
+    return _shard_map_rows(part, heads, row_args, params, summed=True)
 
 
-def _over_rows(
+def _shard_map_rows(
     f: Callable[..., Pytree], heads: tuple[Head, ...], row_args: Pytree, params: Pytree, *, summed: bool
 ) -> Pytree:
     """`f(heads, row_args, params)`, on an explicit mesh for each device's own rows."""
@@ -105,32 +106,32 @@ def _over_rows(
         return f(tuple(Head(h, *layer) for h, layer in zip(hidden, layers, strict=True)), args, params)
 
     layers = [(head.kernel, head.bias) for head in heads]
-    return over_rows(part, ([head.hidden for head in heads], row_args), (layers, params), summed=summed)
+    return shard_map_rows(part, ([head.hidden for head in heads], row_args), (layers, params), summed=summed)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _summed(row_loss, layout, products, heads, row_args, params):
+def _summed(row_loss, chunking, products, heads, row_args, params):
     per_row = ([head.hidden for head in heads], row_args)
 
     def step(carry: None, chunk: jax.Array, rows: Pytree) -> tuple[None, jax.Array]:
         hidden, args = rows
         logits = tuple(products.logits(head._replace(hidden=h)) for head, h in zip(heads, hidden, strict=True))
-        return None, _block_sum(row_loss, layout, chunk, logits, args, params)
+        return None, _block_sum(row_loss, chunking, chunk, logits, args, params)
 
-    _, sums = layout.scan(step, None, per_row)
+    _, sums = chunking.scan(step, None, per_row)
     return jnp.sum(sums)
 
 
-def _block_sum(row_loss, layout, chunk, logits, row_args, params) -> jax.Array:
+def _block_sum(row_loss, chunking, chunk, logits, row_args, params) -> jax.Array:
     losses = row_loss(logits, row_args, params)
-    counted = layout.counted(chunk)
+    counted = chunking.valid_rows(chunk)
     return jnp.sum(losses if counted is None else jnp.where(counted, losses, 0))
 
 
-def _summed_jvp(row_loss, layout, products, primals, tangents):
-    wanted = jax.tree.map(_is_wanted, tangents)
-    total, gradients = _with_rules_kept(_sum_and_gradients, row_loss, layout, products, wanted)(primals)
-    steps = [tangent for tangent in jax.tree.leaves(tangents) if _is_wanted(tangent)]
+def _summed_jvp(row_loss, chunking, products, primals, tangents):
+    wanted = jax.tree.map(is_differentiated, tangents)
+    total, gradients = preserve_custom_rules(_sum_and_gradients, row_loss, chunking, products, wanted)(primals)
+    steps = [tangent for tangent in jax.tree.leaves(tangents) if is_differentiated(tangent)]
     terms = [
         sum_to_type(jnp.sum(gradient * step.astype(gradient.dtype)), total).astype(total.dtype)
         for gradient, step in zip(jax.tree.leaves(gradients), steps, strict=True)
@@ -141,7 +142,7 @@ def _summed_jvp(row_loss, layout, products, primals, tangents):
 _summed.defjvp(_summed_jvp, symbolic_zeros=True)
 
 
-def _with_rules_kept(f: Callable[..., Pytree], *static: Any) -> Callable[[Pytree], Pytree]:
+def preserve_custom_rules(f: Callable[..., Pytree], *static: Any) -> Callable[[Pytree], Pytree]:
     """`f(*static, inputs)`, whose scan keeps the derivative rules inside it however often it is differentiated.
 
     A scan in a derivative rule is partially evaluated for what does not depend on the loop, and JAX drops the rules of
@@ -154,25 +155,25 @@ def _with_rules_kept(f: Callable[..., Pytree], *static: Any) -> Callable[[Pytree
         return f(*static, inputs)
 
     def rule(primals: Pytree, tangents: Pytree) -> Pytree:
-        moving, fixed = _partition(primals, jax.tree.map(_is_wanted, tangents))
-        steps, _ = _partition(tangents, jax.tree.map(_is_wanted, tangents))
+        moving, fixed = _partition(primals, jax.tree.map(is_differentiated, tangents))
+        steps, _ = _partition(tangents, jax.tree.map(is_differentiated, tangents))
         return jax.jvp(lambda moving: f(*static, *_merge(moving, fixed)), (moving,), (steps,))
 
     kept.defjvp(rule, symbolic_zeros=True)
     return kept
 
 
-def _is_wanted(tangent: Any) -> bool:
+def is_differentiated(tangent: Any) -> bool:
     """Whether a derivative by this input was asked for: no product is spent on a frozen kernel."""
     return not isinstance(tangent, SymbolicZero)
 
 
-def _sum_and_gradients(row_loss, layout, products, wanted, inputs):
+def _sum_and_gradients(row_loss, chunking, products, wanted, inputs):
     """The sum and its gradient by every wanted leaf of `inputs = (heads, row_args, params)`; None at the others."""
     heads, row_args, params = inputs
     free_params, fixed_params = _partition(params, wanted[2])
-    free_params = _added_once(free_params, heads)
-    heads = jax.tree.map(lambda x: like_varying(x, jax.tree.leaves(heads)), heads)
+    free_params = vary_over_row_axes(free_params, heads)
+    heads = jax.tree.map(lambda x: pcast_like(x, jax.tree.leaves(heads)), heads)
     want_heads, want_args, _ = wanted
     needs_logits = [any(jax.tree.leaves(want)) for want in want_heads]
     free_args, fixed_args = _partition(row_args, want_args)
@@ -183,7 +184,7 @@ def _sum_and_gradients(row_loss, layout, products, wanted, inputs):
 
         def block(logits: Pytree, free: Pytree, free_params: Pytree) -> jax.Array:
             args, shared = _merge(free, fixed), _merge(free_params, fixed_params)
-            return _block_sum(row_loss, layout, chunk, logits, args, shared)
+            return _block_sum(row_loss, chunking, chunk, logits, args, shared)
 
         block_sum, pull = jax.vjp(block, logits, free, free_params)
         d_logits, d_args, d_params = pull(jnp.ones_like(block_sum))
@@ -192,30 +193,30 @@ def _sum_and_gradients(row_loss, layout, products, wanted, inputs):
             operand = dz.astype(head.kernel.dtype) if needed else dz
             d_hidden.append(products.by_hidden(operand, head.kernel) if want.hidden else None)
             d_kernels.append(products.by_kernel(h, operand) if want.kernel else None)
-            d_biases.append(jnp.sum(dz, axis=0).astype(_arrays.accumulation_dtype(head.bias)) if want.bias else None)
-        shared = (d_kernels, d_biases, jax.tree.map(lambda x: x.astype(_arrays.accumulation_dtype(x)), d_params))
+            d_biases.append(jnp.sum(dz, axis=0).astype(arrays.accumulation_dtype(head.bias)) if want.bias else None)
+        shared = (d_kernels, d_biases, jax.tree.map(lambda x: x.astype(arrays.accumulation_dtype(x)), d_params))
         return jax.tree.map(jnp.add, carry, shared), (block_sum, d_hidden, d_args)
 
     kernels = [head.kernel if want.kernel else None for head, want in zip(heads, want_heads, strict=True)]
     biases = [head.bias if want.bias else None for head, want in zip(heads, want_heads, strict=True)]
     zeros = jax.tree.map(
-        lambda x: like_varying(jnp.zeros_like(x, dtype=_arrays.accumulation_dtype(x)), [x]),
+        lambda x: pcast_like(jnp.zeros_like(x, dtype=arrays.accumulation_dtype(x)), [x]),
         (kernels, biases, free_params),
     )
     per_row = ([head.hidden for head in heads], free_args, fixed_args)
-    (d_kernels, d_biases, d_params), (sums, d_hidden, d_args) = layout.scan(step, zeros, per_row)
-    d_hidden, d_args = jax.tree.map(layout.join, (d_hidden, d_args))
+    (d_kernels, d_biases, d_params), (sums, d_hidden, d_args) = chunking.scan(step, zeros, per_row)
+    d_hidden, d_args = jax.tree.map(chunking.join, (d_hidden, d_args))
     d_heads = tuple(Head(*parts) for parts in zip(d_hidden, d_kernels, d_biases, strict=True))
     return jnp.sum(sums), (d_heads, d_args, d_params)
 
 
-def _added_once(params: Pytree, heads: tuple[Head, ...]) -> Pytree:
+def vary_over_row_axes(params: Pytree, heads: tuple[Head, ...]) -> Pytree:
     """`params`, typed as differing along the mesh axes that split rows, so that their cotangents are summed over them
     after the scan and not in every step; not along those that split classes, where the losses do not differ.
     """
     rows = [head.hidden for head in heads]
     split = frozenset[str]().union(*(varying(head.kernel) for head in heads))
-    return jax.tree.map(lambda x: like_varying(x, rows, except_for=split), params)
+    return jax.tree.map(lambda x: pcast_like(x, rows, except_for=split), params)
 
 
 def _partition(tree: Pytree, mask: Pytree) -> tuple[Pytree, Pytree]:
@@ -237,8 +238,8 @@ def stream_rows(
     heads: tuple[Head, ...],
     row_args: Pytree,
     params: Pytree,
-    layout: Layout,
-    products: Products,
+    chunking: Chunking,
+    products: MatrixProducts,
 ) -> Pytree:
     """`row_fn(logits, row_args, params)` of all rows; `row_fn` returns a pytree of `(chunk_rows, ...)` arrays.
 
@@ -247,16 +248,16 @@ def stream_rows(
     """
 
     def part(heads: tuple[Head, ...], row_args: Pytree, params: Pytree) -> Pytree:
-        return _each_row(row_fn, layout, products, heads, row_args, params)
+        return _each_row(row_fn, chunking, products, heads, row_args, params)
 
-    return _over_rows(part, heads, row_args, params, summed=False)
+    return _shard_map_rows(part, heads, row_args, params, summed=False)
 
 
-def _each_row(row_fn, layout, products, heads, row_args, params) -> Pytree:
-    params = _added_once(params, heads)
-    heads = jax.tree.map(lambda x: like_varying(x, jax.tree.leaves(heads)), heads)
+def _each_row(row_fn, chunking, products, heads, row_args, params) -> Pytree:
+    params = vary_over_row_axes(params, heads)
+    heads = jax.tree.map(lambda x: pcast_like(x, jax.tree.leaves(heads)), heads)
     biases, params, wide = jax.tree.map(
-        lambda x: x.astype(_arrays.accumulation_dtype(x)),
+        lambda x: x.astype(arrays.accumulation_dtype(x)),
         ([head.bias for head in heads], params, [head.kernel for head in heads]),
     )
     heads = tuple(head._replace(bias=bias) for head, bias in zip(heads, biases, strict=True))
@@ -269,12 +270,12 @@ def _each_row(row_fn, layout, products, heads, row_args, params) -> Pytree:
         )
         return None, row_fn(logits, args, params)
 
-    _, out = layout.scan(step, None, ([head.hidden for head in heads], row_args))
-    return jax.tree.map(layout.join, out)
+    _, out = chunking.scan(step, None, ([head.hidden for head in heads], row_args))
+    return jax.tree.map(chunking.join, out)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _logits(products: Products, head: Head, wide: jax.Array) -> jax.Array:
+def _logits(products: MatrixProducts, head: Head, wide: jax.Array) -> jax.Array:
     """A head's logits; `wide` is its kernel in the accumulation dtype, of which only the tangent is used.
 
     The scan adds the chunks' shares of a constant's cotangent in the constant's dtype, and a bf16 sum stops growing:

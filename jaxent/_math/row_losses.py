@@ -6,9 +6,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxent._labels import IGNORED, INVALID, label_gradient, label_nll, picked
-from jaxent._sharding import ClassAxis
-from jaxent._softmax import Normalizer, is_usable, log_probabilities, normalizer, probabilities
+from jaxent._math.label_loss import IGNORED, INVALID, label_gradient, label_log_prob, label_loss
+from jaxent._math.softmax import Normalizer, has_softmax, log_probabilities, normalizer, probabilities
+from jaxent._mesh.class_axis import ClassAxis
 
 
 class RowTargets(NamedTuple):
@@ -71,13 +71,13 @@ def _target_nll_jvp(classes, primals, tangents):
 target_nll.defjvp(_target_nll_jvp, symbolic_zeros=True)
 
 
-def picked_nll(log_p: jax.Array, rows: RowTargets, classes: ClassAxis) -> jax.Array:
+def label_loss_from_log_probs(log_p: jax.Array, rows: RowTargets, classes: ClassAxis) -> jax.Array:
     """The weighted loss `-w c_y log p_y` of each row."""
     codes = rows.codes
     if rows.weights is not None:
         no_loss = (codes == INVALID) | jnp.isnan(classes.take(log_p, codes))
         codes = jnp.where((rows.weights == 0) & no_loss, IGNORED, codes)
-    loss = -picked(log_p, codes, classes)
+    loss = -label_log_prob(log_p, codes, classes)
     for weights in (rows.label_weights, rows.weights):
         if weights is not None:
             loss = weighted(jnp.where(codes == IGNORED, 0, weights), loss)
@@ -106,11 +106,11 @@ def _softplus_jvp(primals, tangents):
 # The softmax loss
 
 
-def without_weightless(z: jax.Array, rows: RowTargets, classes: ClassAxis) -> RowTargets:
+def ignore_zero_weight_rows(z: jax.Array, rows: RowTargets, classes: ClassAxis) -> RowTargets:
     """A row of weight 0 is ignored if it has no loss; if it has one, its derivative by the weight is that loss."""
     if rows.weights is None:
         return rows
-    no_loss = (rows.codes == INVALID) | ~is_usable(z, classes)
+    no_loss = (rows.codes == INVALID) | ~has_softmax(z, classes)
     return rows._replace(codes=jnp.where((rows.weights == 0) & no_loss, IGNORED, rows.codes))
 
 
@@ -118,10 +118,10 @@ def softmax_loss(z: jax.Array, rows: RowTargets, options: LossOptions, classes: 
     """The weighted loss of each row: `w ((1-e) c_y nll_y + e/C sum_k c_k nll_k + z_loss lse^2)` for a label `y`, and
     `w (sum_k c_k ((1-e) t_k + e/C) nll_k + z_loss lse^2)` for probabilities `t`.
     """
-    rows = without_weightless(z, rows, classes)
+    rows = ignore_zero_weight_rows(z, rows, classes)
     ignored = rows.codes == IGNORED
     if rows.probabilities is None:
-        loss, row = label_nll(z, rows.codes, classes)
+        loss, row = label_loss(z, rows.codes, classes)
         if options.smoothing is not None:
             loss = (1 - options.smoothing) * loss
         loss = loss if rows.label_weights is None else weighted(rows.label_weights, loss)
@@ -140,11 +140,11 @@ def softmax_loss(z: jax.Array, rows: RowTargets, options: LossOptions, classes: 
 
 def softmax_loss_gradient(z: jax.Array, rows: RowTargets, options: LossOptions, classes: ClassAxis) -> jax.Array:
     """The derivative of `softmax_loss` by the logits, in closed form."""
-    rows = without_weightless(z, rows, classes)
+    rows = ignore_zero_weight_rows(z, rows, classes)
     ignored = rows.codes == IGNORED
     count = classes.size(z)
     if rows.probabilities is None:
-        nll, row = label_nll(z, rows.codes, classes, True)
+        nll, row = label_loss(z, rows.codes, classes, True)
         gradient = label_gradient(z, rows.codes, nll, row, classes)
         if options.smoothing is not None:
             gradient *= 1 - options.smoothing

@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxent import _numerics
-from jaxent._sharding import ClassAxis, may_be_split_by_xla
-from jaxent._softmax import Normalizer, log_probabilities_jvp, shift_of
+from jaxent._math import safe
+from jaxent._math.softmax import Normalizer, log_probabilities_jvp, shift_of
+from jaxent._mesh.class_axis import ClassAxis
+from jaxent._mesh.types import may_be_split_by_xla
 
 # Label codes beside the classes 0 .. C-1.
 IGNORED = -1  # the row counts for nothing: loss 0, gradient 0
 INVALID = -2  # out of range: loss nan, gradient nan
 
 
-def label_codes(labels: jax.Array, count: int, ignore_index: int | None, kept: jax.Array | None) -> jax.Array:
+def encode_labels(labels: jax.Array, count: int, ignore_index: int | None, kept: jax.Array | None) -> jax.Array:
     """Labels of any integer dtype as int32 classes, `IGNORED` or `INVALID`.
 
     Range and `ignore_index` are decided in the labels' own dtype: as int32, the uint32 label 2**32 - 100 would be -100,
@@ -39,19 +40,19 @@ SumOfOthers = Callable[[jax.Array, jax.Array, jax.Array, ClassAxis], jax.Array]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def label_nll(
-    z: jax.Array, codes: jax.Array, classes: ClassAxis, beside_gradient: bool = False
+def label_loss(
+    z: jax.Array, codes: jax.Array, classes: ClassAxis, for_gradient: bool = False
 ) -> tuple[jax.Array, Normalizer]:
     """`-log p_y` of each row, `(m - z_y) + log1p(r)`, with the row's `m` and `r`; both 0 in ignored rows.
 
-    Shift first: `logsumexp(z) - z_y` at logits near 1e4 is 2.40723 where 2.40761 is due. With `beside_gradient` the
+    Shift first: `logsumexp(z) - z_y` at logits near 1e4 is 2.40723 where 2.40761 is due. With `for_gradient` the
     exponentials are those that the gradient needs too; without, `m` may be the label's logit instead of the maximum.
     """
     # Row quantities go without the class axis: the CPU back end takes twice as long over (65536, 1) as over (65536,).
     code, label_logit = (jnp.squeeze(x, classes.axis) for x in (codes, classes.take(z, codes)))
     label_logit = _of_valid(label_logit, code)
-    if beside_gradient:
-        loss = _nll_from_maximum(z, code, label_logit, classes, _sum_beside_gradient)
+    if for_gradient:
+        loss = _nll_from_maximum(z, code, label_logit, classes, _sum_for_gradient)
     else:
         loss = _nll_for_value(z, code, label_logit, classes)
     return jax.tree.map(lambda x: jnp.expand_dims(x, classes.axis), loss)
@@ -71,7 +72,7 @@ def _nll_from_maximum(
     digits when it is small; but then `m - z_y` is the loss, and `log1p(r)` is lost in it.
     """
     shift = _of_valid(jnp.squeeze(shift_of(z, classes), classes.axis), code)
-    others = classes.across(sum_of_others(z, code, shift, classes))
+    others = classes.psum(sum_of_others(z, code, shift, classes))
     others = jnp.where(others < 2.0**90, others, jnp.nan)  # a row with nan, whose sum of distances did not show it
     row = Normalizer(shift, jnp.where(code == IGNORED, 0, others + (jnp.exp(label_logit - shift) - 1)))
     return (shift - label_logit) + row.log_total, row
@@ -114,7 +115,7 @@ GROUPED_CLASSES = 2**12
 FUSED_CLASSES = 2**15
 
 
-def _sum_beside_gradient(z: jax.Array, codes: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
+def _sum_for_gradient(z: jax.Array, codes: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
     codes, shift = (jnp.expand_dims(x, classes.axis) for x in (codes, shift))
     return jnp.sum(_other_exponentials(z, codes, shift, classes), axis=classes.axis)
 
@@ -133,9 +134,9 @@ def _sum_of_others(z: jax.Array, code: jax.Array, shift: jax.Array, classes: Cla
     between two classes, scaled by a power of two so that it stays exact, is 0 or at least 2**100.
     """
     scale = 2.0**100
-    label = (code - classes.first(z)).astype(z.dtype) * scale
+    label = (code - classes.offset(z)).astype(z.dtype) * scale
     label, shift = (jnp.expand_dims(x, classes.axis) for x in (label, shift))
-    distances = jnp.abs(classes.index(z, z.dtype) * scale - label)
+    distances = jnp.abs(classes.local_indices(z, z.dtype) * scale - label)
     return jnp.sum(jnp.minimum(distances, jnp.exp(z - shift)), axis=classes.axis)
 
 
@@ -150,8 +151,8 @@ def _sum_of_others_in_groups(z: jax.Array, code: jax.Array, shift: jax.Array, cl
         own = jnp.clip(code, 0, count - 1) // size
         group = jnp.take_along_axis(groups, own[..., None, None], axis=-2, mode="promise_in_bounds")[..., 0, :]
         sums = jnp.sum(jnp.exp(groups - shift[..., None, None]), axis=-1)
-        elsewhere = jnp.sum(jnp.where(classes.index(sums) == own[..., None], 0, sums), axis=-1)
-        return elsewhere + _sum_beside_gradient(group, code - own * size, shift, classes)
+        elsewhere = jnp.sum(jnp.where(classes.local_indices(sums) == own[..., None], 0, sums), axis=-1)
+        return elsewhere + _sum_for_gradient(group, code - own * size, shift, classes)
     if count > FUSED_CLASSES:  # a prime number of classes, say
         half = count // 2
         sum_of = functools.partial(_sum_of_others_in_groups, shift=shift, classes=classes)
@@ -168,8 +169,8 @@ def label_gradient(z: jax.Array, codes: jax.Array, nll: jax.Array, row: Normaliz
     # In ignored rows `nll` is 0. One comparison: with `is_class(codes, z) | (codes == IGNORED)` the CPU back end no
     # longer vectorises, and in `_other_exponentials` it would cost 1.3 times the time at 16384 x 100.
     reach = jnp.where(codes == IGNORED, 2**30, 0)
-    at_label = jnp.abs(classes.index(z) - (codes - classes.first(z))) <= reach
-    return jnp.where(at_label, _numerics.expm1(-nll), _other_probabilities(z, codes, row, classes))
+    at_label = jnp.abs(classes.local_indices(z) - (codes - classes.offset(z))) <= reach
+    return jnp.where(at_label, safe.expm1(-nll), _other_probabilities(z, codes, row, classes))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
@@ -188,27 +189,27 @@ def _other_probabilities_jvp(classes, primals, tangents):
     return p, p * d_log_p
 
 
-@label_nll.defjvp
-def _label_nll_jvp(classes, beside_gradient, primals, tangents):
+@label_loss.defjvp
+def _label_loss_jvp(classes, for_gradient, primals, tangents):
     (z, codes), (dz, _) = primals, tangents
-    nll, row = label_nll(z, codes, classes, True)
+    nll, row = label_loss(z, codes, classes, True)
     d_nll = classes.sum(label_gradient(z, codes, nll, row, classes) * dz)
     exponentials = jnp.exp(jnp.where(codes == IGNORED, -jnp.inf, z - row.shift))
     return (nll, row), (d_nll, Normalizer(jnp.zeros_like(row.shift), classes.sum(exponentials * dz)))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def picked(log_p: jax.Array, codes: jax.Array, classes: ClassAxis) -> jax.Array:
+def label_log_prob(log_p: jax.Array, codes: jax.Array, classes: ClassAxis) -> jax.Array:
     """`log_p` at the label; 0 in ignored rows; nan, as is the whole row of the gradient, for an invalid label."""
     return jnp.where(codes == INVALID, jnp.nan, classes.take(log_p, codes))
 
 
-@picked.defjvp
-def _picked_jvp(classes, primals, tangents):
+@label_log_prob.defjvp
+def _label_log_prob_jvp(classes, primals, tangents):
     (log_p, codes), (d_log_p, _) = primals, tangents
     # A comparison that never holds: without an operand of its shape XLA would give every device the whole gradient.
     invalid = codes == INVALID
     chosen = classes.is_class(codes, log_p) | (log_p > jnp.inf) | invalid
     # A choice, not a product with 0 and 1: a cotangent that is not finite stays with the label.
     share = jnp.where(chosen, jnp.where(invalid, jnp.nan, 1).astype(log_p.dtype) * d_log_p, 0)
-    return picked(log_p, codes, classes), classes.sum(share)
+    return label_log_prob(log_p, codes, classes), classes.sum(share)

@@ -1,6 +1,6 @@
 """What can be wrong with the inputs of a loss over classes, from the same lines with NumPy and with `jax.numpy`.
 
-A `Suspicion` says in which rows, and what to say of the first one.
+A `RuleMatch` says in which rows, and what to say of the first one.
 """
 
 import functools
@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxent import _arrays, _targets
-from jaxent._labels import IGNORED, INVALID, label_codes
-from jaxent._targets import SoftmaxArguments
+from jaxent._arguments import arrays
+from jaxent._arguments.targets import SoftmaxArguments, rows_shape
+from jaxent._math.label_loss import IGNORED, INVALID, encode_labels
 
 # Heuristics: how seldom uniform logits may look like probabilities before it is said that they are some; by how much
 # typed or rounded ones miss the sum of one; by how much targets may; how many tenths of the rows are worth a word when
@@ -28,7 +28,7 @@ MASK = -1e8
 FLOAT16_LIMIT = 65520.0
 
 
-class Suspicion(NamedTuple):
+class RuleMatch(NamedTuple):
     """Rows in which something is wrong; `example` is a format for the `values` of the first of them."""
 
     kind: str
@@ -61,7 +61,7 @@ class Rows:
         by_label = jnp.issubdtype(arguments.targets.dtype, jnp.integer)
         kept = None if arguments.where is None else arguments.where.reshape(-1)
         if by_label:
-            codes = label_codes(arguments.targets.reshape(-1), count, ignore_index, kept)
+            codes = encode_labels(arguments.targets.reshape(-1), count, ignore_index, kept)
         else:
             codes = jnp.zeros(self.inputs.shape[0], jnp.int32) if kept is None else jnp.where(kept, 0, IGNORED)
         self.codes = xp.asarray(codes)
@@ -74,14 +74,14 @@ class Rows:
             self.counted = self.counted & (self.weights != 0)
 
     def _last(self, x: jax.Array, axis: int) -> Any:
-        rows = math.prod(_targets.rows_shape(x.shape, axis))
-        wide = self.xp.asarray(x).astype(_arrays.accumulation_dtype(x))
+        rows = math.prod(rows_shape(x.shape, axis))
+        wide = self.xp.asarray(x).astype(arrays.accumulation_dtype(x))
         return self.xp.moveaxis(wide, axis, -1).reshape(rows, x.shape[axis])
 
     def suspect(
         self, kind: str, what: str, rows: Any, example: str, advice: str, values: dict[str, Any] | None = None
-    ) -> Suspicion:
-        return Suspicion(kind, what, rows, self.xp.sum(self.counted), example, values or {}, advice)
+    ) -> RuleMatch:
+        return RuleMatch(kind, what, rows, self.xp.sum(self.counted), example, values or {}, advice)
 
     def at(self, x: Any, index: Any) -> Any:
         """One entry of each row."""
@@ -99,7 +99,7 @@ class Rows:
 # What can be wrong
 
 
-def suspicions(r: Rows, linear: bool) -> Iterator[Suspicion]:
+def suspicions(r: Rows, linear: bool) -> Iterator[RuleMatch]:
     """Everything that `diagnose` names, in its order; a linear loss has no logits to look at."""
     if not linear:
         yield _probabilities_as_logits(r)
@@ -117,7 +117,7 @@ def suspicions(r: Rows, linear: bool) -> Iterator[Suspicion]:
     yield _ignored_rows(r)
 
 
-def _probabilities_as_logits(r: Rows) -> Suspicion:
+def _probabilities_as_logits(r: Rows) -> RuleMatch:
     xp, z = r.xp, r.inputs
     rows = r.counted & xp.all(xp.isfinite(z), axis=-1)
     total = xp.sum(z, axis=-1)
@@ -137,7 +137,7 @@ def _probabilities_as_logits(r: Rows) -> Suspicion:
     )
 
 
-def _labels(r: Rows) -> Iterator[Suspicion]:
+def _labels(r: Rows) -> Iterator[RuleMatch]:
     xp, labels, on = r.xp, r.labels, r.counted
     invalid = on & (r.codes == INVALID)
     fits = r.count <= jnp.iinfo(labels.dtype).max
@@ -162,7 +162,7 @@ def _labels(r: Rows) -> Iterator[Suspicion]:
     )
 
 
-def _not_finite(r: Rows, bad: Any, what: str) -> Suspicion:
+def _not_finite(r: Rows, bad: Any, what: str) -> RuleMatch:
     at = r.xp.argmax(bad, axis=-1)
     return r.suspect(
         "not_finite",
@@ -174,7 +174,7 @@ def _not_finite(r: Rows, bad: Any, what: str) -> Suspicion:
     )
 
 
-def _logits(r: Rows) -> Iterator[Suspicion]:
+def _logits(r: Rows) -> Iterator[RuleMatch]:
     xp, z = r.xp, r.inputs
     top, removed = xp.max(z, axis=-1), xp.isneginf(z)
     yield _not_finite(r, xp.isnan(z) | xp.isposinf(z), "logits")
@@ -203,7 +203,7 @@ def _logits(r: Rows) -> Iterator[Suspicion]:
     )
 
 
-def _probabilities(r: Rows) -> Iterator[Suspicion]:
+def _probabilities(r: Rows) -> Iterator[RuleMatch]:
     xp, t = r.xp, r.probabilities
     bad, total = ~(t >= 0), xp.sum(t, axis=-1)
     at = xp.argmax(bad, axis=-1)
@@ -226,7 +226,7 @@ def _probabilities(r: Rows) -> Iterator[Suspicion]:
     )
 
 
-def _weights(r: Rows) -> Iterator[Suspicion]:
+def _weights(r: Rows) -> Iterator[RuleMatch]:
     xp = r.xp
     advice = "A negative weight rewards mistakes, and one of nan makes the loss nan: weights are >= 0."
     if r.weights is not None:
@@ -249,7 +249,7 @@ def _weights(r: Rows) -> Iterator[Suspicion]:
         yield r.suspect(kind, what, r.counted & xp.any(used, axis=-1), "class {at}", say, {"at": at})
 
 
-def _ranges(r: Rows) -> Iterator[Suspicion]:
+def _ranges(r: Rows) -> Iterator[RuleMatch]:
     xp, z = r.xp, r.inputs
     top, asked, removed = xp.max(z, axis=-1), r.target_classes, xp.isneginf(z)
     usable = r.counted & (r.codes != INVALID) & xp.isfinite(top) & ~xp.any(xp.isnan(z), axis=-1)
@@ -283,7 +283,7 @@ def _ranges(r: Rows) -> Iterator[Suspicion]:
     )
 
 
-def _ignored_rows(r: Rows) -> Suspicion:
+def _ignored_rows(r: Rows) -> RuleMatch:
     xp, rows = r.xp, r.counted.shape[0]
     ignored = rows - xp.sum(r.counted)
     suspicion = r.suspect(

@@ -10,10 +10,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxent import _rows, _softmax
-from jaxent._labels import IGNORED
-from jaxent._rows import LossOptions, RowTargets
-from jaxent._sharding import ClassAxis
+from jaxent._math import softmax
+from jaxent._math.label_loss import IGNORED
+from jaxent._math.row_losses import LossOptions, RowTargets, ignore_zero_weight_rows, softmax_loss_gradient, target_mass
+from jaxent._mesh.class_axis import ClassAxis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,16 +23,16 @@ class GaussNewton:
     classes: ClassAxis
 
     def __call__(self, z: jax.Array, step: jax.Array, rows: RowTargets, options: LossOptions) -> jax.Array:
-        rows = _rows.without_weightless(z, rows, self.classes)
+        rows = ignore_zero_weight_rows(z, rows, self.classes)
         ignored = rows.codes == IGNORED
         z, step = jnp.where(ignored, 0, z), jnp.where(ignored, 0, step)
-        slope = _rows.target_mass(z, rows, options, self.classes)
+        slope = target_mass(z, rows, options, self.classes)
         if options.z_loss is None:
-            return _weighted(rows, slope * _softmax.half_variance(z, step, self.classes))
-        row = _softmax.normalizer(z, self.classes)
+            return _weighted(rows, slope * softmax.half_variance(z, step, self.classes))
+        row = softmax.normalizer(z, self.classes)
         slope += 2 * options.z_loss * (row.shift + row.log_total)
-        mean = self.classes.sum(_softmax.probabilities(z, row, self.classes) * step)
-        form = slope * _softmax.half_variance(z, step, self.classes) + options.z_loss * jnp.square(mean)
+        mean = self.classes.sum(softmax.probabilities(z, row, self.classes) * step)
+        form = slope * softmax.half_variance(z, step, self.classes) + options.z_loss * jnp.square(mean)
         return _weighted(rows, form)
 
 
@@ -43,13 +43,13 @@ class Fisher:
     classes: ClassAxis
 
     def __call__(self, z: jax.Array, step: jax.Array, rows: RowTargets, options: LossOptions) -> jax.Array:
-        rows = _rows.without_weightless(z, rows, self.classes)
-        gradient = _rows.softmax_loss_gradient(z, rows._replace(weights=None), options, self.classes)
+        rows = ignore_zero_weight_rows(z, rows, self.classes)
+        gradient = softmax_loss_gradient(z, rows._replace(weights=None), options, self.classes)
         slope = self.classes.sum(gradient * jnp.where(rows.codes == IGNORED, 0, step))
         return _weighted(rows, jnp.square(slope) / 2)
 
 
-Form = GaussNewton | Fisher
+QuadraticForm = GaussNewton | Fisher
 
 
 def _weighted(rows: RowTargets, forms: jax.Array) -> jax.Array:

@@ -8,10 +8,12 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxent import _arrays, _sharding
-from jaxent._labels import IGNORED, INVALID, label_codes
-from jaxent._rows import LossOptions, RowTargets
-from jaxent._sharding import ClassAxis
+from jaxent._arguments import arrays
+from jaxent._arguments.reduction import Reduction, check_reduction
+from jaxent._math.label_loss import IGNORED, INVALID, encode_labels
+from jaxent._math.row_losses import LossOptions, RowTargets
+from jaxent._mesh.check import check_class_axis, check_vocab_axis
+from jaxent._mesh.class_axis import ClassAxis
 
 
 class SoftmaxArguments(NamedTuple):
@@ -45,20 +47,20 @@ def check_softmax_arguments(
         where,
         weights,
         check_class_weights(function, class_weights, shape[axis]),
-        _arrays.scalar(function, "label_smoothing", label_smoothing, low=0.0, high=1.0, neutral=0.0),
-        _arrays.scalar(function, "z_loss", z_loss, low=0.0, neutral=0.0),
+        arrays.scalar(function, "label_smoothing", label_smoothing, low=0.0, high=1.0, neutral=0.0),
+        arrays.scalar(function, "z_loss", z_loss, low=0.0, neutral=0.0),
     )
 
 
-def check_vocab_axis(
+def check_vocab_axis_of_rows(
     function: str, vocab_axis: str | None, targets: ArrayLike | None, **rows: ArrayLike | None
 ) -> None:
     """The axis, and that labels and rows are not split over it, before their shapes are looked at."""
     with_classes = isinstance(targets, jax.Array) and jnp.issubdtype(targets.dtype, jnp.floating)
-    _sharding.check_vocab_axis(function, vocab_axis, rows if with_classes else {"targets": targets, **rows})
+    check_vocab_axis(function, vocab_axis, rows if with_classes else {"targets": targets, **rows})
 
 
-def check_class_axis(
+def check_class_axis_of_rows(
     function: str,
     vocab_axis: str | None,
     split: dict[str, tuple[jax.Array, int]],
@@ -69,7 +71,7 @@ def check_class_axis(
     whole = {"where": arguments.where, "weights": arguments.weights}
     if jnp.issubdtype(arguments.targets.dtype, jnp.integer):
         whole[targets] = arguments.targets
-    _sharding.check_class_axis(function, vocab_axis, split, whole, {"class_weights": (arguments.class_weights, 0)})
+    check_class_axis(function, vocab_axis, split, whole, {"class_weights": (arguments.class_weights, 0)})
 
 
 def rows_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
@@ -88,11 +90,11 @@ def check_row_arguments(
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """`where` as bool, `weights` as a floating array that is nan where it is negative."""
     if where is not None:
-        where = _arrays.boolean(function, "where", where)
-        _arrays.check_shape(function, "where", where, rows, "one entry for each row")
+        where = arrays.boolean(function, "where", where)
+        arrays.check_shape(function, "where", where, rows, "one entry for each row")
     if weights is not None:
-        weights = _arrays.real(function, "weights", weights)
-        _arrays.check_shape(function, "weights", weights, rows, "one entry for each row")
+        weights = arrays.real(function, "weights", weights)
+        arrays.check_shape(function, "weights", weights, rows, "one entry for each row")
         weights = jnp.where(weights < 0, jnp.nan, weights)
     return where, weights
 
@@ -105,10 +107,10 @@ def check_targets(function: str, targets: ArrayLike, shape: tuple[int, ...], axi
         return check_labels(function, "targets", targets, rows_shape(shape, axis), note)
     if not jnp.issubdtype(kind, jnp.floating):
         expected = "be integer class indices or floating class probabilities"
-        raise _arrays.dtype_error(function, "targets", expected, targets)
-    probabilities = _arrays.floating(function, "targets", targets)
+        raise arrays.dtype_error(function, "targets", expected, targets)
+    probabilities = arrays.floating(function, "targets", targets)
     note = "class probabilities are shaped like the logits; class indices are integers"
-    _arrays.check_shape(function, "targets", probabilities, shape, note)
+    arrays.check_shape(function, "targets", probabilities, shape, note)
     return probabilities
 
 
@@ -119,22 +121,22 @@ def check_labels(
     rows: tuple[int, ...],
     note: str = "one class index for each row",
 ) -> jax.Array:
-    labels = _arrays.integer(function, argument, labels)
-    _arrays.check_shape(function, argument, labels, rows, note)
+    labels = arrays.integer(function, argument, labels)
+    arrays.check_shape(function, argument, labels, rows, note)
     return labels
 
 
 def check_class_weights(function: str, class_weights: ArrayLike | None, count: int) -> jax.Array | None:
     if class_weights is None:
         return None
-    class_weights = _arrays.real(function, "class_weights", class_weights)
-    _arrays.check_shape(function, "class_weights", class_weights, (count,), "one weight for each class")
+    class_weights = arrays.real(function, "class_weights", class_weights)
+    arrays.check_shape(function, "class_weights", class_weights, (count,), "one weight for each class")
     return class_weights
 
 
 def check_ignore_index(function: str, ignore_index: Any) -> int | None:
     if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, np.integer))):
-        raise _arrays.dtype_error(function, "ignore_index", "be an int or None", ignore_index)
+        raise arrays.dtype_error(function, "ignore_index", "be an int or None", ignore_index)
     return None if ignore_index is None else int(ignore_index)
 
 
@@ -152,12 +154,12 @@ def row_targets(
     probabilities = label_weights = None
     if jnp.issubdtype(arguments.targets.dtype, jnp.integer):
         # Once a row: XLA would fuse it into what is done once a logit.
-        codes = label_codes(arguments.targets, classes.size(z), ignore_index, arguments.where)
+        codes = encode_labels(arguments.targets, classes.size(z), ignore_index, arguments.where)
         codes = jnp.expand_dims(lax.optimization_barrier(codes), classes.axis)
         if weights is not None:
             codes = jnp.where((weights == 0) & (codes == INVALID), IGNORED, codes)
         if class_weights is not None:
-            label_weights = jnp.where(codes == INVALID, jnp.nan, classes.look_up(class_weights, codes))
+            label_weights = jnp.where(codes == INVALID, jnp.nan, classes.lookup(class_weights, codes))
     else:
         probabilities = arguments.targets.astype(z.dtype)
         codes = classes.zeros(probabilities)
@@ -165,3 +167,48 @@ def row_targets(
     if class_weights is not None:
         class_weights = class_weights.reshape([-1 if i - z.ndim == classes.axis else 1 for i in range(z.ndim)])
     return RowTargets(codes, probabilities, weights, label_weights), LossOptions(class_weights, smoothing, z_loss)
+
+
+def check_softmax_call(
+    function: str,
+    logits: ArrayLike,
+    targets: ArrayLike,
+    *,
+    axis: int,
+    ignore_index: int | None,
+    reduction: Reduction,
+    denominator: ArrayLike | None,
+    vocab_axis: str | None,
+    **options: Any,
+) -> tuple[tuple[jax.Array, SoftmaxArguments, jax.Array | None], dict[str, Any]]:
+    """The checked arguments of a softmax loss, traced ones and static ones, for the loss and for its gradient."""
+    z, axis = check_logits(function, "logits", logits, axis)
+    check_vocab_axis_of_rows(function, vocab_axis, targets, where=options["where"], weights=options["weights"])
+    arguments = check_softmax_arguments(function, z.shape, axis, targets, **options)
+    divisor = check_reduction(function, reduction, denominator)
+    check_class_axis_of_rows(function, vocab_axis, {"logits": (z, axis)}, arguments)
+    ignore_index = check_ignore_index(function, ignore_index)
+    static = {"classes": ClassAxis(axis, vocab_axis), "ignore_index": ignore_index, "reduction": reduction}
+    return (z, arguments, divisor), static
+
+
+def check_top_k(function: str, top_k: int, count: int) -> int:
+    if isinstance(top_k, bool) or not isinstance(top_k, int):
+        raise arrays.dtype_error(function, "top_k", "be an int", top_k)
+    if not 0 <= top_k <= count:
+        raise ValueError(f"jaxent.{function}: `top_k` must lie in [0, {count}], the number of classes, got {top_k}")
+    return top_k
+
+
+def check_logits(function: str, argument: str, logits: ArrayLike, axis: int) -> tuple[jax.Array, int]:
+    z = arrays.floating(function, argument, logits)
+    if z.ndim == 0:
+        raise arrays.shape_error(function, argument, "have a class axis", z)
+    axis = arrays.canonical_axis(function, axis, z.ndim)
+    check_classes(function, argument, z.shape, axis)
+    return z, axis
+
+
+def zero_labels(x: jax.Array, axis: ClassAxis) -> jax.Array:
+    """The label 0 for each row, taken from the rows so that it is sharded and typed as they are."""
+    return jnp.squeeze(axis.sum(jnp.zeros_like(x, jnp.int32)), axis.axis)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxent import _arrays
+from jaxent._arguments import arrays
 
 # Logits held at a time, in elements. An accelerator needs thousands of rows to fill its matrix units (heuristic: 1 GiB
 # of float32). On a CPU twice as many rows as features are the fastest, since each chunk also adds a gradient as large
@@ -22,7 +22,7 @@ CPU_ROWS_PER_FEATURE = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class Chunking:
     """How `rows` are cut: `chunks` of `chunk_rows`, where chunk `i` holds the rows `i, i + chunks, i + 2 chunks, ...`.
 
     The stride keeps rows that are sharded over devices where they are: every device has its share of every chunk. Rows
@@ -51,7 +51,7 @@ class Layout:
             x = jnp.concatenate([x, last], axis=1)
         return x.reshape(self.chunk_rows, self.chunks, *shape)
 
-    def counted(self, chunk: jax.Array) -> jax.Array | None:
+    def valid_rows(self, chunk: jax.Array) -> jax.Array | None:
         """Which rows of a chunk are not padding."""
         if not self.padding:
             return None
@@ -79,32 +79,32 @@ class Layout:
         return lax.scan(body, carry, jnp.arange(self.chunks, dtype=jnp.int32))
 
 
-def _default_chunk_rows(hidden_size: int, num_classes: int) -> int:
+def _default_chunk_rows(features: int, num_classes: int) -> int:
     if jax.default_backend() != "cpu":
         return ACCELERATOR_LOGITS // num_classes
     least, most = (n // num_classes for n in CPU_LOGITS)
-    return min(max(CPU_ROWS_PER_FEATURE * hidden_size, least), most)
+    return min(max(CPU_ROWS_PER_FEATURE * features, least), most)
 
 
-def layout_for(
-    function: str, rows: int, hidden_size: int, num_classes: int, chunk_rows: int | None, devices: int = 1
-) -> Layout:
+def chunking_of(
+    function: str, rows: int, features: int, num_classes: int, chunk_rows: int | None, devices: int = 1
+) -> Chunking:
     """The caller's `chunk_rows`, or the rows whose logits fit the budget, in chunks of equal size.
 
     `devices` is over how many devices XLA may have split rows and classes. The budget is each one's, and where it could
     have split the rows evenly each has its share of every chunk, which is then no smaller than that.
     """
     if chunk_rows is None:
-        chunk_rows = max(1, devices * _default_chunk_rows(hidden_size, num_classes))
+        chunk_rows = max(1, devices * _default_chunk_rows(features, num_classes))
     elif isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
-        raise _arrays.dtype_error(function, "chunk_rows", "be an int or None", chunk_rows)
+        raise arrays.dtype_error(function, "chunk_rows", "be an int or None", chunk_rows)
     elif chunk_rows < 1:
         raise ValueError(f"jaxent.{function}: `chunk_rows` must be at least 1, got {chunk_rows}")
     if rows == 0:
-        return Layout(0, 0)
+        return Chunking(0, 0)
     groups = math.gcd(rows, devices)
     rows_each = rows // groups
     least = -(-rows_each // max(1, chunk_rows // groups))
     # A few chunks more avoid padding, and with it a copy of all rows.
     even = (chunks for chunks in range(least, least + least // 4 + 1) if rows_each % chunks == 0)
-    return Layout(rows, groups * -(-rows_each // next(even, least)), groups)
+    return Chunking(rows, groups * -(-rows_each // next(even, least)), groups)

@@ -10,11 +10,11 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxent import _arrays, _targets
-from jaxent._labels import IGNORED, label_codes
-from jaxent._rows import RowTargets
-from jaxent._sharding import ClassAxis
-from jaxent._targets import SoftmaxArguments
+from jaxent._arguments import arrays, targets
+from jaxent._arguments.targets import SoftmaxArguments, check_labels, rows_shape
+from jaxent._math.label_loss import IGNORED, encode_labels
+from jaxent._math.row_losses import RowTargets
+from jaxent._mesh.class_axis import ClassAxis
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reductions
@@ -97,11 +97,11 @@ def loss_of_no_classes(
 ) -> jax.Array:
     """Where `C` is 0: a row of probabilities adds 0, and so does an ignored row, unless it is smoothed by 1 / C."""
     if jnp.issubdtype(target.dtype, jnp.integer):
-        ignored = label_codes(target, 1, ignore_index, None) == IGNORED
+        ignored = encode_labels(target, 1, ignore_index, None) == IGNORED
         losses = jnp.where(ignored & (smoothing is None), 0.0, jnp.nan)
         total = jnp.sum(losses) if smoothing is None else jnp.full((), jnp.nan)
     else:
-        losses = jnp.zeros(_targets.rows_shape(target.shape, classes.axis))
+        losses = jnp.zeros(rows_shape(target.shape, classes.axis))
         total = jnp.sum(losses)
     return {"none": losses, "sum": total, "mean": jnp.full((), jnp.nan)}[reduction].astype(dtype)
 
@@ -132,17 +132,17 @@ def check_target(function: str, target: ArrayLike, shape: tuple[int, ...], axis:
     """
     kind = getattr(target, "dtype", None) or np.asarray(target).dtype
     if jnp.issubdtype(kind, jnp.integer):
-        return _targets.check_labels(function, "target", target, _targets.rows_shape(shape, axis))
-    target = _arrays.floating(function, "target", target)
-    _arrays.check_shape(function, "target", target, shape, "class probabilities are shaped like the logits")
+        return check_labels(function, "target", target, rows_shape(shape, axis))
+    target = arrays.floating(function, "target", target)
+    arrays.check_shape(function, "target", target, shape, "class probabilities are shaped like the logits")
     return target
 
 
 def check_class_weight(function: str, weight: ArrayLike | None, count: int) -> jax.Array | None:
     if weight is None:
         return None
-    weight = _arrays.real(function, "weight", weight)
-    _arrays.check_shape(function, "weight", weight, (count,), "one weight for each class")
+    weight = arrays.real(function, "weight", weight)
+    arrays.check_shape(function, "weight", weight, (count,), "one weight for each class")
     return weight
 
 
@@ -151,8 +151,8 @@ def check_entry_weight(
 ) -> jax.Array | None:
     if weight is None:
         return None
-    weight = _arrays.probability_or_flag(function, argument, weight)
-    _arrays.check_broadcast(function, argument, weight, shape, "`input`")
+    weight = arrays.probability_or_flag(function, argument, weight)
+    arrays.check_broadcast(function, argument, weight, shape, "`input`")
     return weight
 
 
@@ -164,9 +164,9 @@ def class_axis(z: jax.Array) -> int:
 def cast(function: str, x: ArrayLike, dtype: DTypeLike | None) -> jax.Array:
     """`x` in `dtype`, which must be floating, as `x` must without one."""
     if dtype is None:
-        return _arrays.floating(function, "input", x)
+        return arrays.floating(function, "input", x)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise _arrays.dtype_error(function, "dtype", "be floating", np.dtype(dtype).name)
+        raise arrays.dtype_error(function, "dtype", "be floating", np.dtype(dtype).name)
     return jnp.asarray(x).astype(jax.dtypes.canonicalize_dtype(dtype))
 
 
@@ -181,7 +181,7 @@ def row_targets(
     classes: ClassAxis,
     ignore_index: int,
 ) -> RowTargets:
-    return _targets.row_targets(SoftmaxArguments(target, class_weights=weight), z, classes, ignore_index)[0]
+    return targets.row_targets(SoftmaxArguments(target, class_weights=weight), z, classes, ignore_index)[0]
 
 
 def lost_rows(
@@ -242,7 +242,7 @@ def _clamped_binary_nll_jvp(primals, tangents):
     (x, t), (dx, dt) = primals, tangents
     value = clamped_binary_nll(x, t)
     by_x = (x - t) / jnp.maximum((1 - x) * x, _LEAST_VARIANCE)
-    # At the ends the derivative by `t` is infinite; as in `_numerics.pole`, so that a tangent of 0 stays 0.
+    # At the ends the derivative by `t` is infinite; as in `safe.pole`, so that a tangent of 0 stays 0.
     end = (x == 0) | (x == 1)
     between = jnp.where(end, 0.5, x)
     by_t = jnp.log1p(-between) - jnp.log(between)

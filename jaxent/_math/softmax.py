@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxent._sharding import ClassAxis
+from jaxent._mesh.class_axis import ClassAxis
 
 
 class Normalizer(NamedTuple):
@@ -37,7 +37,7 @@ class Normalizer(NamedTuple):
         return jnp.log1p(self.rest)
 
 
-def is_usable(z: jax.Array, classes: ClassAxis) -> jax.Array:
+def has_softmax(z: jax.Array, classes: ClassAxis) -> jax.Array:
     """Whether a row has a softmax: no nan, no +inf, and something above -inf."""
     bad = classes.sum((jnp.isnan(z) | jnp.isposinf(z)).astype(jnp.int32)) > 0
     return jnp.isfinite(classes.max(z)) & ~bad

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxent import _arrays, _reduction
-from jaxent._layout import layout_for
-from jaxent._reduction import Reduction
+from jaxent._arguments import arrays
+from jaxent._arguments.reduction import Reduction, check_reduction
+from jaxent._engine.chunking import chunking_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Plan:
     num_chunks: int
     """How many times."""
     matrix_products: int
-    """Products of N x D x V multiply-adds: 3, or 4 for per-row losses, whose logits are computed twice."""
+    """MatrixProducts of N x D x V multiply-adds: 3, or 4 for per-row losses, whose logits are computed twice."""
     multiply_adds: int
     """Of all products."""
     chunk_bytes: int
@@ -41,7 +41,7 @@ class Plan:
 
 def plan(
     num_rows: int,
-    hidden_size: int,
+    features: int,
     num_classes: int,
     *,
     dtype: DTypeLike = jnp.float32,
@@ -52,7 +52,7 @@ def plan(
 
     $$\lceil N / R \rceil \text{ chunks}, \qquad 3\,N D V \text{ multiply-adds, or } 4\,N D V \text{ by rows}$$
 
-    **Arguments:** `num_rows`, `hidden_size` and `num_classes`: N, D and V of `hidden (N, D)` and `kernel (D, V)`.
+    **Arguments:** `num_rows`, `features` and `num_classes`: N, D and V of `hidden (N, D)` and `kernel (D, V)`.
     `dtype`: theirs. `chunk_rows` (R) and `reduction`: of the call; `"none"` gives losses by rows.
 
     **Returns:** a `Plan`.
@@ -63,29 +63,29 @@ def plan(
     >>> print(plan(8192, 4096, 128256, chunk_rows=1024))
     8 chunks of 1024 rows, 3 matrix products, about 2761 MiB of temporaries where the logits take 4008 MiB
     """
-    sizes = (("num_rows", num_rows, 0), ("hidden_size", hidden_size, 1), ("num_classes", num_classes, 1))
+    sizes = (("num_rows", num_rows, 0), ("features", features, 1), ("num_classes", num_classes, 1))
     for argument, size, least in sizes:
         if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
-            raise _arrays.dtype_error("plan", argument, "be an int", size)
+            raise arrays.dtype_error("plan", argument, "be an int", size)
         if size < least:
             raise ValueError(f"jaxent.plan: `{argument}` must be at least {least}, got {size}")
-    _reduction.check("plan", reduction, None)
+    check_reduction("plan", reduction, None)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise _arrays.dtype_error("plan", "dtype", "be floating", np.dtype(dtype).name)
-    layout = layout_for("plan", num_rows, hidden_size, num_classes, chunk_rows)
+        raise arrays.dtype_error("plan", "dtype", "be floating", np.dtype(dtype).name)
+    chunking = chunking_of("plan", num_rows, features, num_classes, chunk_rows)
     narrow = np.dtype(dtype).itemsize
     wide = max(4, narrow)
     copies = wide + (narrow if narrow < wide else 0)
-    chunk_bytes = layout.chunk_rows * num_classes * copies
-    kernel_bytes = hidden_size * num_classes * wide
-    sums = (layout.chunks > 1) + (narrow < wide)  # a chunk's share of the kernel's gradient; its float32 sum
+    chunk_bytes = chunking.chunk_rows * num_classes * copies
+    kernel_bytes = features * num_classes * wide
+    sums = (chunking.chunks > 1) + (narrow < wide)  # a chunk's share of the kernel's gradient; its float32 sum
     products = 4 if reduction == "none" else 3
     return Plan(
-        chunk_rows=layout.chunk_rows,
-        num_chunks=layout.chunks,
+        chunk_rows=chunking.chunk_rows,
+        num_chunks=chunking.chunks,
         matrix_products=products,
-        multiply_adds=products * num_rows * hidden_size * num_classes,
+        multiply_adds=products * num_rows * features * num_classes,
         chunk_bytes=chunk_bytes,
-        temp_bytes=chunk_bytes + sums * kernel_bytes + 2 * num_rows * hidden_size * wide,
+        temp_bytes=chunk_bytes + sums * kernel_bytes + 2 * num_rows * features * wide,
         dense_logits_bytes=num_rows * num_classes * wide,
     )

@@ -9,12 +9,24 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxent import _arrays, _heads, _torch_rules, linear, losses
-from jaxent._labels import IGNORED
-from jaxent._rows import RowTargets
-from jaxent._sharding import ClassAxis
-from jaxent._streaming import Head, Logits, stream_rows, stream_sum
-from jaxent.risk import WeightedSum
+from jaxent import linear, losses
+from jaxent._arguments import arrays
+from jaxent._arguments.reduction import WeightedSum
+from jaxent._engine.linear_head import chunking_for, matrix_products
+from jaxent._engine.streaming import Head, Logits, stream_rows, stream_sum
+from jaxent._math.label_loss import IGNORED
+from jaxent._math.row_losses import RowTargets
+from jaxent._mesh.class_axis import ClassAxis
+from jaxent.torch_compat._conventions import (
+    check_class_weight,
+    check_reduction,
+    check_target,
+    class_loss_dtype,
+    loss_of_no_classes,
+    lost_rows,
+    reduce_rows,
+    row_targets,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,17 +123,17 @@ def linear_cross_entropy(
     Array(1.609438, dtype=float32)
     """
     name = "torch_compat.linear_cross_entropy"
-    h = _arrays.floating(name, "input", input)
-    w = _arrays.floating(name, "linear_weight", linear_weight)
+    h = arrays.floating(name, "input", input)
+    w = arrays.floating(name, "linear_weight", linear_weight)
     if h.ndim not in (1, 2):
-        raise _arrays.shape_error(name, "input", "have shape (D,) or (N, D)", h)
+        raise arrays.shape_error(name, "input", "have shape (D,) or (N, D)", h)
     if w.ndim < 2 or w.shape[-1] != h.shape[-1] or (w.ndim > 2 and h.ndim == 1):
         expected = f"have shape (C, {h.shape[-1]}), or, for an input of rows, (C, d_1, ..., d_K, {h.shape[-1]})"
-        raise _arrays.shape_error(name, "linear_weight", expected, w)
+        raise arrays.shape_error(name, "linear_weight", expected, w)
     if linear_bias is not None:
-        linear_bias = _arrays.floating(name, "linear_bias", linear_bias)
-        _arrays.check_shape(name, "linear_bias", linear_bias, w.shape[:-1], "one for each row of `linear_weight`")
-    target = _torch_rules.check_target(name, target, (*h.shape[:-1], *w.shape[:-1]), 1 - w.ndim)
+        linear_bias = arrays.floating(name, "linear_bias", linear_bias)
+        arrays.check_shape(name, "linear_bias", linear_bias, w.shape[:-1], "one for each row of `linear_weight`")
+    target = check_target(name, target, (*h.shape[:-1], *w.shape[:-1]), 1 - w.ndim)
     if jnp.issubdtype(target.dtype, jnp.floating) and ignore_index is not None:
         raise ValueError(f"jaxent.{name}: `ignore_index` goes with class indices, got {ignore_index} and probabilities")
     chunking = LinearCrossEntropyOptions() if options is None else options
@@ -134,9 +146,9 @@ def linear_cross_entropy(
         w,
         linear_bias,
         target,
-        _torch_rules.check_class_weight(name, weight, w.shape[0]),
-        _arrays.scalar(name, "label_smoothing", label_smoothing, low=0.0, high=1.0, neutral=0.0),
-        reduction=_torch_rules.check_reduction(name, reduction),
+        check_class_weight(name, weight, w.shape[0]),
+        arrays.scalar(name, "label_smoothing", label_smoothing, low=0.0, high=1.0, neutral=0.0),
+        reduction=check_reduction(name, reduction),
         ignore_index=-100 if ignore_index is None else ignore_index,
         chunk_rows=chunking.chunk_rows(math.prod(h.shape[:-1]), w.shape[-1], math.prod(w.shape[:-1])),
     )
@@ -155,17 +167,17 @@ def _linear_cross_entropy(
     ignore_index: int,
     chunk_rows: int | None,
 ) -> jax.Array:
-    classes, dtype = ClassAxis(1 - w.ndim), _arrays.accumulation_dtype(h, w)
-    result = _torch_rules.class_loss_dtype(h, target, weight)
+    classes, dtype = ClassAxis(1 - w.ndim), arrays.accumulation_dtype(h, w)
+    result = class_loss_dtype(h, target, weight)
     if w.shape[0] == 0:
-        return _torch_rules.loss_of_no_classes(target, smoothing, classes, ignore_index, reduction, result)
+        return loss_of_no_classes(target, smoothing, classes, ignore_index, reduction, result)
     logits = jax.ShapeDtypeStruct((*h.shape[:-1], *w.shape[:-1]), dtype)
-    rows = _torch_rules.row_targets(logits, target, weight, classes, ignore_index)
+    rows = row_targets(logits, target, weight, classes, ignore_index)
     lost = None
     if bias is not None:
         # A logit is -inf where the bias is, and no other is looked for.
         z = bias.reshape((1,) * (h.ndim - 1) + bias.shape).astype(dtype)
-        lost = _torch_rules.lost_rows(z, rows, weight, smoothing, classes)
+        lost = lost_rows(z, rows, weight, smoothing, classes)
     options = {
         "class_weights": weight,
         "ignore_index": ignore_index,
@@ -179,7 +191,7 @@ def _linear_cross_entropy(
         loss = functools.partial(
             _loss_of_places, h, w, bias, target, rows, (weight, smoothing), ignore_index, chunk_rows
         )
-    return _torch_rules.reduce_rows(loss, rows, lost, classes, reduction, result)
+    return reduce_rows(loss, rows, lost, classes, reduction, result)
 
 
 def _loss_of_places(
@@ -196,7 +208,7 @@ def _loss_of_places(
     """The classes of all places are the columns of one product, and a row's loss is the sum over its places."""
     count, places, features = w.shape[0], math.prod(w.shape[1:-1]), w.shape[-1]
     if h.dtype != w.dtype:
-        h, w = _arrays.accumulated(h, w)
+        h, w = arrays.accumulated(h, w)
     ignored = jnp.all((rows.codes == IGNORED).reshape(h.shape[0], places), axis=1, keepdims=True)
     head = Head(
         jnp.where(ignored, 0, h),
@@ -206,17 +218,17 @@ def _loss_of_places(
     # In the dtype of the sums: a gradient by bf16 probabilities would be rounded before it is divided by the weight.
     target = target if rows.probabilities is None else rows.probabilities
     target = target.reshape(*target.shape[: target.ndim + 2 - w.ndim], places)
-    layout = _heads.layout("torch_compat.linear_cross_entropy", chunk_rows, head)
-    row_fn = _PlacesRows(count, places, ignore_index, reduction != "none")
+    chunking = chunking_for("torch_compat.linear_cross_entropy", chunk_rows, head)
+    row_fn = PlacesRowLoss(count, places, ignore_index, reduction != "none")
     stream = stream_rows if reduction == "none" else stream_sum
-    losses = stream(row_fn, (head,), target, shared, layout, _heads.products(None, head))
+    losses = stream(row_fn, (head,), target, shared, chunking, matrix_products(None, head))
     if reduction == "none":
         return losses.reshape(h.shape[0], *w.shape[1:-1])
     return WeightedSum(losses, jnp.sum(rows.total_weights(ClassAxis(1 - w.ndim))).astype(losses.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
-class _PlacesRows:
+class PlacesRowLoss:
     """The losses of rows `(rows, places)`, or their sums `(rows,)`, as the engine takes them."""
 
     count: int

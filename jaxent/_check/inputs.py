@@ -16,8 +16,9 @@ from jax import lax
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
-from jaxent import _arrays, _suspicions, _targets
-from jaxent.losses import check_softmax_call
+from jaxent._arguments import arrays
+from jaxent._arguments.targets import check_ignore_index, check_softmax_arguments, check_softmax_call, rows_shape
+from jaxent._check.input_rules import Rows, suspicions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +106,11 @@ def diagnose(
         **options,
     )
     axis = static["classes"].axis
-    batch = _targets.rows_shape(z.shape, axis)
+    batch = rows_shape(z.shape, axis)
     findings = []
     with np.errstate(all="ignore"):
-        rows = _suspicions.Rows(np, z, axis, z.shape[axis], arguments, static["ignore_index"])
-        for suspicion in _suspicions.suspicions(rows, linear=False):
+        rows = Rows(np, z, axis, z.shape[axis], arguments, static["ignore_index"])
+        for suspicion in suspicions(rows, linear=False):
             if count := int(np.sum(suspicion.rows)):
                 at = int(np.argmax(suspicion.rows))
                 first = tuple(map(int, np.unravel_index(at, batch))) if batch else ()
@@ -164,10 +165,10 @@ def _check_values(arguments: dict[str, Any], linear: bool) -> None:
         raise ValueError(f"jaxent.{name}: `vocab_axis` must be None: the findings need whole rows of classes")
     inputs, *rest = arguments.values()
     kernel, targets = rest[:2] if linear else (None, rest[0])
-    inputs = lax.stop_gradient(_arrays.floating(name, "hidden" if linear else "logits", inputs))
-    axis = _arrays.canonical_axis(name, arguments.get("axis", -1), inputs.ndim)
+    inputs = lax.stop_gradient(arrays.floating(name, "hidden" if linear else "logits", inputs))
+    axis = arrays.canonical_axis(name, arguments.get("axis", -1), inputs.ndim)
     count = inputs.shape[axis] if kernel is None else kernel.shape[1]
-    given = _targets.check_softmax_arguments(
+    given = check_softmax_arguments(
         name,
         (*inputs.shape[:axis], count, *inputs.shape[len(inputs.shape) + axis + 1 :]),
         axis,
@@ -179,11 +180,11 @@ def _check_values(arguments: dict[str, Any], linear: bool) -> None:
         z_loss=arguments.get("z_loss", 0.0),
     )
     given = jax.tree.map(lax.stop_gradient, given)
-    ignore_index = _targets.check_ignore_index(name, arguments.get("ignore_index", -100))
-    batch = _targets.rows_shape(inputs.shape, axis)
+    ignore_index = check_ignore_index(name, arguments.get("ignore_index", -100))
+    batch = rows_shape(inputs.shape, axis)
     if 0 in batch:
         return
-    for suspicion in _suspicions.suspicions(_suspicions.Rows(jnp, inputs, axis, count, given, ignore_index), linear):
+    for suspicion in suspicions(Rows(jnp, inputs, axis, count, given, ignore_index), linear):
         at = jnp.argmax(suspicion.rows)
         places = {f"place_{i}": x for i, x in enumerate(jnp.unravel_index(at, batch))} if batch else {}
         first = tuple(f"{{{place}}}" for place in places)
@@ -203,6 +204,6 @@ def _check_concrete(function: str, argument: str, value: Any) -> None:
         np.asarray(value)
     except jax.errors.TracerArrayConversionError as error:
         expected = "be a concrete array (inside jit, grad or vmap use jaxent.checked)"
-        raise _arrays.dtype_error(function, argument, expected, value) from error
+        raise arrays.dtype_error(function, argument, expected, value) from error
     except (TypeError, ValueError):
         pass  # no array at all: the loss's own checks say so

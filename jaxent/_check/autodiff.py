@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 from jax import lax
 
-from jaxent import _arrays
+from jaxent._arguments import arrays
 
 # So many entries are differentiated one at a time. Of more, so many are drawn, and a random direction takes them all.
 MAX_ENTRIES = 256
@@ -25,7 +25,7 @@ MAX_ENTRIES = 256
 Gradient = tuple[np.ndarray, np.ndarray]
 
 
-class Entries:
+class FlatArguments:
     """The floating leaves of `args` as one vector, and the loss as a function of it."""
 
     def __init__(self, name: str, loss_fn: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]):
@@ -48,9 +48,9 @@ class Entries:
         self.drawn = np.sort(drawn).astype(np.int32)
         out = jax.eval_shape(self, [self.leaves[i] for i in self.at])
         if getattr(out, "shape", None) != ():
-            raise _arrays.shape_error(name, "loss_fn", "return a scalar (take the sum, or reduction='sum')", out)
+            raise arrays.shape_error(name, "loss_fn", "return a scalar (take the sum, or reduction='sum')", out)
         if not jnp.issubdtype(out.dtype, jnp.floating):
-            raise _arrays.dtype_error(name, "loss_fn", "return a floating scalar", out)
+            raise arrays.dtype_error(name, "loss_fn", "return a floating scalar", out)
 
     def _each(self, of: Callable[[Any], float]) -> np.ndarray:
         return np.repeat([of(dtype) for dtype in self.dtypes], self.sizes)
@@ -82,7 +82,7 @@ class Entries:
             for i, leaf in zip(at, jax.tree.leaves(part), strict=True):
                 if np.shape(leaf) != self.leaves[i].shape:
                     expected = f"give a gradient of shape {self.leaves[i].shape} by {self.names[self.at.index(i)]}"
-                    raise _arrays.shape_error(self.name, argument, expected, np.asarray(leaf))
+                    raise arrays.shape_error(self.name, argument, expected, np.asarray(leaf))
                 leaves[self.at.index(i)] = leaf
                 known[self.at.index(i)][...] = True
         return self.flat(leaves), self.flat(known) > 0
@@ -107,7 +107,7 @@ def _least(dtype: Any) -> float:
 
 
 @dataclasses.dataclass(frozen=True)
-class Own:
+class Estimates:
     """The value and the gradients by several ways."""
 
     value: float
@@ -117,10 +117,10 @@ class Own:
     notes: list[str]
 
 
-Problem = tuple[Entries, Callable[..., Any] | None]
+Problem = tuple[FlatArguments, Callable[..., Any] | None]
 
 
-def own_ways(problems: Sequence[Problem]) -> list[Own]:
+def autodiff_gradients(problems: Sequence[Problem]) -> list[Estimates]:
     """The closed form if there is one, `jax.grad`, and `jax.jvp` along the entries; one program for all problems."""
     leaves, notes = [[entries.leaves[i] for i in entries.at] for entries, _ in problems], []
 
@@ -135,7 +135,7 @@ def own_ways(problems: Sequence[Problem]) -> list[Own]:
     return [_own(entries, each, notes) for (entries, _), each in zip(problems, found, strict=True)]
 
 
-def _ways(entries: Entries, closed_form: Any, leaves: list[jax.Array], forward: bool) -> dict[str, Any]:
+def _ways(entries: FlatArguments, closed_form: Any, leaves: list[jax.Array], forward: bool) -> dict[str, Any]:
     def along(entry: jax.Array) -> jax.Array:
         parts = entries.split(jnp.arange(entries.count, dtype=jnp.int32) == entry)
         direction = [part.astype(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
@@ -149,7 +149,7 @@ def _ways(entries: Entries, closed_form: Any, leaves: list[jax.Array], forward: 
     return found
 
 
-def _own(entries: Entries, found: dict[str, Any], notes: list[str]) -> Own:
+def _own(entries: FlatArguments, found: dict[str, Any], notes: list[str]) -> Estimates:
     value, gradient = found["jax.grad"]
     gradients = {"jax.grad": (entries.flat(gradient), np.ones(entries.count, bool))}
     if "closed form" in found:
@@ -158,4 +158,4 @@ def _own(entries: Entries, found: dict[str, Any], notes: list[str]) -> Own:
         forward, known = np.zeros(entries.count), np.zeros(entries.count, bool)
         forward[entries.drawn], known[entries.drawn] = np.asarray(found["jax.jvp"], np.float64), True
         gradients["jax.jvp"] = forward, known
-    return Own(float(value), float(ml_dtypes.finfo(value.dtype).eps), _least(value.dtype), gradients, notes)
+    return Estimates(float(value), float(ml_dtypes.finfo(value.dtype).eps), _least(value.dtype), gradients, notes)

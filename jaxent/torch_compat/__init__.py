@@ -27,16 +27,16 @@ from typing import Any
 import jax
 from jax.typing import ArrayLike
 
-from jaxent import _torch_rules
-from jaxent._torch_functional import binary_cross_entropy as binary_cross_entropy
-from jaxent._torch_functional import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
-from jaxent._torch_functional import cross_entropy as cross_entropy
-from jaxent._torch_functional import kl_div as kl_div
-from jaxent._torch_functional import log_softmax as log_softmax
-from jaxent._torch_functional import nll_loss as nll_loss
-from jaxent._torch_functional import softmax as softmax
-from jaxent._torch_linear import LinearCrossEntropyOptions as LinearCrossEntropyOptions
-from jaxent._torch_linear import linear_cross_entropy as linear_cross_entropy
+from jaxent.torch_compat import _conventions
+from jaxent.torch_compat._entrywise import binary_cross_entropy as binary_cross_entropy
+from jaxent.torch_compat._entrywise import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits
+from jaxent.torch_compat._entrywise import kl_div as kl_div
+from jaxent.torch_compat._functional import cross_entropy as cross_entropy
+from jaxent.torch_compat._functional import log_softmax as log_softmax
+from jaxent.torch_compat._functional import nll_loss as nll_loss
+from jaxent.torch_compat._functional import softmax as softmax
+from jaxent.torch_compat._linear import LinearCrossEntropyOptions as LinearCrossEntropyOptions
+from jaxent.torch_compat._linear import linear_cross_entropy as linear_cross_entropy
 
 __all__ = [
     "BCELoss",
@@ -84,7 +84,7 @@ class _Loss(_Module):
 
     def __post_init__(self, size_average: bool | None, reduce: bool | None) -> None:
         if size_average is not None or reduce is not None:
-            reduction = _torch_rules.legacy_reduction(size_average, reduce, stacklevel=3)
+            reduction = _conventions.legacy_reduction(size_average, reduce, stacklevel=3)
             object.__setattr__(self, "reduction", reduction)
 
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxent import _differences
-from jaxent._differences import Wide
-from jaxent._ways import Entries, Own, own_ways
+from jaxent._check.autodiff import Estimates, FlatArguments, autodiff_gradients
+from jaxent._check.finite_differences import Float64Reference, evaluate
 from jaxent.gradients import softmax_cross_entropy_gradient
 from jaxent.losses import softmax_cross_entropy
 
@@ -130,9 +129,9 @@ def check_gradient(
     >>> usual.ok, usual.worst.got, f"{usual.worst.want:.1e}"
     (False, 0.0, '-2.1e-09')
     """
-    entries = Entries("check_gradient", loss_fn, args, options)
-    (wide,) = _differences.evaluate([entries])
-    (own,) = own_ways([(entries, closed_form or _known_closed_form(loss_fn))])
+    entries = FlatArguments("check_gradient", loss_fn, args, options)
+    (wide,) = evaluate([entries])
+    (own,) = autodiff_gradients([(entries, closed_form or _known_closed_form(loss_fn))])
     reference = Reference.of(wide)
     if oracle is not None:
         exact = oracle(*entries.arguments(entries.split(entries.x)), **options) if callable(oracle) else oracle
@@ -173,7 +172,7 @@ class Reference:
     """The error of the reference itself."""
 
     @classmethod
-    def of(cls, wide: Wide) -> "Reference":
+    def of(cls, wide: Float64Reference) -> "Reference":
         if wide.exact:
             nothing = np.zeros_like(wide.size)
             return cls(wide.value, wide.value_size, wide.gradient, np.ones_like(nothing, bool), wide.size, nothing)
@@ -190,7 +189,12 @@ class Reference:
 
 
 def compare(
-    entries: Entries, own: Own, wide: Wide, reference: Reference, allowed: np.ndarray, value_allowed: float
+    entries: FlatArguments,
+    own: Estimates,
+    wide: Float64Reference,
+    reference: Reference,
+    allowed: np.ndarray,
+    value_allowed: float,
 ) -> Iterator[Comparison]:
     """The value, then each way and argument by its worst entry, then the differences."""
     if reference.value is not None:
@@ -224,7 +228,7 @@ def _error(got: np.ndarray, want: np.ndarray) -> np.ndarray:
 
 
 def _worst(
-    entries: Entries,
+    entries: FlatArguments,
     way: str,
     got: np.ndarray,
     want: np.ndarray,

@@ -1,4 +1,4 @@
-"""Safe arithmetic on probabilities: elementwise terms of the information measures and their closed-form derivatives.
+"""Safe arithmetic on probabilities: map_rows terms of the information measures and their closed-form derivatives.
 
 Every term is exact where the textbook formula subtracts two nearly equal numbers, and every singular point is taken
 out of the operand before the singular operation: a nan in the branch that `where` drops would reach the gradient as

@@ -1,0 +1,85 @@
+"""From the losses of the rows to what the caller asked for."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxent._arguments import arrays
+from jaxent._serialization import exportable
+
+Reduction = Literal["mean", "sum", "none", "sum_and_weight"]
+MatrixReduction = Literal["mean", "sum"]
+
+
+@exportable
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WeightedSum:
+    """A sum of losses and the sum of their weights, so that means over parts of a batch add up to the exact mean.
+
+    A mean of means weighs a part with few counted rows like a full one. Adding totals and weights does not, and the two
+    numbers pass through `jax.lax.psum`, a scan's carry, and `has_aux` like any pytree:
+
+    >>> a, b = WeightedSum(jnp.float32(6.0), jnp.float32(3.0)), WeightedSum(jnp.float32(1.0), jnp.float32(1.0))
+    >>> float((a + b).mean())
+    1.75
+    """
+
+    total: jax.Array
+    """`sum_n w_n l_n`, in nats for the losses of this library."""
+    weight: jax.Array
+    """`sum_n w_n`."""
+
+    def __add__(self, other: "WeightedSum") -> "WeightedSum":
+        if not isinstance(other, WeightedSum):
+            return NotImplemented
+        return WeightedSum(self.total + other.total, self.weight + other.weight)
+
+    def __radd__(self, other: object) -> "WeightedSum":
+        """`sum(parts)` starts from 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def mean(self) -> jax.Array:
+        """`total / weight`; 0, with derivative 0, when nothing was weighed."""
+        empty = self.weight == 0
+        return jnp.where(empty, 0, self.total / jnp.where(empty, 1, self.weight))
+
+
+def check_reduction(function: str, reduction: Any, denominator: ArrayLike | None) -> jax.Array | None:
+    """The divisor as a scalar array, if one was given."""
+    if reduction not in ("mean", "sum", "none", "sum_and_weight"):
+        raise ValueError(
+            f"jaxent.{function}: `reduction` must be 'mean', 'sum', 'none' or 'sum_and_weight', got {reduction!r}"
+        )
+    if denominator is None:
+        return None
+    if reduction != "mean":
+        raise ValueError(f"jaxent.{function}: `denominator` goes with reduction='mean', got reduction={reduction!r}")
+    return arrays.scalar(function, "denominator", denominator, low=0.0)
+
+
+def reduce_losses(
+    losses: jax.Array, weights: jax.Array, reduction: Reduction, denominator: jax.Array | None
+) -> jax.Array | WeightedSum:
+    """`losses` are weighted already; `weights` are what they count in a mean."""
+    if reduction == "none":
+        return losses
+    return reduce_sum(WeightedSum(jnp.sum(losses), jnp.sum(weights.astype(losses.dtype))), reduction, denominator)
+
+
+def reduce_sum(summed: WeightedSum, reduction: Reduction, denominator: jax.Array | None) -> jax.Array | WeightedSum:
+    if reduction == "sum_and_weight":
+        return summed
+    if reduction == "sum":
+        return summed.total
+    if denominator is None:
+        return summed.mean()
+    return WeightedSum(summed.total, denominator.astype(summed.total.dtype)).mean()
+
+
+def check_matrix_reduction(function: str, reduction: Any) -> None:
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"jaxent.{function}: `reduction` must be 'mean' or 'sum', got {reduction!r}")

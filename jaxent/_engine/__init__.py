@@ -1,0 +1,1 @@
+"""The streaming engine: row losses of hidden states without the logits."""

@@ -1,0 +1,151 @@
+"""The arguments of the linear losses: the linear layer, and what is done to its logits before their softmax."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxent._arguments import arrays
+from jaxent._arguments.options import Precision
+from jaxent._arguments.reduction import Reduction, WeightedSum
+from jaxent._arguments.targets import SoftmaxArguments, check_classes
+from jaxent._engine.chunking import Chunking, chunking_of
+from jaxent._engine.streaming import Head, Logits, MatrixProducts, RowFunction, stream_rows, stream_sum
+from jaxent._math.label_loss import IGNORED
+from jaxent._math.row_losses import RowTargets
+from jaxent._mesh.apply import Batch
+from jaxent._mesh.check import check_linear_layer
+from jaxent._mesh.class_axis import ClassAxis
+from jaxent._mesh.types import automatic_devices, local_shape
+
+
+class LogitTransform(NamedTuple):
+    """What is done to the logits of a linear layer before their softmax; None is nothing."""
+
+    soft_cap: jax.Array | None
+    temperature: jax.Array | None
+
+    def __call__(self, z: jax.Array) -> jax.Array:
+        if self.soft_cap is not None:
+            cap = self.soft_cap.astype(z.dtype)
+            z = cap * jnp.tanh(z / cap)
+        return z if self.temperature is None else z / self.temperature.astype(z.dtype)
+
+
+def check_head(
+    function: str, hidden: ArrayLike, kernel: ArrayLike, bias: ArrayLike | None, suffix: str = ""
+) -> tuple[Head, Batch]:
+    """The head with its rows in one dimension, operands in one dtype, and the batch."""
+    h = arrays.floating(function, f"hidden{suffix}", hidden)
+    w = arrays.floating(function, f"kernel{suffix}", kernel)
+    if h.ndim == 0:
+        raise arrays.shape_error(function, f"hidden{suffix}", "have shape (*batch, features)", h)
+    if w.ndim != 2 or w.shape[0] != h.shape[-1]:
+        expected = (
+            f"have shape (features, classes) with {h.shape[-1]} features, as `hidden{suffix}` has; "
+            "a (classes, features) embedding goes in as `embedding.T`"
+        )
+        raise arrays.shape_error(function, f"kernel{suffix}", expected, w)
+    check_classes(function, f"kernel{suffix}", w.shape, -1)
+    if bias is not None:
+        bias = arrays.floating(function, f"bias{suffix}", bias)
+        arrays.check_shape(function, f"bias{suffix}", bias, (w.shape[1],), "one for each class")
+    if h.dtype != w.dtype:
+        h, w = arrays.accumulated(h, w)
+    check_linear_layer(function, h, w, suffix)
+    batch = Batch.of(h, h.ndim - 1)
+    return Head(batch.flatten(h), w, bias), batch
+
+
+def check_logit_transform(function: str, soft_cap: ArrayLike | None, temperature: ArrayLike) -> LogitTransform:
+    if soft_cap is not None:
+        soft_cap = arrays.scalar(function, "soft_cap", soft_cap, low=0.0, open_low=True)
+    return LogitTransform(
+        soft_cap, arrays.scalar(function, "temperature", temperature, low=0.0, open_low=True, neutral=1.0)
+    )
+
+
+def check_row_argument(function: str, x: ArrayLike, batch: Batch) -> jax.Array:
+    x = jnp.asarray(x)
+    if x.shape[: len(batch)] != batch:
+        raise arrays.shape_error(function, "row_args", f"have shapes that start with {batch}, the batch of `hidden`", x)
+    return batch.flatten(x)
+
+
+def flat_rows(arguments: SoftmaxArguments, batch: Batch) -> SoftmaxArguments:
+    """The arguments with their batch axes as one."""
+    flat: dict[str, Any] = {
+        name: batch.flatten(x)
+        for name, x in arguments._asdict().items()
+        if name in ("targets", "where", "weights") and x is not None
+    }
+    return arguments._replace(**flat)
+
+
+def chunking_for(function: str, chunk_rows: int | None, *heads: Head) -> Chunking:
+    """How the rows of a device are cut; the logits of all heads are held at a time."""
+    rows, _ = local_shape(heads[0].hidden)
+    classes = max(1, sum(local_shape(head.kernel)[1] for head in heads))
+    devices = max(automatic_devices(x) for head in heads for x in (head.hidden, head.kernel))
+    features = max(local_shape(head.hidden)[1] for head in heads)
+    return chunking_of(function, rows, features, classes, chunk_rows, devices)
+
+
+def logits_like(*heads: Head) -> jax.ShapeDtypeStruct:
+    """What the logits would be; with several heads, in a dtype that holds those of each."""
+    shape = (heads[0].hidden.shape[0], heads[0].kernel.shape[1])
+    return jax.ShapeDtypeStruct(shape, arrays.accumulation_dtype(*(head.kernel for head in heads)))
+
+
+def matrix_products(precision: Precision, head: Head) -> MatrixProducts:
+    """float32 inputs keep float32 accuracy unless the caller, or `jax.default_matmul_precision`, says otherwise."""
+    config: Any = jax.config  # its options are not typed
+    if precision is None and head.kernel.dtype == np.float32 and config.jax_default_matmul_precision is None:
+        precision = jax.lax.Precision.HIGHEST
+    return MatrixProducts(precision)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaledRowLoss:
+    """Row losses times a number that all rows share."""
+
+    row_fn: RowFunction
+
+    def __call__(self, logits: Logits, rows: RowTargets, shared: tuple[Any, jax.Array]) -> jax.Array:
+        inner, scale = shared
+        return self.row_fn(logits, rows, inner) * scale
+
+
+def stream_reduced(
+    row_fn: RowFunction,
+    heads: tuple[Head, ...],
+    rows: RowTargets,
+    shared: Any,
+    reduction: Reduction,
+    divisor: jax.Array | None,
+    chunking: Chunking,
+    products: MatrixProducts,
+) -> jax.Array | WeightedSum:
+    """The reduction of streamed row losses."""
+    if reduction == "none":
+        return stream_rows(row_fn, heads, rows, shared, chunking, products)
+    dtype = logits_like(*heads).dtype
+    weight = jnp.sum(rows.total_weights(ClassAxis())).astype(dtype)
+    if reduction == "mean":
+        # The rows are divided before the products, not the gradients after them: those are as large as the kernel.
+        scale = WeightedSum(jnp.ones_like(weight), weight if divisor is None else divisor.astype(dtype)).mean()
+        return stream_sum(ScaledRowLoss(row_fn), heads, rows, (shared, scale), chunking, products)
+    total = stream_sum(row_fn, heads, rows, shared, chunking, products)
+    return WeightedSum(total, weight) if reduction == "sum_and_weight" else total
+
+
+def zero_ignored_hidden(rows: RowTargets, hidden: jax.Array) -> tuple[RowTargets, jax.Array]:
+    """Ignored rows have hidden states of 0: their gradient is 0, and 0 times a nan would still reach the kernel's."""
+    codes = rows.codes
+    if rows.weights is not None:
+        finite = jnp.all(jnp.isfinite(hidden), axis=-1, keepdims=True)
+        codes = jnp.where((rows.weights == 0) & ~finite, IGNORED, codes)
+    return rows._replace(codes=codes), jnp.where(codes == IGNORED, 0, hidden)

@@ -1,0 +1,100 @@
+"""Measures of two variables, from a table of their joint probabilities."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxent._math import safe
+
+
+def _sum(x: jax.Array, axis: int) -> jax.Array:
+    return jnp.sum(x, axis=axis, keepdims=True)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _others(p: jax.Array, axis: int) -> jax.Array:
+    """`sum_{j != k} p_j` for each k; the largest entry is left out of its own sum, where `sum(p) - p` would cancel."""
+    p = lax.optimization_barrier(p)  # XLA may compute it anew in each use, and round it otherwise
+    largest = jnp.max(p, axis=axis, keepdims=True)
+    top = p == largest
+    ties = _sum(top.astype(p.dtype), axis)
+    below = _sum(jnp.where(top, 0, p), axis) + (ties - 1) * largest
+    return jnp.where(top, below, (below - p) + largest)
+
+
+@_others.defjvp
+def _others_jvp(axis, primals, tangents):
+    (p,), (dp,) = primals, tangents
+    return _others(p, axis), _sum(dp, axis) - dp
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _conditional_surprise(p: jax.Array, axis: int) -> jax.Array:
+    """`-log(p_k / sum_j p_j)`, relatively accurate when one entry has nearly all; 0 at `p = 0`."""
+    positive = jnp.where(p == 0, 1, p)
+    others = _others(p, axis)
+    surprise = jnp.where(others <= positive, jnp.log1p(others / positive), safe.log_ratio(others + positive, positive))
+    return jnp.where(p == 0, 0, surprise)
+
+
+@_conditional_surprise.defjvp
+def _conditional_surprise_jvp(axis, primals, tangents):
+    (p,), (dp,) = primals, tangents
+    positive = jnp.where(p == 0, 1, p)
+    total = jnp.where(p == 0, 1, _sum(p, axis))
+    own = safe.ratio(_others(p, axis), positive)
+    tangent = ((_sum(dp, axis) - dp) - own * dp) / total
+    return _conditional_surprise(p, axis), jnp.where(p == 0, 0, tangent)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _conditional_entropy(p: jax.Array, axis: int) -> jax.Array:
+    return jnp.sum(p * _conditional_surprise(p, axis), axis=(-2, -1))
+
+
+@_conditional_entropy.defjvp
+def _conditional_entropy_jvp(axis, primals, tangents):
+    (p,), (dp,) = primals, tangents
+    return _conditional_entropy(p, axis), jnp.sum(_conditional_surprise(p, axis) * dp, axis=(-2, -1))
+
+
+def conditional_entropy(p: jax.Array, *, axis: int) -> jax.Array:
+    """`axis` (-1 or -2) is the variable that is known; the entropy left is that of the other one."""
+    return _conditional_entropy(p, -3 - axis)
+
+
+@jax.custom_jvp
+def _dependence(p: jax.Array) -> jax.Array:
+    """`log(p_xy / (p_x p_y))`; 0 at `p = 0`."""
+    positive, p_x, p_y = (jnp.where(p == 0, 1, x) for x in (p, _sum(p, -1), _sum(p, -2)))
+    q = p_x * p_y
+    # The product of two marginals of 1e-20 is no float32 number.
+    split = safe.log_ratio(positive, p_x) - jnp.log(p_y)
+    return jnp.where(q >= float(jnp.finfo(p.dtype).tiny), safe.log_ratio(positive, q), split)
+
+
+@_dependence.defjvp
+def _dependence_jvp(primals, tangents):
+    (p,), (dp,) = primals, tangents
+    positive, p_x, p_y = (jnp.where(p == 0, 1, x) for x in (p, _sum(p, -1), _sum(p, -2)))
+    tangent = dp / positive - _sum(dp, -1) / p_x - _sum(dp, -2) / p_y
+    return _dependence(p), jnp.where(p == 0, 0, tangent)
+
+
+@jax.custom_jvp
+def mutual_information(p: jax.Array) -> jax.Array:
+    """The divergence of `p` from the product of its marginals.
+
+    Near independence the rounding of the marginals costs only second order, because the product has the marginals of
+    `p`: in float32 5e-15, and with the rounding of the product 2e-4 of an information of 5e-11 (40 x 30 classes).
+    """
+    q = _sum(p, -1) * _sum(p, -2)
+    return jnp.sum(jnp.where(p == 0, q, safe.kl_given_log_ratio(p, q, _dependence(p))), axis=(-2, -1))
+
+
+@mutual_information.defjvp
+def _mutual_information_jvp(primals, tangents):
+    (p,), (dp,) = primals, tangents
+    return mutual_information(p), jnp.sum(_dependence(p) * dp, axis=(-2, -1))

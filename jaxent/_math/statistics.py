@@ -1,0 +1,66 @@
+"""Statistics of a row of logits: what one pass over its classes tells."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxent._math import softmax
+from jaxent._math.label_loss import label_loss
+from jaxent._mesh.class_axis import ClassAxis
+from jaxent._serialization import exportable
+
+
+@exportable
+class TokenStatistics(NamedTuple):
+    """What one pass over the logits tells about each row, in nats; None is what was not asked for."""
+
+    log_prob: jax.Array | None
+    """`log p_y`, differentiable; nan for a label out of range."""
+    log_normalizer: jax.Array
+    """`logsumexp(z)`, differentiable."""
+    entropy: jax.Array
+    """`-sum_k p_k log p_k`, differentiable."""
+    argmax: jax.Array
+    """The first class with the highest logit, int32; -1 for a row without a softmax."""
+    rank: jax.Array | None
+    """How many classes score strictly higher than the label, int32; -1 for a label out of range."""
+    top_log_probs: jax.Array | None
+    """The `top_k` highest log-probabilities, in falling order, on a new last axis."""
+    top_classes: jax.Array | None
+    """Their classes, int32."""
+
+
+def row_statistics(z: jax.Array, codes: jax.Array | None, classes: ClassAxis, top_k: int) -> TokenStatistics:
+    """`TokenStatistics` of rows whose labels are codes."""
+    row = softmax.normalizer(z, classes)
+    usable = jnp.isfinite(row.rest)
+    log_prob = rank = top_log_probs = top_classes = None
+
+    def per_row(x: jax.Array) -> jax.Array:
+        return jnp.squeeze(x, classes.axis)
+
+    if codes is not None:
+        log_prob = per_row(-label_loss(z, codes, classes)[0])
+        label_logit = lax.stop_gradient(classes.take(z, codes))
+        higher = classes.sum((lax.stop_gradient(z) > label_logit).astype(jnp.int32))
+        rank = per_row(jnp.where(usable & (codes >= 0), higher, -1))
+    materialized = lax.optimization_barrier(
+        lax.stop_gradient(z)
+    )  # compared with its own maximum, not with one rounded anew
+    argmax = per_row(jnp.where(usable, classes.min_index(materialized == classes.max(materialized)), -1))
+    if top_k:
+        top_z, top_classes = classes.top(z, top_k)
+        first = jnp.moveaxis(row.shift, classes.axis, -1), jnp.moveaxis(row.log_total, classes.axis, -1)
+        top_log_probs = (top_z - first[0]) - first[1]
+        top_classes = jnp.where(jnp.moveaxis(usable, classes.axis, -1), top_classes, -1)
+    return TokenStatistics(
+        log_prob,
+        per_row(row.shift + row.log_total),
+        per_row(softmax.entropy(z, classes)),
+        argmax,
+        rank,
+        top_log_probs,
+        top_classes,
+    )

@@ -1,0 +1,1 @@
+"""Meshes: how arrays are split over devices, and reductions along the class axis."""

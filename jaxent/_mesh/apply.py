@@ -1,0 +1,102 @@
+"""Functions run on each device's own rows, on automatic and on explicit meshes.
+
+On an automatic mesh arrays look whole, and XLA decides what crosses it. On an explicit mesh the type of an array says
+how it is split: the rows are then taken apart by a `shard_map` of our own, so that sums over rows cross the mesh once,
+after the scan, and the classes are left to XLA, so that a row function may look at them as a whole.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
+
+from jaxent._mesh.types import Partition, axes_of_type, axis_names, mesh_of, partition_of
+
+
+def with_auto_axes(f: Callable[..., Any], *arrays: Any, mesh: AbstractMesh, out_specs: Any) -> Any:
+    """`f(*arrays)` with the explicit axes of the mesh left to XLA; `out_specs` types the result."""
+    explicit = axes_of_type(mesh, AxisType.Explicit)
+    if not explicit:
+        return f(*arrays)
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(f, axes=tuple(sorted(explicit)), out_sharding=out_specs)(*arrays)
+
+
+def on_each_device(f: Callable[..., Any], axes: tuple[str, ...], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`f` of the parts, on every device of the mesh axes; for use inside `automatic`."""
+    return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes)) if axes else f
+
+
+def map_rows(f: Callable[..., Any], x: jax.Array, *others: Any, without: int | None = None) -> Any:
+    """`f(x, *others)`, typed like `x`, or like `x` without an axis, after which the result may have more."""
+    split = partition_of(x)
+    if without is not None:
+        split = split[: x.ndim + without] + split[x.ndim + without + 1 :]
+    return with_auto_axes(f, x, *others, mesh=mesh_of(x, *jax.tree.leaves(others)), out_specs=P(*split))
+
+
+def shard_map_rows(f: Callable[..., Any], per_row: Any, shared: Any, *, summed: bool) -> Any:
+    """`f(per_row, shared)`, on an explicit mesh of every device's own rows.
+
+    The rows are split as the first leaf of `per_row` is. With `summed` the results are sums over rows, else they have
+    the rows first.
+    """
+    first, *_ = jax.tree.leaves(per_row)
+    axes = partition_of(first)[0]
+    rows = P(axes)
+    result = P() if summed else rows
+
+    def part(per_row: Any, shared: Any) -> Any:
+        out = f(per_row, shared)
+        return lax.psum(out, axes) if summed and axes else out
+
+    mesh = mesh_of(*jax.tree.leaves((per_row, shared)))
+    return with_auto_axes(on_each_device(part, axes, (rows, P()), result), per_row, shared, mesh=mesh, out_specs=result)
+
+
+class Batch(tuple[int, ...]):
+    """The shape of a batch whose axes become one, and how an explicit mesh splits it.
+
+    Each device flattens its own part, so that nothing moves; the rows then come in another order.
+    """
+
+    mesh: AbstractMesh
+    split: Partition
+    like: jax.Array
+
+    @classmethod
+    def of(cls, x: jax.Array, dims: int) -> "Batch":
+        """The first `dims` axes of `x`."""
+        batch = cls(x.shape[:dims])
+        batch.mesh, batch.split, batch.like = mesh_of(x), partition_of(x)[:dims], x
+        return batch
+
+    def flatten(self, x: jax.Array) -> jax.Array:
+        """`(*batch, ...)` to `(rows, ...)`, split as the batch is."""
+        dims, axes = len(self), axis_names(self.split)
+        if dims == 1:
+            return x
+        if axes and mesh_of(x).empty:
+            x = self._on_mesh(x)
+        flat = on_each_device(lambda x: x.reshape(-1, *x.shape[dims:]), axes, P(*self.split), P(axes))
+        return with_auto_axes(flat, x, mesh=self.mesh, out_specs=P(axes, *partition_of(x)[dims:]))
+
+    def _on_mesh(self, x: jax.Array) -> jax.Array:
+        """An array of the host, split as the batch is: outside `jit`, `shard_map` takes no other beside split ones."""
+        dims = len(self)
+        nowhere = jnp.any(jnp.zeros_like(self.like, bool), axis=tuple(range(dims, self.like.ndim)))
+        return jnp.where(jnp.expand_dims(nowhere, tuple(range(dims, x.ndim))), x, x)
+
+    def unflatten(self, x: jax.Array) -> jax.Array:
+        """`(rows, ...)` to `(*batch, ...)`."""
+        axes = axis_names(self.split)
+        if len(self) == 1:
+            return x
+        shape = [n // math.prod(self.mesh.shape[a] for a in names) for n, names in zip(self, self.split, strict=True)]
+        parts = on_each_device(lambda x: x.reshape(*shape, *x.shape[1:]), axes, P(axes), P(*self.split))
+        return with_auto_axes(parts, x, mesh=self.mesh, out_specs=P(*self.split, *partition_of(x)[1:]))

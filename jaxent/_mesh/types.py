@@ -1,0 +1,80 @@
+"""How a value is typed and split: which mesh axes it varies over, and which devices may hold its parts."""
+
+import math
+from collections.abc import Collection, Sequence
+
+import jax
+from jax import lax
+from jax.sharding import AbstractMesh, AxisType
+
+
+def varying(x: jax.Array) -> frozenset[str]:
+    """The manual mesh axes along which the value differs between devices."""
+    return jax.typeof(x).manual_axis_type.varying
+
+
+def pcast_like(x: jax.Array, others: Sequence[jax.Array], except_for: Collection[str] = ()) -> jax.Array:
+    """`x`, typed inside `shard_map` as differing between devices along every axis that any of `others` differs along.
+
+
+    A scan's carry must have its final type from the start, and a constant that is made varying before a scan is summed
+    over the devices once, after it, on the way back, not once a step.
+    """
+    axes = frozenset[str]().union(*map(varying, others)).difference(varying(x), except_for)
+    return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+
+
+def sum_to_type(x: jax.Array, like: jax.Array) -> jax.Array:
+    """`x`, summed over the mesh axes along which it differs between devices and `like` does not."""
+    axes = varying(x) - varying(like)
+    return lax.psum(x, tuple(sorted(axes))) if axes else x
+
+
+def may_be_split_by_xla(x: jax.Array) -> bool:
+    """Whether the array may be split over devices without its type saying how."""
+    mesh = mesh_of(x)
+    # An array that only `jit` knows to be split has no mesh in its type.
+    return jax.device_count() > 1 and (mesh.empty or bool(auto_axis_names(mesh)))
+
+
+def mesh_of(*arrays: jax.Array) -> AbstractMesh:
+    """The mesh that any of the arrays is typed with; empty if none is."""
+    meshes = [jax.typeof(x).sharding.mesh for x in arrays]
+    return next((mesh for mesh in meshes if not mesh.empty), AbstractMesh((), ()))
+
+
+def axes_of_type(mesh: AbstractMesh, kind: AxisType) -> frozenset[str]:
+    return frozenset(name for name, its in zip(mesh.axis_names, mesh.axis_types, strict=True) if its == kind)
+
+
+def auto_axis_names(mesh: AbstractMesh) -> frozenset[str]:
+    """The mesh axes over which XLA splits arrays as it thinks best."""
+    return axes_of_type(mesh, AxisType.Auto)
+
+
+Partition = tuple[tuple[str, ...], ...]
+
+
+def partition_of(x: jax.Array) -> Partition:
+    """The explicit mesh axes that each dimension is split over, without those of size 1, which split nothing."""
+    mesh, spec = mesh_of(x), jax.typeof(x).sharding.spec
+    names = (() if s is None else s if isinstance(s, tuple) else (s,) for s in spec)
+    return tuple(tuple(a for a in axes if mesh.shape[a] > 1) for axes in names)
+
+
+def axis_names(split: Partition) -> tuple[str, ...]:
+    return tuple(name for names in split for name in names)
+
+
+def local_shape(x: jax.Array) -> tuple[int, ...]:
+    """The shape of one device's part on an explicit mesh; the whole shape on others."""
+    mesh = mesh_of(x)
+    return tuple(
+        n // math.prod(mesh.shape[a] for a in names) for n, names in zip(x.shape, partition_of(x), strict=True)
+    )
+
+
+def automatic_devices(x: jax.Array) -> int:
+    """Over how many devices XLA may have split an array, as far as its type knows."""
+    mesh = mesh_of(x)
+    return math.prod(mesh.shape[name] for name in auto_axis_names(mesh))

@@ -1,0 +1,292 @@
+"""Gauss-Newton and Fisher products of a linear layer, streamed, without the logits."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxent._arguments import arrays
+from jaxent._arguments.options import Precision
+from jaxent._arguments.reduction import MatrixReduction, check_matrix_reduction, check_reduction
+from jaxent._arguments.targets import (
+    SoftmaxArguments,
+    check_class_axis_of_rows,
+    check_ignore_index,
+    check_softmax_arguments,
+    check_vocab_axis_of_rows,
+    row_targets,
+    zero_labels,
+)
+from jaxent._engine.chunking import Chunking
+from jaxent._engine.linear_head import (
+    LogitTransform,
+    check_head,
+    check_logit_transform,
+    chunking_for,
+    flat_rows,
+    logits_like,
+    matrix_products,
+    stream_reduced,
+    zero_ignored_hidden,
+)
+from jaxent._engine.streaming import Head, Logits, MatrixProducts
+from jaxent._math.quadratic_forms import Fisher, GaussNewton, QuadraticForm
+from jaxent._math.row_losses import LossOptions, RowTargets
+from jaxent._mesh.class_axis import ClassAxis
+
+
+def linear_ggn_vector_product(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    v: tuple[ArrayLike | None, ...],
+    *,
+    targets: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    class_weights: ArrayLike | None = None,
+    ignore_index: int | None = -100,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+    soft_cap: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    reduction: MatrixReduction = "mean",
+    denominator: ArrayLike | None = None,
+    chunk_rows: int | None = None,
+    precision: Precision = None,
+    vocab_axis: str | None = None,
+) -> tuple[jax.Array | None, ...]:
+    r"""`ggn_vector_product` of a linear layer by hidden states, kernel and bias, streamed, in its unit.
+
+    $$u_n = J_n v = v^h_n W + h_n V^W + v^b, \qquad
+    G v = \frac{1}{W} \sum_n \big(A_n u_n W^\top,\; h_n^\top A_n u_n,\; A_n u_n\big)$$
+
+    with the `A_n` of `ggn_vector_product`, for the logits of `linear_softmax_cross_entropy`; soft cap and temperature
+    belong to the model and enter through their derivatives. Rows are taken a chunk at a time: the memory does not grow
+    with their number. A product by the kernel costs three matrix products of the size of the logits, and each of
+    `hidden` and `kernel` adds two to the one for the logits.
+
+    **Arguments:**
+
+    - `hidden`: `(*batch, features)`. `kernel`: `(features, classes)`. `bias`: `(classes,)`.
+    - `v`: `(v_hidden, v_kernel)` or `(v_hidden, v_kernel, v_bias)`, shaped like what they are steps of and converted to
+      its dtype. None stands for what is held fixed: `(None, v_kernel)` is the matrix of the kernel alone.
+    - `targets` and the options as in `ggn_vector_product`; `soft_cap`, `temperature`, `chunk_rows`, `precision`,
+      `vocab_axis` as in `linear_softmax_cross_entropy`.
+
+    **Returns:** a tuple with the shapes and dtypes of `v`, None where it is None. A row that is not counted adds
+    exactly 0, whatever it holds.
+
+    **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or option.
+
+    >>> hidden, kernel = jnp.eye(2), jnp.zeros((2, 2))
+    >>> linear_ggn_vector_product(hidden, kernel, (None, jnp.array([[1.0, 0.0], [0.0, 0.0]])))[1]
+    Array([[ 0.125, -0.125],
+           [ 0.   ,  0.   ]], dtype=float32)
+    """
+    return _linear_product(
+        "linear_ggn_vector_product",
+        GaussNewton,
+        hidden,
+        kernel,
+        v,
+        targets,
+        bias=bias,
+        where=where,
+        weights=weights,
+        class_weights=class_weights,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        soft_cap=soft_cap,
+        temperature=temperature,
+        reduction=reduction,
+        denominator=denominator,
+        chunk_rows=chunk_rows,
+        precision=precision,
+        vocab_axis=vocab_axis,
+    )
+
+
+def linear_fisher_vector_product(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike,
+    v: tuple[ArrayLike | None, ...],
+    *,
+    bias: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    ignore_index: int | None = -100,
+    label_smoothing: ArrayLike = 0.0,
+    soft_cap: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    reduction: MatrixReduction = "mean",
+    denominator: ArrayLike | None = None,
+    chunk_rows: int | None = None,
+    precision: Precision = None,
+    vocab_axis: str | None = None,
+) -> tuple[jax.Array | None, ...]:
+    r"""`fisher_vector_product` of a linear layer by hidden states, kernel and bias, streamed, in its unit.
+
+    $$F v = \frac{1}{W} \sum_n w_n\, g_n \langle g_n, v \rangle, \qquad
+    \langle g_n, v \rangle = (p_n - y_n)^\top (v^h_n W + h_n V^W + v^b)$$
+
+    **Arguments:** `hidden`, `kernel`, `bias`, `v`, `soft_cap`, `temperature`, `chunk_rows`, `precision` and
+    `vocab_axis` as in `linear_ggn_vector_product`; `labels` and the other options as in `fisher_vector_product`.
+
+    **Returns:** a tuple with the shapes and dtypes of `v`, None where it is None. A row that is not counted adds
+    exactly 0, whatever it holds. Costs what `linear_ggn_vector_product` costs.
+
+    **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or option.
+
+    >>> hidden, kernel, v = jnp.eye(2), jnp.zeros((2, 2)), jnp.array([[1.0, 0.0], [0.0, 0.0]])
+    >>> linear_fisher_vector_product(hidden, kernel, jnp.array([0, 1]), (None, v))[1]
+    Array([[ 0.125, -0.125],
+           [ 0.   ,  0.   ]], dtype=float32)
+    """
+    return _linear_product(
+        "linear_fisher_vector_product",
+        Fisher,
+        hidden,
+        kernel,
+        v,
+        labels,
+        bias=bias,
+        where=where,
+        weights=weights,
+        class_weights=None,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=0.0,
+        soft_cap=soft_cap,
+        temperature=temperature,
+        reduction=reduction,
+        denominator=denominator,
+        chunk_rows=chunk_rows,
+        precision=precision,
+        vocab_axis=vocab_axis,
+    )
+
+
+def _linear_product(
+    function: str,
+    form: Callable[[ClassAxis], QuadraticForm],
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    v: tuple[ArrayLike | None, ...],
+    targets: ArrayLike | None,
+    *,
+    bias: ArrayLike | None,
+    ignore_index: int | None,
+    soft_cap: ArrayLike | None,
+    temperature: ArrayLike,
+    reduction: MatrixReduction,
+    denominator: ArrayLike | None,
+    chunk_rows: int | None,
+    precision: Precision,
+    vocab_axis: str | None,
+    **options: Any,
+) -> tuple[jax.Array | None, ...]:
+    check_matrix_reduction(function, reduction)
+    head, batch = check_head(function, hidden, kernel, bias)
+    rows = {"where": options["where"], "weights": options["weights"]}
+    check_vocab_axis_of_rows(function, vocab_axis, targets, hidden=head.hidden, **rows)
+    steps = _check_steps(function, v, (hidden, kernel, bias))
+    if targets is None:
+        targets, ignore_index = batch.unflatten(zero_labels(head.hidden, ClassAxis())), None
+    shape = (*batch, head.kernel.shape[1])
+    arguments = check_softmax_arguments(function, shape, -1, targets, **options)
+    divisor = check_reduction(function, reduction, denominator)
+    check_class_axis_of_rows(function, vocab_axis, {"kernel": (head.kernel, 1)}, arguments)
+    by_hidden, *by_layer = steps
+    by_hidden, *by_layer = _linear_curvature(
+        head,
+        (None if by_hidden is None else batch.flatten(by_hidden), *by_layer),
+        flat_rows(arguments, batch),
+        check_logit_transform(function, soft_cap, temperature),
+        divisor,
+        row_fn=_StreamedForm(form(ClassAxis(-1, vocab_axis))),
+        ignore_index=check_ignore_index(function, ignore_index),
+        reduction=reduction,
+        # Two blocks at a time: the logits, and their step or its derivative.
+        chunking=chunking_for(function, chunk_rows, head, head),
+        products=matrix_products(precision, head),
+    )
+    return (None if by_hidden is None else batch.unflatten(by_hidden), *by_layer)[: len(v)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _StreamedForm:
+    """A form as the engine takes it: the first block holds the logits, the others add up to their step."""
+
+    form: QuadraticForm
+
+    def __call__(
+        self, logits: Logits, rows: RowTargets, shared: tuple[LogitTransform, LossOptions, jax.Array | None]
+    ) -> jax.Array:
+        transform, options, by_bias = shared
+        raw, *steps = logits
+        if by_bias is not None:
+            steps.append(jnp.broadcast_to(by_bias[None, :], raw.shape))
+        step = functools.reduce(jnp.add, steps)
+        z, step = jax.jvp(transform, (raw,), (step,))
+        return self.form(z, step, rows, options)[:, 0]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("row_fn", "ignore_index", "reduction", "chunking", "products"), inline=True
+)
+def _linear_curvature(
+    head: Head,
+    steps: tuple[jax.Array | None, ...],
+    arguments: SoftmaxArguments,
+    transform: LogitTransform,
+    divisor: jax.Array | None,
+    *,
+    row_fn: _StreamedForm,
+    ignore_index: int | None,
+    reduction: MatrixReduction,
+    chunking: Chunking,
+    products: MatrixProducts,
+) -> tuple[jax.Array | None, ...]:
+    like = logits_like(head)
+    rows, options = row_targets(arguments, like, row_fn.form.classes, ignore_index)
+    rows, hidden = zero_ignored_hidden(rows, head.hidden)
+
+    def half_form(steps: tuple[jax.Array | None, ...]) -> jax.Array:
+        by_hidden, by_kernel, by_bias = steps
+        heads = [head._replace(hidden=hidden)]
+        if by_kernel is not None:
+            heads.append(Head(hidden, by_kernel.astype(hidden.dtype), None))
+        if by_hidden is not None:
+            _, by_hidden = zero_ignored_hidden(rows, by_hidden.astype(hidden.dtype))
+            heads.append(Head(by_hidden, head.kernel, None))
+        if by_bias is not None and head.bias is not None:
+            by_bias = by_bias.astype(head.bias.dtype).astype(like.dtype)
+        shared = (transform, options, by_bias)
+        total: Any = stream_reduced(row_fn, tuple(heads), rows, shared, reduction, divisor, chunking, products)
+        return total
+
+    return steps if all(x is None for x in steps) else jax.grad(half_form)(steps)
+
+
+def _check_steps(
+    function: str, v: Any, operands: tuple[ArrayLike | None, ...]
+) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
+    """The steps of hidden states, kernel and bias; None is held fixed."""
+    if not isinstance(v, tuple) or len(v) not in (2, 3):
+        raise arrays.dtype_error(function, "v", "be a tuple (v_hidden, v_kernel) or (v_hidden, v_kernel, v_bias)", v)
+    steps = []
+    for name, step, operand in zip(("hidden", "kernel", "bias"), (*v, None)[:3], operands, strict=True):
+        if step is not None:
+            step = arrays.floating(function, f"v_{name}", step)
+            if operand is None:
+                raise ValueError(f"jaxent.{function}: `v_{name}` must be None, since there is no `{name}`")
+            arrays.check_shape(function, f"v_{name}", step, jnp.shape(operand), f"that of `{name}`")
+        steps.append(step)
+    return steps[0], steps[1], steps[2]

@@ -1,0 +1,195 @@
+"""Divergences between two linear layers, for distillation, without their logits."""
+
+import dataclasses
+import functools
+from typing import Literal, Unpack, get_args, overload
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxent._arguments import arrays
+from jaxent._arguments.options import Divergence, DivergenceOptions, Precision
+from jaxent._arguments.reduction import Reduction, WeightedSum, check_reduction
+from jaxent._arguments.targets import (
+    SoftmaxArguments,
+    check_row_arguments,
+    row_targets,
+)
+from jaxent._engine.chunking import Chunking
+from jaxent._engine.linear_head import (
+    LogitTransform,
+    check_head,
+    check_logit_transform,
+    chunking_for,
+    flat_rows,
+    logits_like,
+    matrix_products,
+    stream_reduced,
+    zero_ignored_hidden,
+)
+from jaxent._engine.streaming import Head, Logits, MatrixProducts
+from jaxent._math.divergences import jensen_shannon_rows, kl_rows
+from jaxent._math.label_loss import IGNORED
+from jaxent._math.row_losses import RowTargets, ignore_zero_weight_rows, weighted
+from jaxent._mesh.check import check_class_axis, check_same_split, check_vocab_axis
+from jaxent._mesh.class_axis import ClassAxis
+
+
+@overload
+def linear_kl_divergence(
+    hidden_p: ArrayLike,
+    kernel_p: ArrayLike,
+    hidden_q: ArrayLike,
+    kernel_q: ArrayLike,
+    *,
+    reduction: Literal["sum_and_weight"],
+    **options: Unpack[DivergenceOptions],
+) -> WeightedSum: ...
+
+
+@overload
+def linear_kl_divergence(
+    hidden_p: ArrayLike,
+    kernel_p: ArrayLike,
+    hidden_q: ArrayLike,
+    kernel_q: ArrayLike,
+    *,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    **options: Unpack[DivergenceOptions],
+) -> jax.Array: ...
+
+
+def linear_kl_divergence(
+    hidden_p: ArrayLike,
+    kernel_p: ArrayLike,
+    hidden_q: ArrayLike,
+    kernel_q: ArrayLike,
+    *,
+    bias_p: ArrayLike | None = None,
+    bias_q: ArrayLike | None = None,
+    divergence: Divergence = "forward",
+    mixture: ArrayLike = 0.5,
+    soft_cap_p: ArrayLike | None = None,
+    soft_cap_q: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+    denominator: ArrayLike | None = None,
+    chunk_rows: int | None = None,
+    precision: Precision = None,
+    vocab_axis: str | None = None,
+) -> jax.Array | WeightedSum:
+    r"""Divergence between the softmax distributions of two linear layers, without their logits, in nats.
+
+    $$\ell_n = w_n D(P_n \| Q_n), \qquad P_n = \mathrm{softmax}((h^p_n W_p + b_p)/T),\quad Q_n \text{ likewise}$$
+
+    Distillation (Hinton et al., 2015) of a teacher P into a student Q; their factor $T^2$ is left to the caller.
+    `"reverse"` is $D(Q \| P)$, and `"jensen_shannon"` is $\beta D(P \| M) + (1-\beta) D(Q \| M)$ with
+    $M = \beta P + (1-\beta) Q$ (Agarwal et al., 2024, equation 1).
+
+    **Arguments:**
+
+    - `hidden_p`: `(*batch, features_p)`, `kernel_p`: `(features_p, classes)`, `bias_p`: `(classes,)`; `hidden_q`,
+      `kernel_q`, `bias_q`: the same for Q. Batch and classes agree, the features need not. A teacher that is not
+      differentiated costs one product.
+    - `divergence`: which. `mixture`: `beta` in (0, 1).
+    - `soft_cap_p`, `soft_cap_q`, `temperature`, `chunk_rows`, `precision`, `vocab_axis`: as in
+      `linear_softmax_cross_entropy`.
+    - `where`, `weights`: `(*batch,)`. `reduction`, `denominator`: as in `softmax_cross_entropy`.
+
+    **Returns:** float64 for float64 inputs, else float32. Never negative; exact where the two are nearly equal; +inf in
+    the forward direction where `q` has removed a class that `p` has. Edges as in `kl_divergence_with_logits`.
+
+    **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or option.
+
+    >>> hidden, kernel = jnp.ones((2, 3)), jnp.eye(3)
+    >>> linear_kl_divergence(hidden, kernel, hidden, 2 * kernel)
+    Array(0., dtype=float32)
+    """
+    name = "linear_kl_divergence"
+    head_p, batch = check_head(name, hidden_p, kernel_p, bias_p, "_p")
+    head_q, batch_q = check_head(name, hidden_q, kernel_q, bias_q, "_q")
+    if batch_q != batch:
+        raise arrays.shape_error(name, "hidden_q", f"have the batch shape {batch} of `hidden_p`", hidden_q)
+    hiddens = {"hidden_p": head_p.hidden, "hidden_q": head_q.hidden}
+    check_same_split(name, hiddens, 0)
+    check_same_split(name, {"kernel_p": head_p.kernel, "kernel_q": head_q.kernel}, 1)
+    if head_q.kernel.shape[1] != head_p.kernel.shape[1]:
+        expected = f"have {head_p.kernel.shape[1]} classes, as `kernel_p` has"
+        raise arrays.shape_error(name, "kernel_q", expected, head_q.kernel)
+    if divergence not in get_args(Divergence):
+        raise ValueError(
+            f"jaxent.{name}: `divergence` must be 'forward', 'reverse' or 'jensen_shannon', got {divergence!r}"
+        )
+    check_vocab_axis(name, vocab_axis, {"where": where, "weights": weights, **hiddens})
+    where, weights = check_row_arguments(name, batch, where, weights)
+    divisor = check_reduction(name, reduction, denominator)
+    kernels = {"kernel_p": (head_p.kernel, 1), "kernel_q": (head_q.kernel, 1)}
+    check_class_axis(name, vocab_axis, kernels, {"where": where, "weights": weights})
+    losses = _linear_kl_divergence(
+        (head_p, head_q),
+        flat_rows(SoftmaxArguments(jnp.zeros(batch, jnp.int32), where, weights), batch),
+        check_logit_transform(name, soft_cap_p, temperature),
+        check_logit_transform(name, soft_cap_q, temperature),
+        arrays.scalar(name, "mixture", mixture, low=0.0, high=1.0),
+        divisor,
+        row_fn=DivergenceRowLoss(ClassAxis(-1, vocab_axis), divergence),
+        reduction=reduction,
+        chunking=chunking_for(name, chunk_rows, head_p, head_q),
+        products=matrix_products(precision, head_p),
+    )
+    return batch.unflatten(losses) if reduction == "none" else losses
+
+
+@dataclasses.dataclass(frozen=True)
+class DivergenceRowLoss:
+    """The weighted divergence of each row of two blocks of logits."""
+
+    classes: ClassAxis
+    divergence: Divergence
+
+    def __call__(
+        self, logits: Logits, rows: RowTargets, shared: tuple[LogitTransform, LogitTransform, jax.Array]
+    ) -> jax.Array:
+        transform_p, transform_q, mixture = shared
+        z_p, z_q = arrays.accumulated(transform_p(logits[0]), transform_q(logits[1]))
+        for z in (z_p, z_q):
+            rows = ignore_zero_weight_rows(z, rows, self.classes)
+        ignored = rows.codes == IGNORED
+        z_p, z_q = jnp.where(ignored, 0, z_p), jnp.where(ignored, 0, z_q)
+        if self.divergence == "forward":
+            losses = kl_rows(z_p, z_q, self.classes)
+        elif self.divergence == "reverse":
+            losses = kl_rows(z_q, z_p, self.classes)
+        else:
+            losses = jensen_shannon_rows(z_p, z_q, mixture.astype(z_p.dtype), self.classes)
+        losses = jnp.where(ignored, 0, losses)
+        if rows.weights is not None:
+            losses = weighted(jnp.where(ignored, 0, rows.weights), losses)
+        return losses[:, 0]
+
+
+@functools.partial(jax.jit, static_argnames=("row_fn", "reduction", "chunking", "products"), inline=True)
+def _linear_kl_divergence(
+    heads: tuple[Head, ...],
+    arguments: SoftmaxArguments,
+    transform_p: LogitTransform,
+    transform_q: LogitTransform,
+    mixture: jax.Array,
+    divisor: jax.Array | None,
+    *,
+    row_fn: DivergenceRowLoss,
+    reduction: Reduction,
+    chunking: Chunking,
+    products: MatrixProducts,
+) -> jax.Array | WeightedSum:
+    rows, _ = row_targets(arguments, logits_like(*heads), row_fn.classes, None)
+    for head in heads:
+        rows, _ = zero_ignored_hidden(rows, head.hidden)
+    heads = tuple(head._replace(hidden=zero_ignored_hidden(rows, head.hidden)[1]) for head in heads)
+    return stream_reduced(
+        row_fn, heads, rows, (transform_p, transform_q, mixture), reduction, divisor, chunking, products
+    )

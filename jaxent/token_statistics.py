@@ -1,0 +1,143 @@
+"""What one pass over the classes tells about each row, from logits or straight from hidden states."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxent._arguments import arrays
+from jaxent._arguments.options import Precision
+from jaxent._arguments.targets import check_labels, check_logits, check_top_k, rows_shape
+from jaxent._engine.chunking import Chunking
+from jaxent._engine.linear_head import LogitTransform, check_head, check_logit_transform, chunking_for, matrix_products
+from jaxent._engine.streaming import Head, Logits, MatrixProducts, stream_rows
+from jaxent._math.label_loss import encode_labels
+from jaxent._math.statistics import TokenStatistics, row_statistics
+from jaxent._mesh.apply import map_rows
+from jaxent._mesh.check import check_class_axis, check_vocab_axis
+from jaxent._mesh.class_axis import ClassAxis
+
+
+def token_statistics(
+    logits: ArrayLike,
+    labels: ArrayLike | None = None,
+    *,
+    axis: int = -1,
+    top_k: int = 0,
+    vocab_axis: str | None = None,
+) -> TokenStatistics:
+    r"""Per-row log-probability, log-normaliser, entropy, argmax, rank and top classes, in nats.
+
+    $$\log p_y = z_y - \mathrm{lse}(z), \quad H = -\sum_k p_k \log p_k, \quad
+    \mathrm{rank} = |\{k : z_k > z_y\}|$$
+
+    **Arguments:**
+
+    - `logits`: `(*batch, classes)`, floating, the classes at `axis`.
+    - `labels`: `(*batch,)`, integer; without them `log_prob` and `rank` are None.
+    - `top_k`: how many of the best classes to return; 0 for none.
+    - `vocab_axis`: the mesh axis that splits the classes, inside `jax.shard_map`.
+
+    **Returns:** `TokenStatistics` with leaves of shape `(*batch,)`, and `(*batch, top_k)` for the top classes.
+    A label out of range has log-probability nan and rank -1; a row with nan, +inf or only -inf has nan everywhere, and
+    -1 for its classes.
+
+    **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape, axis or `top_k`.
+
+    >>> stats = token_statistics(jnp.log(jnp.array([0.3, 0.3, 0.4])), jnp.array(0))
+    >>> int(stats.argmax), int(stats.rank)
+    (2, 1)
+    """
+    name = "token_statistics"
+    z, axis = check_logits(name, "logits", logits, axis)
+    check_vocab_axis(name, vocab_axis, {"labels": labels})
+    if labels is not None:
+        labels = check_labels(name, "labels", labels, rows_shape(z.shape, axis))
+    check_class_axis(name, vocab_axis, {"logits": (z, axis)}, {"labels": labels})
+    classes = ClassAxis(axis, vocab_axis)
+    return _token_statistics(z, labels, classes=classes, top_k=check_top_k(name, top_k, classes.size(z)))
+
+
+@functools.partial(jax.jit, static_argnames=("classes", "top_k"), inline=True)
+def _token_statistics(
+    logits: jax.Array, labels: jax.Array | None, *, classes: ClassAxis, top_k: int
+) -> TokenStatistics:
+    def rows(logits: jax.Array, labels: jax.Array | None) -> TokenStatistics:
+        (z,) = arrays.accumulated(logits)
+        codes = None
+        if labels is not None:
+            codes = encode_labels(jnp.expand_dims(labels, classes.axis), classes.size(z), None, None)
+        return row_statistics(z, codes, classes, top_k)
+
+    return map_rows(rows, logits, labels, without=classes.axis)
+
+
+def linear_token_statistics(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    labels: ArrayLike | None = None,
+    *,
+    bias: ArrayLike | None = None,
+    soft_cap: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    top_k: int = 0,
+    chunk_rows: int | None = None,
+    precision: Precision = None,
+    vocab_axis: str | None = None,
+) -> TokenStatistics:
+    r"""`token_statistics` of the logits of a linear layer, without the logits, in nats.
+
+    $$z_n = \mathrm{cap}(h_n W + b) / T, \qquad \mathrm{cap}(x) = s \tanh(x / s)$$
+
+    **Arguments:** `hidden` `(*batch, features)`, `kernel` `(features, classes)`, `bias`, `soft_cap`, `temperature`,
+    `chunk_rows`, `precision` as in `linear_softmax_cross_entropy`; `labels` `(*batch,)`, `top_k` and `vocab_axis` as in
+    `token_statistics`.
+
+    **Returns:** `TokenStatistics` with leaves `(*batch,)`, and `(*batch, top_k)` for the top classes. Log-probability,
+    log-normaliser and entropy are differentiable; their gradient costs four matrix products.
+
+    **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or option.
+
+    >>> stats = linear_token_statistics(jnp.ones((2, 3)), jnp.zeros((3, 4)), jnp.array([0, 3]))
+    >>> stats.entropy
+    Array([1.3862944, 1.3862944], dtype=float32)
+    """
+    name = "linear_token_statistics"
+    head, batch = check_head(name, hidden, kernel, bias)
+    check_vocab_axis(name, vocab_axis, {"hidden": head.hidden} if labels is None else {"labels": labels})
+    if labels is not None:
+        labels = check_labels(name, "labels", labels, batch)
+    check_class_axis(name, vocab_axis, {"kernel": (head.kernel, 1)}, {"labels": labels})
+    classes = ClassAxis(-1, vocab_axis)
+    statistics = _linear_token_statistics(
+        head,
+        None if labels is None else batch.flatten(labels),
+        check_logit_transform(name, soft_cap, temperature),
+        classes=classes,
+        top_k=check_top_k(name, top_k, classes.size(head.kernel)),
+        chunking=chunking_for(name, chunk_rows, head),
+        products=matrix_products(precision, head),
+    )
+    return jax.tree.map(batch.unflatten, statistics)
+
+
+@functools.partial(jax.jit, static_argnames=("classes", "top_k", "chunking", "products"), inline=True)
+def _linear_token_statistics(
+    head: Head,
+    labels: jax.Array | None,
+    transform: LogitTransform,
+    *,
+    classes: ClassAxis,
+    top_k: int,
+    chunking: Chunking,
+    products: MatrixProducts,
+) -> TokenStatistics:
+    codes = None
+    if labels is not None:
+        codes = encode_labels(labels[:, None], classes.size(head.kernel), None, None)
+
+    def row_fn(logits: Logits, codes: jax.Array | None, transform: LogitTransform) -> TokenStatistics:
+        return row_statistics(transform(logits[0]), codes, classes, top_k)
+
+    return stream_rows(row_fn, (head,), codes, transform, chunking, products)
