@@ -20,10 +20,7 @@ from benchmarks import sharded, torch_peers
 from benchmarks.cases import GRADIENT, Case, Resources
 from benchmarks.harness import Contender, Effort, compiled, failure
 from benchmarks.inputs import Inputs
-from jaxent.curvature import linear_ggn_vector_product
-from jaxent.gradient_norms import linear_gradient_norms
-from jaxent.linear import linear_softmax_cross_entropy
-from jaxent.losses import softmax_cross_entropy
+from jaxent import linear_ggn_vector_product, linear_gradient_norms, linear_softmax_cross_entropy, softmax_cross_entropy
 
 Prepare = Callable[[str, Case, Inputs, Effort], Contender | None]
 

@@ -10,8 +10,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.cases import Case
-from jaxent.linear import linear_softmax_cross_entropy
-from jaxent.losses import softmax_cross_entropy
+from jaxent import linear_softmax_cross_entropy, softmax_cross_entropy
 
 Kind = Literal["automatic", "explicit", "shard_map"]
 FAKE_DEVICES = 8  # what a CPU pretends to be

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxent.linear import linear_softmax_cross_entropy
+from jaxent import linear_softmax_cross_entropy
 
 ROWS, FEATURES, CLASSES = 12, 5, 8
 

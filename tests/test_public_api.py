@@ -146,7 +146,7 @@ def test_nothing_else_is_exported(package: str):
 
 
 def table_of_readme() -> dict[str, list[str]]:
-    rows = README.split("## What there is")[1].split("\n\n")[1].splitlines()[2:]
+    rows = README.split("<!-- api -->\n")[1].split("<!-- api ends -->")[0].splitlines()[2:]
     return {title.strip(): re.findall(r"`(\w+)`", names) for _, title, names, _ in (row.split("|") for row in rows)}
 
 

@@ -10,8 +10,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxent import softmax_cross_entropy
-from jaxent._arguments.reduction import WeightedSum
+from jaxent import WeightedSum, softmax_cross_entropy
 from jaxent.risk import EmpiricalRisk
 
 ULP = 2.0**-23
