@@ -1,19 +1,19 @@
 """Cross-entropy for JAX: information measures, losses on logits and on hidden states, their derivatives.
 
-Data is positional, options are keywords; classes lie on the last axis unless `axis` says otherwise; results are at
-least float32. Losses and measures are pure functions that go through every transformation of JAX.
+Data is positional, options are keywords; classes are on the last axis unless `axis` says otherwise; results are at
+least float32. Losses and measures are pure functions that work under every JAX transformation.
 
 Measures of distributions
 
     self_information                  -log p
     entropy                           the mean self-information, H(P)
     cross_entropy                     the mean self-information under Q, H(P, Q) = H(P) + D(P||Q)
-    kl_divergence                     what coding P with Q's code costs extra, D(P||Q)
+    kl_divergence                     the extra cost of coding P with Q's code, D(P||Q)
     jensen_shannon_divergence         the mean divergence of two distributions from their mixture
     renyi_entropy                     the family with Shannon's entropy at order 1
     renyi_divergence                  the family with the Kullback-Leibler divergence at order 1
     tsallis_entropy                   the family with the Gini impurity at order 2
-    perplexity                        how many equally likely classes have the same entropy, exp(H)
+    perplexity                        the number of equally likely classes with the same entropy, exp(H)
     joint_entropy                     H(X, Y) of a table of joint probabilities
     conditional_entropy               H(X | Y) or H(Y | X)
     mutual_information                I(X; Y) = D(P_XY || P_X P_Y)
@@ -31,9 +31,9 @@ Losses on logits
     softmax_cross_entropy             with labels or probabilities; every option of PyTorch's CrossEntropyLoss
     nll_loss                          with labels, from log-probabilities
     sigmoid_cross_entropy             binary, entry by entry
-    token_statistics                  a row's log-probability, log-normaliser, entropy, argmax, rank and top classes
+    token_statistics                  log-probability, log-normaliser, entropy, argmax, rank and top classes per row
     TokenStatistics                   what it returns
-    softmax_cross_entropy_gradient    the derivative by the logits in closed form
+    softmax_cross_entropy_gradient    its derivative with respect to the logits, in closed form
 
 Losses from hidden states (without the logits)
 
@@ -41,7 +41,7 @@ Losses from hidden states (without the logits)
     linear_token_statistics           token_statistics of the same
     linear_kl_divergence              a divergence between two heads, for distillation
     linear_loss                       the engine for a row loss of your own
-    plan                              what a call will allocate and compute
+    plan                              memory and work of a call, estimated in advance
     Plan                              what it returns
 
 Curvature
@@ -53,27 +53,27 @@ Curvature
     linear_ggn_vector_product         Gauss-Newton of a linear head, streamed
     linear_fisher_vector_product      the empirical Fisher matrix of a linear head, streamed
 
-Gradients of single rows
+Gradients per row
 
-    linear_gradient_norms             by logits (EL2N), hidden state, kernel and bias, streamed
+    linear_gradient_norms             norms of each row's gradients: logits (EL2N), hidden state, kernel, bias; streamed
     GradientNorms                     what it returns
-    gradient_noise_scale              the batch size up to which more examples pay
+    gradient_noise_scale              the batch size beyond which more examples stop paying off
     GradientNoise                     what it returns
 
 Sums
 
     WeightedSum                       a total and its weight: means over parts that equal the mean of the whole
-    EmpiricalRisk                     the same over 1e9 tokens without a lost digit
+    EmpiricalRisk                     the same over 1e9 tokens without losing a digit
 
-What is wrong
+Checks
 
-    diagnose                          what looks wrong in the inputs of a loss, on the host
-    Finding                           one thing that does
-    checked                           a loss that says so inside a program, under checkify
-    check_gradient                    whether a gradient is right, to how many digits
+    diagnose                          suspicious inputs of a loss, on the host
+    Finding                           one such suspicion
+    checked                           a loss that reports them inside a compiled program, under checkify
+    check_gradient                    whether a gradient is right, and to how many digits
     GradientReport                    what it returns
 
-`jaxent.torch_compat` has PyTorch's losses under their own names, with its numbers; `jaxent --help` the command line.
+`jaxent.torch_compat` has PyTorch's losses under their own names, with its results; `jaxent --help` describes the command line.
 """
 
 from jaxent._arguments.reduction import WeightedSum as WeightedSum
