@@ -40,7 +40,7 @@ class Data:
         self.y = rng.integers(0, CLASSES, ROWS).astype(np.int32)
 
     def logit_gradient(self, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities, and the gradient by the logits."""
+        """Probabilities, and the gradient with respect to the logits."""
         p = np.exp(h @ self.w)
         p /= p.sum(-1, keepdims=True)
         return p, (p - np.eye(CLASSES)[self.y]) / ROWS

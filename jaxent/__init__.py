@@ -73,7 +73,8 @@ Checks
     check_gradient                    whether a gradient is right, and to how many digits
     GradientReport                    what it returns
 
-`jaxent.torch_compat` has PyTorch's losses under their own names, with its results; `jaxent --help` describes the command line.
+`jaxent.torch_compat` has PyTorch's losses under their own names, with its results;
+`jaxent --help` describes the command line.
 """
 
 from jaxent._arguments.reduction import WeightedSum as WeightedSum

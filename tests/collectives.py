@@ -14,7 +14,7 @@ def collectives(compiled: Any) -> list[Collective]:
 
 
 def foreign(found: list[Collective], data: int, vocab: int) -> list[Collective]:
-    """What is neither a sum of a few numbers a row, nor of one a class, nor of a gradient by hidden or kernel."""
+    """Whatever is not a sum of a few numbers per row, of one per class, or of a gradient of hidden states or kernel."""
 
     def is_due(extent: tuple[int, ...]) -> bool:
         if len(extent) < 2:

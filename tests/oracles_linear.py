@@ -163,7 +163,7 @@ def token_statistics(z: np.ndarray, labels: np.ndarray) -> tuple[Arrays, dict[st
 def divergence(
     z_p: np.ndarray, z_q: np.ndarray, kind: str, mixture: float = 0.5
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row divergences of two blocks of logits and their gradients by the logits of `p` and of `q`."""
+    """Row divergences of two blocks of logits and their gradients with respect to the logits of `p` and of `q`."""
     log_p, log_q = z_p - log_normalizer(z_p), z_q - log_normalizer(z_q)
     p, q = np.exp(log_p), np.exp(log_q)
     if kind == "forward":

@@ -190,7 +190,9 @@ def test_meshes_report_what_they_send(record):
     rows = next(case["rows"] for case in record["cases"] if case["case"]["suite"] == "sharded")
     sent = {row["peer"]: row["sent_mib"] for row in rows}
     assert sent["jaxent, one device"] is None
-    least = 4 * 2 * (16 // 2 * 8) * 3 / 4 / 2**20  # the gradient by hidden, added over four devices of the classes
+    least = (
+        4 * 2 * (16 // 2 * 8) * 3 / 4 / 2**20
+    )  # the gradient with respect to hidden, added over four devices of the classes
     for kind in ("automatic", "explicit", "shard_map"):
         assert sent[f"jaxent, {kind}"] >= least
 

@@ -1,4 +1,4 @@
-"""Curvature: the Hessian by the logits, Gauss-Newton and Fisher products, dense and streamed.
+"""Curvature: the Hessian with respect to the logits, Gauss-Newton and Fisher products, dense and streamed.
 
 The oracle knows the Hessian and the gradient of each row by its logits; the Jacobians of the linear heads are written
 out in NumPy, and those of other models are `jax.jacobian`'s.

@@ -78,7 +78,7 @@ def test_dtypes_and_batches(batch: tuple[int, ...], dtype: Any, rng: np.random.G
 @pytest.mark.parametrize("gap", [5.0, 20.0, 41.0, 80.0, 86.0])
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
 def test_tiny_norms_keep_their_digits(gap: float, dtype: Any):
-    # One feature: the logits are the kernel's row, and so is the direction of the gradient by the hidden state.
+    # One feature: the logits are the kernel's row, and so is the direction of the hidden state's gradient.
     kernel = np.array([[0.0, -gap, -gap - 1]], dtype)
     hidden = np.ones((2, 1), dtype)
     hidden[1] = 0.5

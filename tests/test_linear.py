@@ -87,7 +87,7 @@ def check(arguments: dict[str, Any], *, ulp: float = 8, cotangent: Any = 1.0) ->
     for name, got in gradients.items():
         given = np.asarray(arguments[name]).dtype
         assert got.dtype == given, f"the gradient by {name} is {got.dtype}, its argument {given}"
-        # Operands of half precision: the gradient by the logits is rounded to their dtype, and the result once more.
+        # Operands of half precision: the logits' gradient is rounded to their dtype, and the result once more.
         allowed = 1.25 if given in (ml_dtypes.bfloat16, np.float16) else ulp
         assert_close(got, want.gradients[name], ulp=allowed, dtype=given, size=np.nan_to_num(want.sizes[name]))
 
@@ -317,7 +317,7 @@ def test_a_label_out_of_range_is_nan(label: int, reduction: str, rng: np.random.
     np.testing.assert_array_equal(np.isnan(value), row if reduction == "none" else True)
     for name in ("kernel", "bias", "temperature"):
         assert np.all(np.isnan(gradients[name])), name
-    # A mean divides every row's gradient by a sum of weights, which is nan only with class weights.
+    # A mean divides every row's gradient with respect to a sum of weights, which is nan only with class weights.
     np.testing.assert_array_equal(np.isnan(gradients["hidden"]), np.broadcast_to(row[:, None], (7, FEATURES)))
 
 

@@ -79,8 +79,8 @@ PRODUCTS = {
     "value": (lambda f: f, 1),
     "value and gradient": (lambda f: jax.value_and_grad(f, argnums=(0, 1)), 3),
     "gradient": (lambda f: jax.grad(f, argnums=(0, 1)), 3),
-    "gradient by hidden": (lambda f: jax.grad(f, argnums=0), 2),
-    "gradient by kernel": (lambda f: jax.grad(f, argnums=1), 2),
+    "gradient with respect to hidden": (lambda f: jax.grad(f, argnums=0), 2),
+    "gradient with respect to kernel": (lambda f: jax.grad(f, argnums=1), 2),
     "tangent": (lambda f: lambda h, w: jax.jvp(f, (h, w), (h, w)), 3),
     "value under checkpoint": (lambda f: jax.checkpoint(f), 1),
 }
@@ -304,7 +304,8 @@ def test_a_carry_of_bf16_would_stop_growing(reduction: str):
     np.testing.assert_array_equal(np.asarray(by_kernel, np.float32), [[-0.5, 0.5]])
     np.testing.assert_array_equal(np.asarray(by_bias, np.float32), [-0.5, 0.5])
 
-    # The derivative by a temperature is -sum_n p_1 z_1 / T^2 for logits (0, z_1): here of 512 terms of 1/1024.
+    # The derivative with respect to a temperature is -sum_n p_1 z_1 / T^2 for logits (0, z_1): here 512 terms of
+    # 1/1024.
     by_temperature = jax.jit(jax.grad(loss, argnums=2))(kernel, np.array([0, 1], BF16), np.ones((), BF16))
     np.testing.assert_allclose(np.float32(by_temperature), -1 / (1 + np.exp(-1)), rtol=4e-3)
 

@@ -125,7 +125,7 @@ def test_labels_that_are_not_int64(dtype: Any):
 
 
 def test_each_row_has_its_own_cotangent(rng: np.random.Generator):
-    # Liger scaled every row's gradient by the first row's cotangent for a year.
+    # Liger multiplied every row's gradient with the first row's cotangent for a year.
     z, labels = draw_logits(rng, (4, 3)), draw_labels(rng, (4,), 3)
     cotangent = np.array([1.0, -2.0, 0.0, 3.0], np.float32)
     _, pull = jax.vjp(lambda z: softmax_cross_entropy(z, labels, reduction="none"), z)

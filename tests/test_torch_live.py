@@ -305,7 +305,7 @@ def test_second_derivatives_and_forward_mode_are_those_of_pytorch(at: int, rng: 
     steps = [rng.normal(size=x.shape) for x in variables]
 
     def squared(functions: Any, convert: Callable[[Any], Any]) -> Call:
-        """A scalar whose derivative by the result is not the same for any two entries."""
+        """A scalar whose derivative with respect to the result is not the same for any two entries."""
 
         def f(*given: Any) -> Any:
             left = iter(given)
