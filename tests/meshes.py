@@ -66,131 +66,163 @@ def arrays() -> dict[str, tuple[np.ndarray, P]]:
         "y": (np.where(ignored, -100, labels).astype(np.int32), ROW),
         "where": (~ignored, ROW),
         "weights": (fractions(ROWS), ROW),
-        "s": (np.array([2.0, 1.5, 0.125, 0.25], np.float32), P()),  # soft cap, temperature, smoothing, z-loss
+        "cap": (np.float32(2.0), P()),
+        "temperature": (np.float32(1.5), P()),
+        "smoothing": (np.float32(0.125), P()),
+        "zeta": (np.float32(0.25), P()),
     }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How a call becomes a scalar and its results per row. `data` is the mesh axis of the rows inside `shard_map`.
+
+
+def summed(x: Any, data: str | None) -> Any:
+    return x if data is None else jax.tree.map(lambda x: jax.lax.psum(x, data), x)
+
+
+def mean(call: Callable[..., Any], data: str | None) -> tuple[jax.Array, None]:
+    """The mean; inside `shard_map` from the devices' weighted sums."""
+    return call() if data is None else summed(call(reduction="sum_and_weight"), data).mean(), None
+
+
+def whole(call: Callable[..., Any], data: str | None) -> tuple[jax.Array, None]:
+    del data
+    return call(), None
+
+
+def rows(call: Callable[..., Any], data: str | None) -> tuple[jax.Array, jax.Array]:
+    losses = call(reduction="none")
+    return summed(jnp.sum(jnp.square(losses)), data), losses
+
+
+def statistics(call: Callable[..., Any], data: str | None) -> tuple[jax.Array, Any]:
+    """A scalar of what is differentiable, and everything."""
+    found = call()
+    parts = (jnp.square(found.log_prob), found.log_normalizer, found.entropy)
+    return summed(sum(jnp.sum(x) for x in parts), data), found
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """`f(by, options, *arrays)`: scalars and per-row results of `options`, `by` that reduces over the data axis."""
+    """`function(*data, **keywords, **constants)`; data and keywords are names in `arrays()`."""
 
-    f: Callable[..., Any]
-    wanted: tuple[str, ...]
-    others: tuple[str, ...]
+    function: Any
+    data: tuple[str, ...]
+    wanted: tuple[str, ...]  # what the result is differentiated with respect to
+    keywords: dict[str, str] = dataclasses.field(default_factory=dict)
+    constants: dict[str, Any] = dataclasses.field(default_factory=dict)
+    result: Callable[..., tuple[jax.Array, Any]] = mean
+    takes_vocab_axis: bool = True
 
     @property
     def names(self) -> tuple[str, ...]:
-        return self.wanted + self.others
+        """The arrays that the call takes, those that are differentiated first."""
+        return tuple(dict.fromkeys((*self.wanted, *self.data, *self.keywords.values())))
+
+    def __call__(self, data: str | None, axis: dict[str, str], *args: Any) -> tuple[jax.Array, Any]:
+        values = dict(zip(self.names, args, strict=True))
+        keywords = {keyword: values[name] for keyword, name in self.keywords.items()}
+        operands = [values[name] for name in self.data]
+        call = functools.partial(self.function, *operands, **keywords, **self.constants, **axis)
+        return self.result(call, data)
 
 
-def _summed(x: Any, by: str | None) -> Any:
-    return x if by is None else jax.tree.map(lambda x: jax.lax.psum(x, by), x)
+def squared_normalizer(z: jax.Array, weights: jax.Array, temperature: jax.Array) -> jax.Array:
+    """A row loss of the user's own."""
+    return weights * jnp.square(jax.nn.logsumexp(temperature * z, axis=-1))
 
 
-def _mean(loss: Any, by: str | None, *args: Any, **options: Any) -> jax.Array:
-    """The mean; inside `shard_map` from the devices' weighted sums."""
-    if by is None:
-        return loss(*args, **options)
-    return _summed(loss(*args, reduction="sum_and_weight", **options), by).mean()
-
-
-def _statistics(stats: Any, by: str | None) -> tuple[jax.Array, Any]:
-    """A scalar of what is differentiable, and everything."""
-    parts = (jnp.square(stats.log_prob), stats.log_normalizer, stats.entropy)
-    return _summed(sum(jnp.sum(x) for x in parts), by), stats
-
-
-def _cases() -> dict[str, Case]:
-    chunk = {"chunk_rows": CHUNK}
-
-    def dense(by: Any, axis: Any, z: Any, c: Any, s: Any, y: Any, where: Any, weights: Any) -> Any:
-        options = {"where": where, "weights": weights, "class_weights": c, "label_smoothing": s[2], "z_loss": s[3]}
-        return _mean(softmax_cross_entropy, by, z, y, **options, **axis), None
-
-    def probabilities(by: Any, axis: Any, z: Any, t: Any, c: Any, where: Any) -> Any:
-        options = {"where": where, "class_weights": c, "label_smoothing": 0.125, "z_loss": 0.25}
-        return _mean(softmax_cross_entropy, by, z, t, **options, **axis), None
-
-    def nll(by: Any, axis: Any, z: Any, y: Any, c: Any, weights: Any) -> Any:
-        return _mean(nll_loss, by, z, y, class_weights=c, weights=weights), None
-
-    def sigmoid(by: Any, axis: Any, z: Any, t: Any, c: Any) -> Any:
-        return _mean(sigmoid_cross_entropy, by, z, t, pos_weight=c), None
-
-    def statistics(by: Any, axis: Any, z: Any, labels: Any) -> Any:
-        return _statistics(token_statistics(z, labels, top_k=TOP, **axis), by)
-
-    def linear(by: Any, axis: Any, h: Any, w: Any, b: Any, s: Any, y: Any, c: Any, where: Any) -> Any:
-        shaping = {"soft_cap": s[0], "temperature": s[1], "label_smoothing": s[2], "z_loss": s[3]}
-        options = {"bias": b, "where": where, "class_weights": c, **shaping, **chunk}
-        return _mean(linear_softmax_cross_entropy, by, h, w, y, **options, **axis), None
-
-    def dense_smoothed(by: Any, axis: Any, z: Any, y: Any) -> Any:
-        return _mean(softmax_cross_entropy, by, z, y, label_smoothing=0.125, **axis), None
-
-    def linear_smoothed(by: Any, axis: Any, h: Any, w: Any, y: Any) -> Any:
-        return _mean(linear_softmax_cross_entropy, by, h, w, y, label_smoothing=0.125, **chunk, **axis), None
-
-    def linear_rows(by: Any, axis: Any, h: Any, w: Any, y: Any, weights: Any) -> Any:
-        options = {"weights": weights, "label_smoothing": 0.125, **chunk, **axis}
-        losses = linear_softmax_cross_entropy(h, w, y, reduction="none", **options)
-        return _summed(jnp.sum(jnp.square(losses)), by), losses
-
-    def linear_statistics(by: Any, axis: Any, h: Any, w: Any, labels: Any) -> Any:
-        return _statistics(linear_token_statistics(h, w, labels, top_k=TOP, **chunk, **axis), by)
-
-    def divergence(by: Any, axis: Any, h: Any, w: Any, h2: Any, w2: Any, where: Any) -> Any:
-        return _mean(linear_kl_divergence, by, h2, w2, h, w, where=where, **chunk, **axis), None
-
-    def own(by: Any, axis: Any, h: Any, w: Any, s: Any, weights: Any) -> Any:
-        def row_loss(z: jax.Array, weights: jax.Array, s: jax.Array) -> jax.Array:
-            return weights * jnp.square(jax.nn.logsumexp(s[1] * z, axis=-1))
-
-        return jaxent.linear_loss(row_loss, h, w, weights, params=s, chunk_rows=CHUNK), None
-
-    return {
-        "dense": Case(dense, ("z", "c", "s"), ("y", "where", "weights")),
-        "probabilities": Case(probabilities, ("z", "t"), ("c", "where")),
-        "nll": Case(nll, ("z",), ("y", "c", "weights")),
-        "sigmoid": Case(sigmoid, ("z",), ("t", "c")),
-        "statistics": Case(statistics, ("z",), ("labels",)),
-        "linear": Case(linear, ("h", "w", "b", "s"), ("y", "c", "where")),
-        "linear_rows": Case(linear_rows, ("h", "w"), ("y", "weights")),
-        "linear_statistics": Case(linear_statistics, ("h", "w"), ("labels",)),
-        "dense_smoothed": Case(dense_smoothed, ("z",), ("y",)),
-        "linear_smoothed": Case(linear_smoothed, ("h", "w"), ("y",)),
-        "divergence": Case(divergence, ("h", "w"), ("h2", "w2", "where")),
-        "own": Case(own, ("h", "w", "s"), ("weights",)),
-    }
-
-
-CASES = _cases()
-SHARDABLE = tuple(name for name in CASES if name not in ("nll", "sigmoid", "own"))  # those that take `vocab_axis`
-
-
-def _rows_out(case: str) -> Any:
-    """How the per-row results of a case leave `shard_map`."""
-    return ROW if case in ("linear_rows", "statistics", "linear_statistics") else P()
+ROW_OPTIONS = {"where": "where", "weights": "weights", "class_weights": "c"}
+SMOOTHED = {"label_smoothing": 0.125, "z_loss": 0.25}
+LINEAR_OPTIONS = {
+    "bias": "b",
+    "where": "where",
+    "class_weights": "c",
+    "soft_cap": "cap",
+    "temperature": "temperature",
+    "label_smoothing": "smoothing",
+    "z_loss": "zeta",
+}
+CASES = {
+    "dense": Case(
+        softmax_cross_entropy,
+        ("z", "y"),
+        ("z", "c", "smoothing", "zeta"),
+        {**ROW_OPTIONS, "label_smoothing": "smoothing", "z_loss": "zeta"},
+    ),
+    "probabilities": Case(
+        softmax_cross_entropy, ("z", "t"), ("z", "t"), {"where": "where", "class_weights": "c"}, SMOOTHED
+    ),
+    "nll": Case(nll_loss, ("z", "y"), ("z",), {"class_weights": "c", "weights": "weights"}, takes_vocab_axis=False),
+    "sigmoid": Case(sigmoid_cross_entropy, ("z", "t"), ("z",), {"pos_weight": "c"}, takes_vocab_axis=False),
+    "statistics": Case(token_statistics, ("z", "labels"), ("z",), {}, {"top_k": TOP}, statistics),
+    "linear": Case(
+        linear_softmax_cross_entropy,
+        ("h", "w", "y"),
+        ("h", "w", "b", "cap", "temperature", "smoothing", "zeta"),
+        LINEAR_OPTIONS,
+        {"chunk_rows": CHUNK},
+    ),
+    "linear_rows": Case(
+        linear_softmax_cross_entropy,
+        ("h", "w", "y"),
+        ("h", "w"),
+        {"weights": "weights"},
+        {"label_smoothing": 0.125, "chunk_rows": CHUNK},
+        rows,
+    ),
+    "linear_statistics": Case(
+        linear_token_statistics,
+        ("h", "w", "labels"),
+        ("h", "w"),
+        {},
+        {"top_k": TOP, "chunk_rows": CHUNK},
+        statistics,
+    ),
+    "dense_smoothed": Case(softmax_cross_entropy, ("z", "y"), ("z",), {}, {"label_smoothing": 0.125}),
+    "linear_smoothed": Case(
+        linear_softmax_cross_entropy, ("h", "w", "y"), ("h", "w"), {}, {"label_smoothing": 0.125, "chunk_rows": CHUNK}
+    ),
+    "divergence": Case(
+        linear_kl_divergence,
+        ("h2", "w2", "h", "w"),
+        ("h", "w"),
+        {"where": "where"},
+        {"chunk_rows": CHUNK},
+    ),
+    "own": Case(
+        functools.partial(jaxent.linear_loss, squared_normalizer),
+        ("h", "w", "weights"),
+        ("h", "w", "temperature"),
+        {"params": "temperature"},
+        {"chunk_rows": CHUNK},
+        whole,
+        takes_vocab_axis=False,
+    ),
+}
+SHARDABLE = tuple(name for name, case in CASES.items() if case.takes_vocab_axis)
 
 
 def program(case: str, mesh: jax.sharding.Mesh | None = None, *, manual: bool = False) -> Callable[..., Any]:
     """Value with per-row results, gradient by what is wanted, and the Hessian product in the direction of it."""
-    f, wanted = CASES[case].f, CASES[case].wanted
+    call, wanted = CASES[case], CASES[case].wanted
 
     def loss(*args: Any) -> Any:
         if not manual:
-            return f(None, {}, *args)
-        specs = tuple(arrays()[name][1] for name in CASES[case].names)
-        part = functools.partial(f, "data", {"vocab_axis": "vocab"})
-        return jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=(P(), _rows_out(case)))(*args)
+            return call(None, {}, *args)
+        specs = tuple(arrays()[name][1] for name in call.names)
+        part = functools.partial(call, "data", {"vocab_axis": "vocab"})
+        out_specs = P(), P() if call.result is mean else ROW
+        return jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=out_specs)(*args)
 
     def everything(*args: Any) -> Any:
         primals, rest = args[: len(wanted)], args[len(wanted) :]
 
         def gradient(*primals: Any) -> Any:
             every = tuple(range(len(primals)))
-            (value, rows), by = jax.value_and_grad(lambda *p: loss(*p, *rest), argnums=every, has_aux=True)(*primals)
-            return by, (value, rows)
+            (value, each), by = jax.value_and_grad(lambda *p: loss(*p, *rest), argnums=every, has_aux=True)(*primals)
+            return by, (value, each)
 
         by, product, out = jax.jvp(gradient, primals, primals, has_aux=True)
         return out, by, product
