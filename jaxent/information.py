@@ -41,7 +41,7 @@ def self_information(p: ArrayLike, *, base: ArrayLike | None = None) -> jax.Arra
     """
     name = "self_information"
     p = arrays.floating(name, "p", p)
-    return _evaluate(_self_information, (p,), None, _log_base(name, base), axis=None)
+    return _evaluate(_self_information, (p,), None, arrays.log_base(name, base), axis=None)
 
 
 def entropy(
@@ -580,7 +580,7 @@ def _of_one(
     order: float | None = None,
 ) -> jax.Array:
     operands, axis, where = _check_operands(function, ("p",), (p,), axis, where)
-    return _evaluate(measure, operands, where, _log_base(function, base), axis=axis, order=order)
+    return _evaluate(measure, operands, where, arrays.log_base(function, base), axis=axis, order=order)
 
 
 def _of_two(
@@ -594,7 +594,7 @@ def _of_two(
     order: float | None = None,
 ) -> jax.Array:
     operands, axis, where = _check_operands(function, ("p", "q"), (p, q), axis, where)
-    return _evaluate(measure, operands, where, _log_base(function, base), axis=axis, order=order)
+    return _evaluate(measure, operands, where, arrays.log_base(function, base), axis=axis, order=order)
 
 
 def _of_logits(
@@ -607,7 +607,7 @@ def _of_logits(
     base: ArrayLike | None,
 ) -> jax.Array:
     operands, axis, where = _check_operands(function, names, logits, axis, where)
-    return _evaluate_logits(measure, operands, where, _log_base(function, base), axis=axis)
+    return _evaluate_logits(measure, operands, where, arrays.log_base(function, base), axis=axis)
 
 
 def _check_operands(
@@ -641,7 +641,7 @@ def _check_joint(function: str, pxy: ArrayLike, base: ArrayLike | None) -> tuple
         raise arrays.shape_error(function, "pxy", "have two class axes", p)
     for axis in (-2, -1):
         check_classes(function, "pxy", p.shape, axis)
-    return p, _log_base(function, base)
+    return p, arrays.log_base(function, base)
 
 
 def _check_order(function: str, order: Any, high: float) -> float:
@@ -650,21 +650,3 @@ def _check_order(function: str, order: Any, high: float) -> float:
     if not 0 <= order <= high:
         raise ValueError(f"jaxent.{function}: `order` must lie in [0, inf{']' if high == np.inf else ')'}, got {order}")
     return float(order)
-
-
-def _log_base(function: str, base: ArrayLike | None) -> jax.Array | None:
-    """The logarithm of the base; nan for a traced base out of range."""
-    if base is None:
-        return None
-    array = arrays.real(function, "base", base)
-    if array.shape != ():
-        raise arrays.shape_error(function, "base", "be a scalar", array)
-    (array,) = arrays.accumulated(array)
-    valid = (array > 0) & (array != 1) & jnp.isfinite(array)
-    try:
-        known_bad = not bool(valid)
-    except jax.errors.ConcretizationTypeError:
-        return jnp.log(jnp.where(valid, array, jnp.nan))
-    if known_bad:
-        raise ValueError(f"jaxent.{function}: `base` must be positive, finite and not 1, got {base}")
-    return jnp.log(array)

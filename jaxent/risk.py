@@ -83,6 +83,17 @@ def _count(n: int = 0) -> _TwoFloat:
     return _TwoFloat(jnp.asarray(hi), jnp.asarray(np.float32(n - int(hi))))
 
 
+def _two_float(function: str, argument: str, value: ArrayLike) -> _TwoFloat:
+    """A scalar; an integer that comes from the host, such as a number of bytes, keeps 48 bits."""
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+        return _count(int(value))
+    (x,) = arrays.accumulated(arrays.real(function, argument, value))
+    arrays.check_shape(function, argument, x, (), "a scalar")
+    return _TwoFloat(x, jnp.zeros_like(x))
+
+
 @exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +129,9 @@ class EmpiricalRisk:
     def update(self, losses: ArrayLike, weights: ArrayLike | None = None) -> "EmpiricalRisk":
         """With the losses of one batch added.
 
-        **Arguments:** `losses`: any shape, floating, not yet weighted. `weights`: the same shape, `w >= 0`, or bool.
-        A weight of 0 silences its loss, even nan or inf; a negative weight gives nan.
+        **Arguments:** `losses`: any shape, floating, not yet weighted. `weights`: the same shape, of either sign, or
+        bool. A weight of 0 silences its loss, even nan or inf; the derivative with respect to such a weight is that of
+        any other, or 0 where the loss is not finite.
         """
         x = arrays.floating("EmpiricalRisk.update", "losses", losses)
         if weights is None:
@@ -128,15 +140,17 @@ class EmpiricalRisk:
         w = arrays.probability_or_flag("EmpiricalRisk.update", "weights", weights)
         arrays.check_shape("EmpiricalRisk.update", "weights", w, x.shape, "one for each loss")
         x, w = arrays.accumulated(x, w)
-        w = jnp.where(w < 0, jnp.nan, w)
-        x = jnp.where(w == 0, 0, x) * w
-        return self._plus(_two_float_sum(x), _two_float_sum(w))
+        # Only a loss that is not finite is taken out: with 0 in place of every silenced loss, the derivative with
+        # respect to a weight of 0 would lose its term.
+        silenced = (w == 0) & ~jnp.isfinite(x)
+        x, w = jnp.where(silenced, 0, x), jnp.where(silenced, 0, w)
+        return self._plus(_two_float_sum(x * w), _two_float_sum(w))
 
     def merge(self, other: "EmpiricalRisk | WeightedSum") -> "EmpiricalRisk":
         """With another part's sums added; the order of the parts does not matter."""
         if isinstance(other, WeightedSum):
-            total, weight = arrays.accumulated(jnp.asarray(other.total), jnp.asarray(other.weight))
-            return self._plus(_TwoFloat(total, jnp.zeros_like(total)), _TwoFloat(weight, jnp.zeros_like(weight)))
+            name = "EmpiricalRisk.merge"
+            return self._plus(_two_float(name, "total", other.total), _two_float(name, "weight", other.weight))
         if not isinstance(other, EmpiricalRisk):
             raise arrays.dtype_error("EmpiricalRisk.merge", "other", "be an EmpiricalRisk or a WeightedSum", other)
         return self._plus(other._total, other._weight)
@@ -158,12 +172,14 @@ class EmpiricalRisk:
 
         return EmpiricalRisk(over_devices(self._total), over_devices(self._weight))
 
-    def mean(self, base: float | None = None) -> jax.Array:
-        """The empirical risk, in nats or in units of log `base` (2 = bits); 0, with derivative 0, of nothing."""
-        if base is not None and not (base > 0 and base != 1):
-            raise ValueError(f"jaxent.EmpiricalRisk.mean: `base` must be positive and not 1, got {base}")
+    def mean(self, base: ArrayLike | None = None) -> jax.Array:
+        """The empirical risk, in nats or in units of log `base` (2 = bits).
+
+        It is 0, with derivative 0, when the weights sum to 0.
+        """
+        log_base = arrays.log_base("EmpiricalRisk.mean", base)
         nats = self._total.over(self._weight)
-        return nats if base is None else nats / float(np.log(base))
+        return nats if log_base is None else nats / log_base.astype(nats.dtype)
 
     def perplexity(self) -> jax.Array:
         """`exp` of the mean: how many equally likely outcomes would be as hard to predict."""
@@ -171,9 +187,5 @@ class EmpiricalRisk:
 
     def bits_per(self, count: ArrayLike) -> jax.Array:
         """The total in bits, divided by how many bytes or words it encodes; 0 for a count of 0."""
-        dtype = self._total.hi.dtype
-        if isinstance(count, int):
-            count = float(count)  # a Python int of 2^31 and more does not fit an int32
-        units = arrays.real("EmpiricalRisk.bits_per", "count", count).astype(dtype)
-        arrays.check_shape("EmpiricalRisk.bits_per", "count", units, (), "a scalar")
-        return self._total.over(_TwoFloat(units, jnp.zeros_like(units))) / float(np.log(2))
+        units = _two_float("EmpiricalRisk.bits_per", "count", count).astype(self._total.hi.dtype)
+        return self._total.over(units) / float(np.log(2))

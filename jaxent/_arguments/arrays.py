@@ -49,6 +49,8 @@ def real(function: str, argument: str, value: ArrayLike) -> jax.Array:
     """A floating array; integers, which are exact weights and counts, are converted."""
     array = _as_array(function, argument, value)
     if jnp.issubdtype(array.dtype, jnp.integer):
+        # On the host: JAX would wrap 64 bits to 32.
+        array = array.astype(np.float64) if isinstance(array, np.ndarray) else array
         return jnp.asarray(array).astype(jnp.result_type(float))
     return floating(function, argument, array)
 
@@ -151,3 +153,21 @@ def scalar(
     if neutral is not None and not isinstance(value, jax.Array) and known == neutral:
         return None
     return array
+
+
+def log_base(function: str, base: ArrayLike | None) -> jax.Array | None:
+    """The natural logarithm of a base; nan for a traced base out of range, and None for None."""
+    if base is None:
+        return None
+    array = real(function, "base", base)
+    if array.shape != ():
+        raise shape_error(function, "base", "be a scalar", array)
+    try:
+        # Of the argument, not of `array`: while jit traces, jnp turns even a Python number into a tracer.
+        known = float(np.asarray(base).astype(np.float64))
+    except jax.errors.TracerArrayConversionError:
+        (array,) = accumulated(array)
+        return jnp.log(jnp.where((array > 0) & (array != 1) & jnp.isfinite(array), array, jnp.nan))
+    if not (known > 0 and known != 1 and np.isfinite(known)):
+        raise ValueError(f"jaxent.{function}: `base` must be positive, finite and not 1, got {base}")
+    return jnp.asarray(np.log(known), dtype=jnp.result_type(float))

@@ -1,6 +1,7 @@
 """From the losses of the rows to what the caller asked for."""
 
 import dataclasses
+import operator
 from typing import Any, Literal
 
 import jax
@@ -14,6 +15,11 @@ Reduction = Literal["mean", "sum", "none", "sum_and_weight"]
 MatrixReduction = Literal["mean", "sum"]
 
 
+def _zero() -> jax.Array:
+    """In the widest dtype that a loss can have, so that adding one does not change a carry's dtype."""
+    return jnp.zeros((), jnp.result_type(float))
+
+
 @exportable
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -21,31 +27,47 @@ class WeightedSum:
     """A sum of losses and the sum of their weights, so that means over parts of a batch add up to the exact mean.
 
     A mean of means weighs a part with few counted rows like a full one. Adding totals and weights does not, and the two
-    numbers pass through `jax.lax.psum`, a scan's carry, and `has_aux` like any pytree:
+    numbers pass through `jax.lax.psum`, a scan's carry, and `has_aux` like any pytree. `WeightedSum()` is the sum of
+    nothing, to start a scan with; inside `jax.shard_map` start with
+    `jax.lax.pcast(WeightedSum(), axis_name, to="varying")`.
 
     >>> a, b = WeightedSum(jnp.float32(6.0), jnp.float32(3.0)), WeightedSum(jnp.float32(1.0), jnp.float32(1.0))
     >>> float((a + b).mean())
     1.75
     """
 
-    total: jax.Array
+    total: jax.Array = dataclasses.field(default_factory=_zero)
     """`sum_n w_n l_n`, in nats for the losses of this library."""
-    weight: jax.Array
+    weight: jax.Array = dataclasses.field(default_factory=_zero)
     """`sum_n w_n`."""
 
     def __add__(self, other: "WeightedSum") -> "WeightedSum":
         if not isinstance(other, WeightedSum):
             return NotImplemented
-        return WeightedSum(self.total + other.total, self.weight + other.weight)
+        return WeightedSum(_add(self.total, other.total), _add(self.weight, other.weight))
 
     def __radd__(self, other: object) -> "WeightedSum":
         """`sum(parts)` starts from 0."""
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def mean(self) -> jax.Array:
-        """`total / weight`; 0, with derivative 0, when nothing was weighed."""
-        empty = self.weight == 0
-        return jnp.where(empty, 0, self.total / jnp.where(empty, 1, self.weight))
+        """`total / weight`; 0, with derivative 0, when the weights sum to 0."""
+        total, weight = arrays.accumulated(_array(self.total), _array(self.weight))
+        empty = weight == 0
+        return jnp.where(empty, 0, total / jnp.where(empty, 1, weight))
+
+
+def _array(x: ArrayLike) -> jax.Array:
+    """A number of the host, such as a count of 64 bits, becomes floating."""
+    if isinstance(x, jax.Array):
+        return x
+    return arrays.real("WeightedSum", "total or weight", float(x) if isinstance(x, int) else x)
+
+
+def _add(a: ArrayLike, b: ArrayLike) -> jax.Array:
+    """In the wider of two dtypes, so that a scan may add float32 sums to a float64 carry."""
+    a, b = _array(a), _array(b)
+    return a + b if a.dtype == b.dtype else operator.add(*arrays.accumulated(a, b))
 
 
 def check_reduction(function: str, reduction: Any, denominator: ArrayLike | None) -> jax.Array | None:
