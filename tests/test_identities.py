@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from jaxent import information as info
+import jaxent as info
 
 CLASSES = 4
 check = settings(max_examples=25, deadline=None, derandomize=True, database=None)

@@ -19,7 +19,7 @@ from cases import DTYPES, draw_probabilities, precision
 from jax.test_util import check_grads
 from oracles import assert_close
 
-from jaxent import information as info
+import jaxent as info
 
 INF, NAN = math.inf, math.nan
 

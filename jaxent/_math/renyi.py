@@ -7,9 +7,11 @@ import jax.numpy as jnp
 
 from jaxent._math import safe
 
+Axes = tuple[int, ...]
+
 
 def _log_mean(
-    weights: jax.Array, exponents: jax.Array, excess: jax.Array, mass: jax.Array, d: float, axis: int
+    weights: jax.Array, exponents: jax.Array, excess: jax.Array, mass: jax.Array, d: float, axes: Axes
 ) -> jax.Array:
     """`log(S / mass) / d` of the sum `S = sum_k w_k exp(e_k)`, which is also `mass + d * excess`.
 
@@ -19,64 +21,65 @@ def _log_mean(
     relative = d * excess / mass
     near = jnp.abs(relative) <= 0.5
     exponents = jnp.where(weights > 0, exponents, -jnp.inf)
-    shift = jnp.max(exponents, axis=axis, keepdims=True)
+    shift = jnp.max(exponents, axis=axes, keepdims=True)
     shift = jnp.where(jnp.isneginf(shift), 0, shift)
-    far = shift + jnp.log(_sum(weights * jnp.exp(exponents - shift), axis) / mass)
+    far = shift + jnp.log(_sum(weights * jnp.exp(exponents - shift), axes) / mass)
     return jnp.where(near, jnp.log1p(jnp.where(near, relative, 0)), far) / d
 
 
-def _sum(x: jax.Array, axis: int) -> jax.Array:
-    return jnp.sum(x, axis=axis, keepdims=True)
+def _sum(x: jax.Array, axes: Axes) -> jax.Array:
+    return jnp.sum(x, axis=axes, keepdims=True)
 
 
-def entropy(p: jax.Array, *, axis: int, order: float) -> jax.Array:
+def entropy(p: jax.Array, *, axes: Axes, order: float) -> jax.Array:
     if order == 0:
-        return jnp.log(jnp.sum(p > 0, axis=axis, dtype=jnp.int32).astype(p.dtype)) + 0 * jnp.sum(p, axis=axis)
+        return jnp.log(jnp.sum(p > 0, axis=axes, keepdims=True, dtype=jnp.int32).astype(p.dtype)) + 0 * _sum(p, axes)
     if order == 1:
-        return jnp.sum(safe.entropy_term(p), axis=axis) / jnp.sum(p, axis=axis)
+        return _sum(safe.entropy_term(p), axes) / _sum(p, axes)
     if order == float("inf"):
-        return -jnp.log(jnp.max(p, axis=axis))
-    return jnp.squeeze(_entropy(p, axis, order), axis)
+        return -jnp.log(jnp.max(p, axis=axes, keepdims=True))
+    return _entropy(p, axes, order)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _entropy(p: jax.Array, axis: int, order: float) -> jax.Array:
+def _entropy(p: jax.Array, axes: Axes, order: float) -> jax.Array:
     d = order - 1
     positive = jnp.where(p == 0, 1, p)
-    excess = _sum(jnp.where(p == 0, 0, safe.power_excess(positive, order)), axis)
+    excess = _sum(jnp.where(p == 0, 0, safe.power_excess(positive, order)), axes)
     # p**order as p exp(d log p) or exp(order log p): the smaller exponent has the smaller error.
     weights, exponent = (p, d) if order >= 0.5 else (jnp.where(p == 0, 0, p / positive), order)
-    return -_log_mean(weights, exponent * jnp.log(positive), excess, _sum(p, axis), d, axis)
+    return -_log_mean(weights, exponent * jnp.log(positive), excess, _sum(p, axes), d, axes)
 
 
 @_entropy.defjvp
-def _entropy_jvp(axis, order, primals, tangents):
+def _entropy_jvp(axes, order, primals, tangents):
     (p,), (dp,) = primals, tangents
-    value = _entropy(p, axis, order)
-    slope = safe.power_entropy_slope(p, order, value) / _sum(p, axis)
-    return value, _sum(slope * dp, axis)
+    value = _entropy(p, axes, order)
+    slope = safe.power_entropy_slope(p, order, value) / _sum(p, axes)
+    return value, _sum(slope * dp, axes)
 
 
-def divergence(p: jax.Array, q: jax.Array, *, axis: int, order: float) -> jax.Array:
+def divergence(p: jax.Array, q: jax.Array, *, axes: Axes, order: float) -> jax.Array:
     if 0 < order < 0.5:
         # D_a(P || Q) = a / (1 - a) D_{1-a}(Q || P): near a = 0 the terms below would cancel.
-        return order / (1 - order) * divergence(q, p, axis=axis, order=1 - order)
+        return order / (1 - order) * divergence(q, p, axes=axes, order=1 - order)
     if order == 0:
-        missed, met = (jnp.sum(jnp.where(kept, q, 0), axis=axis) for kept in (p == 0, p > 0))
-        return jnp.log1p(missed / met) + 0 * jnp.sum(p, axis=axis)
+        missed, met = (_sum(jnp.where(kept, q, 0), axes) for kept in (p == 0, p > 0))
+        return jnp.log1p(missed / met) + 0 * _sum(p, axes)
     if order == 1:
-        return jnp.sum(safe.kl_term(p, q), axis=axis) / jnp.sum(p, axis=axis)
+        return _sum(safe.kl_term(p, q), axes) / _sum(p, axes)
     poles = jnp.zeros_like(p)
     if order > 1:
         poles = safe.pole(p, q)
-        infinite = jnp.isinf(jnp.max(poles, axis=axis, keepdims=True))
+        infinite = jnp.isinf(jnp.max(poles, axis=axes, keepdims=True))
         p, q = jnp.where(infinite, 1, p), jnp.where(infinite, 1, q)
     if order == float("inf"):
         support, log_r = _supported_log_ratio(p, q)
-        regular = jnp.max(jnp.where(p == 0, -jnp.inf, jnp.where(support, log_r, p + q)), axis=axis)
+        kept = jnp.where(p == 0, -jnp.inf, jnp.where(support, log_r, p + q))
+        regular = jnp.max(kept, axis=axes, keepdims=True)
     else:
-        regular = jnp.squeeze(_divergence(p, q, axis, order), axis)
-    return regular + jnp.sum(poles, axis=axis)
+        regular = _divergence(p, q, axes, order)
+    return regular + _sum(poles, axes)
 
 
 def _supported_log_ratio(p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -86,7 +89,7 @@ def _supported_log_ratio(p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Arr
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _divergence(p: jax.Array, q: jax.Array, axis: int, order: float) -> jax.Array:
+def _divergence(p: jax.Array, q: jax.Array, axes: Axes, order: float) -> jax.Array:
     # For orders of at least 1/2. With d = order - 1 and L = log(p / q), sum p exp(d L) = mass + d * sum of
     #   excess_k = (p exp(d L) - p) / d - (p - q) = [p L + (q - p)] + p (exp(d L) - 1 - d L) / d,
     # no term of which is negative for d > 0: it is right for d = 1e-6 as well as for P almost equal to Q.
@@ -102,19 +105,19 @@ def _divergence(p: jax.Array, q: jax.Array, axis: int, order: float) -> jax.Arra
     )
     alone = jnp.where(p == 0, q, -order / d * p)
     excess = jnp.where(support, excess, alone)
-    mass = _sum(p, axis) + d * _sum(p - q, axis)
-    return _log_mean(jnp.where(q == 0, 0, p), exponents, _sum(excess, axis), mass, d, axis)
+    mass = _sum(p, axes) + d * _sum(p - q, axes)
+    return _log_mean(jnp.where(q == 0, 0, p), exponents, _sum(excess, axes), mass, d, axes)
 
 
 @_divergence.defjvp
-def _divergence_jvp(axis, order, primals, tangents):
+def _divergence_jvp(axes, order, primals, tangents):
     (p, q), (dp, dq) = primals, tangents
     d = order - 1
-    value = _divergence(p, q, axis, order)
+    value = _divergence(p, q, axes, order)
     support, log_r = _supported_log_ratio(p, q)
     by_p = order / d * jnp.expm1(d * (log_r - value))
     by_p = jnp.where(support, by_p, jnp.where((p == 0) & (d < 0), 0, -order / d))
     by_q = -jnp.expm1(order * log_r - d * value)
     by_q = jnp.where(support, by_q, jnp.where((p == 0) & ((q > 0) | (d > 0)), 1, 0))
-    mass = _sum(p, axis) + d * _sum(p - q, axis)
-    return value, _sum(by_p * dp + by_q * dq, axis) / mass
+    mass = _sum(p, axes) + d * _sum(p - q, axes)
+    return value, _sum(by_p * dp + by_q * dq, axes) / mass

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxent import information
 from jaxent._engine.plan import plan
 from jaxent.cli import model
 from jaxent.cli.corpus import Corpus
@@ -20,7 +19,9 @@ from jaxent.cli.data import Data
 from jaxent.cli.devices import DATA, VOCAB, Devices
 from jaxent.cli.evaluation import figures, measure
 from jaxent.cli.proposals import Rows
+from jaxent.empirical import empirical_distribution
 from jaxent.gradients import softmax_cross_entropy_gradient
+from jaxent.information import cross_entropy, entropy
 
 DENSE_BYTES = 2**27  # of logits, for as many rows of which the gradient is also taken in closed form
 
@@ -59,16 +60,15 @@ def _entropies(data: Data) -> dict[str, float]:
     `H(P-hat of pairs) - H(P-hat of their first tokens)`.
     """
     size, held = data.tokenizer.size, data.held_out.targets
-    seen = information.empirical_distribution(held, size)
+    seen = empirical_distribution(held, size)
     known = np.bincount(data.counted.ids, minlength=size) + 0.5
     before = data.held_out.lags[:, 0].astype(np.int64)
     pairs, of_first = (np.unique(x, return_counts=True)[1] / len(held) for x in (before * size + held, before))
     return {
-        "entropy": float(information.entropy(seen, base=2)),
-        "code": float(information.cross_entropy(seen, jnp.asarray(known / known.sum(), jnp.float32), base=2)),
+        "entropy": float(entropy(seen, base=2)),
+        "code": float(cross_entropy(seen, jnp.asarray(known / known.sum(), jnp.float32), base=2)),
         "after_one": float(
-            information.entropy(jnp.asarray(pairs, jnp.float32), base=2)
-            - information.entropy(jnp.asarray(of_first, jnp.float32), base=2)
+            entropy(jnp.asarray(pairs, jnp.float32), base=2) - entropy(jnp.asarray(of_first, jnp.float32), base=2)
         ),
     }
 
