@@ -187,6 +187,100 @@ def test_a_gradient_of_nan_where_there_is_one():
     assert not check_gradient(cubes, np.array([1.0]), oracle=np.array([np.nan])).ok
 
 
+def test_nothing_compared_is_not_ok():
+    # No difference where the loss is nan everywhere, and float64 is out of reach.
+    narrow = jnp.full(2, jnp.nan)
+    report = check_gradient(lambda x: cubes(x * narrow), np.array([1.0, 2.0], np.float32))
+    assert not report.compared
+    assert not report.ok
+    assert "NOTHING COMPARED" in str(report)
+    with pytest.raises(ValueError, match=r"GradientReport.worst: nothing was compared: not callable in float64"):
+        _ = report.worst
+    assert not check_gradient(cubes, np.zeros(0, np.float32)).ok
+
+
+def roots(x: Any) -> jax.Array:
+    return jnp.sum(jnp.sqrt(x) ** 3)
+
+
+EDGES = {
+    "edge": (roots, lambda x: 1.5 * jnp.sqrt(x), np.array([0.0, 0.5, 0.75], np.float32)),
+    "many at the edge": (roots, lambda x: 1.5 * jnp.sqrt(x), np.tile([0.0, 0.5, 0.25], 500).astype(np.float32)),
+    "nan": (cubes, lambda x: 3 * x**2, np.array([0.5, np.nan, -2.0], np.float32)),
+    "inf": (cubes, lambda x: 3 * x**2, np.array([np.inf, 0.5, -2.0], np.float32)),
+    "unused nan": (
+        lambda x: cubes(jnp.where(jnp.isnan(x), 0, x)),
+        lambda x: jnp.where(jnp.isnan(x), 0, 3 * x**2),
+        np.array([0.5, np.nan, -2.0], np.float32),
+    ),
+    "infinite loss": (
+        lambda x: -jnp.sum(jnp.log(x)),
+        lambda x: -1 / x,
+        np.array([0.5, 0.0, 0.25], np.float32),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", EDGES)
+def test_what_can_be_compared_is_compared(case: str):
+    """An entry at the edge of the domain, or an input of nan, hides no wrong rule of the others."""
+    loss, gradient, x = EDGES[case]
+    right = check_gradient(with_gradient(loss, gradient), x)
+    assert right.ok, str(right)
+    assert of(right, DIFFERENCES)
+    assert len(right.notes) == 1 or case == "infinite loss"
+    wrong = check_gradient(with_gradient(loss, lambda x: 1.01 * gradient(x)), x)
+    assert not wrong.ok
+    assert wrong.worst.way == DIFFERENCES
+    assert wrong.notes[-1].startswith("The derivative rule is wrong")
+
+
+def test_distributions_at_the_edge_of_the_simplex():
+    p, q = np.array([0.0, 0.0, 1.0], np.float32), np.array([0.3, 0.3, 0.4], np.float32)
+    report = check_gradient(jaxent.cross_entropy, p, q)
+    assert report.ok, str(report)
+    assert {(c.way, c.argument) for c in report.comparisons} >= {
+        (way, argument) for way in ("jax.grad", "jax.jvp", DIFFERENCES) for argument in ("args[0]", "args[1]")
+    }
+    assert "no central differences for 2 of 6 entries" in report.notes[0]
+
+
+@pytest.mark.parametrize("forward", [True, False])
+def test_a_wrong_rule_is_concluded_in_words(forward: bool):
+    x = np.array([1.0, 0.5], np.float32)
+    if forward:
+        wrong = with_gradient(cubes, lambda x: 2.9 * x**2)
+    else:
+        wrong = jax.custom_vjp(cubes)
+        wrong.defvjp(lambda x: (cubes(x), x), lambda x, g: (2.9 * g * x**2,))
+    text = str(check_gradient(wrong, x))
+    assert "The derivative rule is wrong: jax.grad agrees with itself in float64" in text
+    assert "moving args[0][0] changes the loss at a rate of 3, not 2.9." in text
+    closed = check_gradient(cubes, x, closed_form=lambda x: 2 * x**2)
+    assert closed.notes[-1] == "Of all ways only closed form is out of bounds: it is wrong there, or loses digits."
+
+
+@pytest.mark.parametrize("key", [jax.random.key, jax.random.PRNGKey])
+def test_random_bits_that_change_with_the_default_dtype(key: Callable[[int], Any]):
+    def dropped(loss: Callable[[Any], jax.Array], x: Any) -> jax.Array:
+        keep = jax.random.bernoulli(key(0), 0.5, x.shape)
+        return loss(jnp.where(keep, 2 * x, 0))
+
+    x = np.arange(1, 7, dtype=np.float32)
+    report = check_gradient(functools.partial(dropped, cubes), x)
+    assert report.ok, str(report)
+    assert "its random numbers are others in float64" in report.notes[0]
+    wrong = check_gradient(functools.partial(dropped, with_gradient(cubes, lambda x: 2.9 * x**2)), x)
+    assert not wrong.ok
+    assert "The derivative rule is wrong, or loses nearly all digits" in str(wrong)
+
+    def fixed(x: Any) -> jax.Array:
+        keep = jax.random.bernoulli(key(0), jnp.float32(0.5), x.shape)
+        return cubes(jnp.where(keep, 2 * x, 0))
+
+    assert check_gradient(fixed, x).notes == ()
+
+
 def test_smooth_functions_raise_no_false_alarm(rng: np.random.Generator):
     functions: list[Callable[[Any], Any]] = [
         lambda x: jnp.sum(jnp.tanh(x)) ** 2,

@@ -117,12 +117,13 @@ class Estimates:
     notes: list[str]
 
 
+# A function, and its closed form if there is one.
 Problem = tuple[FlatArguments, Callable[..., Any] | None]
 
 
 def autodiff_gradients(problems: Sequence[Problem]) -> list[Estimates]:
     """The closed form if there is one, `jax.grad`, and `jax.jvp` along the entries; one program for all problems."""
-    leaves, notes = [[entries.leaves[i] for i in entries.at] for entries, _ in problems], []
+    leaves, notes = [[flat.leaves[i] for i in flat.at] for flat, _ in problems], []
 
     def all_ways(forward: bool, leaves: list[Any]) -> list[dict[str, Any]]:
         return [_ways(*problem, each, forward) for problem, each in zip(problems, leaves, strict=True)]
@@ -132,30 +133,66 @@ def autodiff_gradients(problems: Sequence[Problem]) -> list[Estimates]:
     except TypeError as error:  # a custom_vjp in the loss, or an error that comes again
         found = jax.jit(functools.partial(all_ways, False))(leaves)
         notes.append(f"no jax.jvp: {str(error).splitlines()[0]}")
-    return [_own(entries, each, notes) for (entries, _), each in zip(problems, found, strict=True)]
+    return [_estimates(flat, each, notes) for (flat, _), each in zip(problems, found, strict=True)]
 
 
-def _ways(entries: FlatArguments, closed_form: Any, leaves: list[jax.Array], forward: bool) -> dict[str, Any]:
+def _ways(flat: FlatArguments, closed_form: Any, leaves: list[jax.Array], forward: bool) -> dict[str, Any]:
     def along(entry: jax.Array) -> jax.Array:
-        parts = entries.split(jnp.arange(entries.count, dtype=jnp.int32) == entry)
+        parts = flat.split(jnp.arange(flat.count, dtype=jnp.int32) == entry)
         direction = [part.astype(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
-        return jax.jvp(entries, (leaves,), (direction,))[1]
+        return jax.jvp(flat, (leaves,), (direction,))[1]
 
-    found = {"jax.grad": jax.value_and_grad(entries)(leaves)}
+    found = {"jax.grad": jax.value_and_grad(flat)(leaves)}
     if closed_form is not None:
-        found["closed form"] = closed_form(*entries.arguments(leaves), **entries.options)
+        found["closed form"] = closed_form(*flat.arguments(leaves), **flat.options)
     if forward:
-        found["jax.jvp"] = lax.map(along, jnp.asarray(entries.drawn))
+        found["jax.jvp"] = lax.map(along, jnp.asarray(flat.drawn))
     return found
 
 
-def _own(entries: FlatArguments, found: dict[str, Any], notes: list[str]) -> Estimates:
+def _estimates(flat: FlatArguments, found: dict[str, Any], notes: list[str]) -> Estimates:
     value, gradient = found["jax.grad"]
-    gradients = {"jax.grad": (entries.flat(gradient), np.ones(entries.count, bool))}
+    gradients = {"jax.grad": (flat.flat(gradient), np.ones(flat.count, bool))}
     if "closed form" in found:
-        gradients = {"closed form": entries.gradient(found["closed form"], "closed_form"), **gradients}
+        gradients = {"closed form": flat.gradient(found["closed form"], "closed_form"), **gradients}
     if "jax.jvp" in found:
-        forward, known = np.zeros(entries.count), np.zeros(entries.count, bool)
-        forward[entries.drawn], known[entries.drawn] = np.asarray(found["jax.jvp"], np.float64), True
+        forward, known = np.zeros(flat.count), np.zeros(flat.count, bool)
+        forward[flat.drawn], known[flat.drawn] = np.asarray(found["jax.jvp"], np.float64), True
         gradients["jax.jvp"] = forward, known
     return Estimates(float(value), float(ml_dtypes.finfo(value.dtype).eps), _least(value.dtype), gradients, notes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Random bits
+
+RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
+
+
+def draws_other_bits_in_float64(flat: FlatArguments) -> bool:
+    """Whether the function draws random numbers whose bits depend on the default dtype, as those of dropout do."""
+    here = _random_draws(flat, [flat.leaves[i] for i in flat.at])
+    if not here:
+        return False
+    with jax.enable_x64(True):
+        try:
+            return here != _random_draws(flat, flat.split(jnp.asarray(flat.x)))
+        except (TypeError, ValueError):
+            return False
+
+
+def _random_draws(flat: FlatArguments, leaves: list[Any]) -> list[str]:
+    """Each draw in the program, with the shape and the width of what is drawn."""
+    found = []
+
+    def search(value: Any) -> None:
+        if hasattr(value, "jaxpr"):
+            search(value.jaxpr)
+        for equation in getattr(value, "eqns", ()):
+            if equation.primitive.name in RANDOM:
+                found.append(f"{equation.primitive.name} {[str(out.aval) for out in equation.outvars]}")
+            for parameter in equation.params.values():
+                for part in parameter if isinstance(parameter, (tuple, list)) else (parameter,):
+                    search(part)
+
+    search(jax.make_jaxpr(flat)(leaves))
+    return found

@@ -7,7 +7,7 @@ Central differences know a derivative to a few digits only, so that they show gr
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ SPACING, POINTS, ORDER, SIGMAS = 1.7e-5, 9, 6, 8
 
 @dataclasses.dataclass(frozen=True)
 class Float64Reference:
-    """What float64 tells of a function at its arguments, as vectors of entries."""
+    """Float64 value, gradient and noise of a function at its arguments, and its differences; entries as vectors."""
 
     exact: bool
     """Whether the noise of the function is that of float64."""
@@ -40,8 +40,10 @@ class Float64Reference:
     differences: np.ndarray
     bound: np.ndarray
     """Infinite where no difference is known."""
+    stand_in_gradient: np.ndarray | None
+    """The gradient where the differences were taken, if that is not at the arguments because the loss is not finite."""
     toward: np.ndarray
-    """A random direction through all entries."""
+    """A random direction through all entries that can be moved."""
     along: float
     along_bound: float
     notes: list[str]
@@ -51,28 +53,46 @@ def evaluate(problems: Sequence[FlatArguments]) -> list[Float64Reference]:
     """In float64, or, if a function cannot take it, in float32; all in one program, which compiles faster than many."""
     try:
         with jax.enable_x64(True):
-            return _evaluate([_Points(entries, np.dtype(np.float64)) for entries in problems])
+            return _evaluate([_Points(flat, np.dtype(np.float64)) for flat in problems])
     except (TypeError, ValueError) as error:
         note = f"not callable in float64, compared with differences in float32: {str(error).splitlines()[0]}"
-    found = _evaluate([_Points(entries, np.dtype(np.float32)) for entries in problems])
-    return [dataclasses.replace(wide, notes=[note]) for wide in found]
+    return evaluate_in_float32(problems, note)
+
+
+def evaluate_in_float32(problems: Sequence[FlatArguments], note: str) -> list[Float64Reference]:
+    found = _evaluate([_Points(flat, np.dtype(np.float32)) for flat in problems])
+    return [dataclasses.replace(float64, notes=[note, *float64.notes]) for float64 in found]
 
 
 class _Points:
-    """Where a function is evaluated. Its drawn entries are moved one at a time, and all of them along a direction."""
+    """Where a function is evaluated. Its drawn entries are moved one at a time, and all of them along a direction.
 
-    def __init__(self, entries: FlatArguments, dtype: np.dtype):
-        self.entries, self.dtype, self.steps = entries, dtype, STEPS[dtype.name]
-        self.x, self.scale = entries.x.astype(dtype), _scales(entries).astype(dtype)
+    The function is not finite everywhere: `hold` and `stand_in` give other points of the same shapes, for which the
+    program need not be compiled again.
+    """
+
+    def __init__(self, flat: FlatArguments, dtype: np.dtype):
+        self.flat, self.dtype, self.steps = flat, dtype, STEPS[dtype.name]
         # (step, h or 2h, sign) for each entry and for the direction, which is entry -1
         self.moves = np.array([[[h, -h], [2 * h, -2 * h]] for h in self.steps])
-        who = [*np.repeat([*entries.drawn, -1], self.moves.size), *[-1] * POINTS]
+        entries = [*np.repeat([*flat.drawn, -1], self.moves.size), *[-1] * POINTS]
         spaced = SPACING * np.arange(-(POINTS // 2), POINTS // 2 + 1)
-        far = np.concatenate([np.tile(self.moves.reshape(-1), len(entries.drawn) + 1), spaced])
-        self.points = np.array(who, np.int32), far.astype(dtype)
-        signs = np.random.default_rng(0).choice([-1, 1], (3, entries.count)).astype(dtype)
-        self.toward = signs[0] * self.scale
-        self.shifts = np.concatenate([np.zeros_like(self.x)[None], self.steps[0] * signs * self.scale]).astype(dtype)
+        distances = np.concatenate([np.tile(self.moves.reshape(-1), len(flat.drawn) + 1), spaced])
+        self.points = np.array(entries, np.int32), distances.astype(dtype)
+        self.signs = np.random.default_rng(0).choice([-1, 1], (3, flat.count)).astype(dtype)
+        self.place(flat.x)
+
+    def place(self, x: np.ndarray) -> None:
+        """Evaluate at `x` from now on, with every finite entry free to move."""
+        self.x, self.scale = x.astype(self.dtype), _scales(self.flat, x).astype(self.dtype)
+        self.hold(np.zeros(self.flat.count, bool))
+
+    def hold(self, held: np.ndarray) -> None:
+        """Leave these entries out of whatever moves several."""
+        free = np.where(held, 0, self.scale)
+        self.toward = self.signs[0] * free
+        self.shifts = np.concatenate([np.zeros_like(self.x)[None], self.steps[0] * self.signs * free])
+        self.shifts = self.shifts.astype(self.dtype)
 
     def arrays(self) -> tuple[Any, ...]:
         return self.x, self.scale, self.toward, self.points, self.shifts
@@ -81,71 +101,147 @@ class _Points:
         """The values at the points, and the values and gradients at shifts."""
 
         def function(x: jax.Array) -> jax.Array:
-            return self.entries(self.entries.split(x))
+            return self.flat(self.flat.split(x))
 
         def at(point: tuple[jax.Array, jax.Array]) -> jax.Array:
-            entry, far = point
-            one = (jnp.arange(self.entries.count, dtype=jnp.int32) == entry).astype(x.dtype)
-            return function(x + far * jnp.where(entry < 0, toward, scale * one))
+            entry, distance = point
+            one = (jnp.arange(self.flat.count, dtype=jnp.int32) == entry).astype(x.dtype)
+            return function(x + distance * jnp.where(entry < 0, toward, scale * one))
 
         return lax.map(at, points), lax.map(lambda shift: jax.value_and_grad(function)(x + shift), shifts)
+
+    def held_entries(self, values: np.ndarray) -> Iterator[np.ndarray]:
+        """More and more entries to hold: those that leave the domain when moved, those like them, all but the drawn."""
+        moved = values[: -POINTS - self.moves.size].reshape(len(self.flat.drawn), -1)
+        stuck = np.zeros(self.flat.count, bool)
+        stuck[self.flat.drawn] = ~np.all(np.isfinite(moved), axis=-1)
+        if stuck.any():
+            yield stuck
+        alike = stuck | np.isin(self.x, self.x[stuck])
+        if np.any(alike != stuck):
+            yield alike
+        undrawn = np.ones(self.flat.count, bool)
+        undrawn[self.flat.drawn] = False
+        if undrawn.any():
+            yield alike | undrawn
+        yield np.ones(self.flat.count, bool)
+
+    def stand_ins(self) -> Iterator[tuple[np.ndarray, str]]:
+        """Points near the arguments where the function may be finite, and what is said of them."""
+        leaves = self.flat.split(self.flat.x)
+        finite = [np.isfinite(leaf) for leaf in leaves]
+        means = [np.mean(leaf[kept]) if kept.any() else 0.0 for leaf, kept in zip(leaves, finite, strict=True)]
+        filled = [np.where(kept, leaf, mean) for leaf, kept, mean in zip(leaves, finite, means, strict=True)]
+        if not all(kept.all() for kept in finite):
+            yield self.flat.flat(filled), "with the mean in place of each nan or inf"
+        # Away from the ends of a domain, such as probabilities of 0 and 1.
+        inside = [leaf + np.where(leaf == mean, 1, mean - leaf) / 64 for leaf, mean in zip(filled, means, strict=True)]
+        yield self.flat.flat(inside), "at a point nearby"
+
+
+Evaluation = tuple[np.ndarray, np.ndarray, np.ndarray]  # values at the points, values and gradients at the shifts
 
 
 def _evaluate(points: list[_Points]) -> list[Float64Reference]:
     program = jax.jit(lambda arrays: [p.traced(*each) for p, each in zip(points, arrays, strict=True)])
-    found = program([p.arrays() for p in points])
-    return [_interpreted(p, *each) for p, each in zip(points, found, strict=True)]
+
+    def run() -> list[tuple[Evaluation, Any]]:
+        found = program([p.arrays() for p in points])
+        as_numpy = [(np.asarray(values), *map(np.asarray, at_shifts)) for values, at_shifts in found]
+        return [((v.astype(np.float64), s.astype(np.float64), g.astype(np.float64)), v.dtype) for v, s, g in as_numpy]
+
+    first = run()
+    return [_settled(p, i, run, *first[i]) for i, p in enumerate(points)]
 
 
-def _interpreted(p: _Points, values: Any, at_shifts: tuple[Any, Any]) -> Float64Reference:
-    entries, dtype = p.entries, p.dtype
-    epsilon = float(max(np.finfo(dtype).eps, ml_dtypes.finfo(values.dtype).eps))
-    values, shifted, gradients = (np.asarray(found, np.float64) for found in (values, *at_shifts))
+def _settled(p: _Points, at: int, run: Callable[[], Any], first: Evaluation, dtype: Any) -> Float64Reference:
+    """The first evaluation has value and gradient; where it is not finite, others have the differences."""
+    found, notes, stand_in = first, [], None
+    if not np.isfinite(first[1][0]):
+        for x, where in p.stand_ins():
+            p.place(x)
+            found = run()[at][0]
+            if np.isfinite(found[1][0]):
+                stand_in = found[2][0]
+                notes.append(f"the loss is {first[1][0]} here: central differences are taken {where}")
+                break
+        else:
+            notes.append(f"the loss is {first[1][0]} here and nearby: no central differences, which a wrong rule needs")
+    if np.isfinite(found[1][0]) and not _moves_are_finite(found):
+        for held in p.held_entries(found[0]):
+            p.hold(held)
+            found = run()[at][0]
+            if _moves_are_finite(found):
+                break
+    return _interpreted(p, first, found, stand_in, dtype, notes)
+
+
+def _moves_are_finite(found: Evaluation) -> bool:
+    """Whether noise, direction and curvature can be told: where several entries move at once."""
+    return bool(np.all(np.isfinite(found[0][-POINTS:])) and np.all(np.isfinite(found[1])))
+
+
+def _interpreted(
+    p: _Points, first: Evaluation, found: Evaluation, stand_in: np.ndarray | None, value_dtype: Any, notes: list[str]
+) -> Float64Reference:
+    flat, dtype = p.flat, p.dtype
+    epsilon = float(max(np.finfo(dtype).eps, ml_dtypes.finfo(value_dtype).eps))
+    values, shifted, gradients = found
     with np.errstate(all="ignore"):
-        gradient, value = gradients[0], float(shifted[0])
-        reach = float(np.sqrt(np.nansum(np.where(p.scale > 0, gradient * p.scale, 0) ** 2)))
-        moved = np.sqrt(np.mean(((gradients[1:] - gradient) / p.steps[0]) ** 2, axis=0))
+        gradient, value = first[2][0], float(first[1][0])
+        reach = float(np.sqrt(np.nansum(np.where(p.scale > 0, gradients[0] * p.scale, 0) ** 2)))
+        moved = np.sqrt(np.mean(((gradients[1:] - gradients[0]) / p.steps[0]) ** 2, axis=0))
         sixth = np.diff(values[-POINTS:], ORDER)
         factor = math.factorial(ORDER) ** 2 / math.factorial(2 * ORDER)
-        noise = max(float(np.sqrt(factor * np.mean(sixth**2))), epsilon / 2 * abs(value))
-        centre = np.array([*p.x[entries.drawn], 0], dtype)
-        width = np.array([*p.scale[entries.drawn], 1], dtype)
+        noise = max(float(np.sqrt(factor * np.mean(sixth**2))), epsilon / 2 * abs(float(shifted[0])))
+        centre = np.array([*p.x[flat.drawn], 0], dtype)
+        width = np.array([*p.scale[flat.drawn], 1], dtype)
         differences, bounds = _differences(values[:-POINTS], centre, width, p.moves, noise, epsilon)
-    drawn, drawn_bound = np.zeros(entries.count), np.full(entries.count, np.inf)
-    drawn[entries.drawn], drawn_bound[entries.drawn] = differences[:-1], bounds[:-1]
-    # Nearer to float64's epsilon than to float32's.
-    share = noise / max(abs(value), reach, np.finfo(np.float64).tiny)
-    exact = dtype == np.float64 and share <= math.sqrt(2.0**-52 * 2.0**-23)
-    notes = [] if exact else [f"in float64 the loss has noise of {share:.0e} of its size: compared with differences"]
-    size = np.fmax(np.abs(gradient), moved)
+    drawn, drawn_bound = np.zeros(flat.count), np.full(flat.count, np.inf)
+    drawn[flat.drawn], drawn_bound[flat.drawn] = differences[:-1], bounds[:-1]
+    # Nearer to float64's epsilon than to float32's. Where no noise can be measured, the result's dtype decides.
+    share = noise / max(abs(float(shifted[0])), reach, np.finfo(np.float64).tiny)
+    exact = share <= math.sqrt(2.0**-52 * 2.0**-23) if np.isfinite(share) else value_dtype == np.float64
+    exact = bool(exact) and dtype == np.float64
+    if not exact and dtype == np.float64:
+        notes.append(f"in float64 the loss has noise of {share:.0e} of its size: compared with differences")
+    unknown = int(np.sum(~np.isfinite(bounds[:-1])))
+    if unknown and np.isfinite(shifted[0]):
+        where = "not finite, or at the edge of the domain"
+        notes.append(f"no central differences for {unknown} of {len(flat.drawn)} entries: {where}")
     return Float64Reference(
-        exact,
-        value,
-        max(abs(value), reach),
-        gradient,
-        size,
-        drawn,
-        drawn_bound,
-        p.toward.astype(np.float64),
-        float(differences[-1]),
-        float(bounds[-1]),
-        notes,
+        exact=exact,
+        value=value,
+        value_size=max(_finite(value), _finite(reach)),
+        gradient=gradient,
+        size=np.fmax(np.where(np.isfinite(gradient), np.abs(gradient), 0), np.where(np.isfinite(moved), moved, 0)),
+        differences=drawn,
+        bound=drawn_bound,
+        stand_in_gradient=stand_in,
+        toward=p.toward.astype(np.float64),
+        along=float(differences[-1]),
+        along_bound=float(bounds[-1]),
+        notes=notes,
     )
 
 
-def _scales(entries: FlatArguments) -> np.ndarray:
+def _finite(size: float) -> float:
+    return abs(size) if math.isfinite(size) else 0.0
+
+
+def _scales(flat: FlatArguments, x: np.ndarray) -> np.ndarray:
     """What a relative step of 1 is: the size of the entry, near to the spread of its leaf; 0 if it is not finite.
 
     Logits near 1e4 live on the scale of their differences, and an entry of 0 on that of the others.
     """
     scales = []
-    for leaf in entries.split(entries.x):
+    for leaf in flat.split(x):
         finite = np.isfinite(leaf)
         size = np.abs(np.where(finite, leaf, 0))
         spread = float(np.std(leaf[finite])) if finite.any() else 0.0
         near = np.clip(size, spread / 64, 4 * spread) if spread else np.where(size == 0, 1, size)
         scales.append(np.where(finite, near, 0))
-    return entries.flat(scales)
+    return flat.flat(scales)
 
 
 def _differences(

@@ -7,13 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from jaxent._check.autodiff import Estimates, FlatArguments, autodiff_gradients
-from jaxent._check.finite_differences import Float64Reference, evaluate
+from jaxent._check.autodiff import (
+    Estimates,
+    FlatArguments,
+    Gradient,
+    autodiff_gradients,
+    draws_other_bits_in_float64,
+)
+from jaxent._check.finite_differences import Float64Reference, evaluate, evaluate_in_float32
 from jaxent.gradients import softmax_cross_entropy_gradient
 from jaxent.losses import softmax_cross_entropy
 
+# Heuristic: what misses the reference by more than a hundredth has not only been rounded.
+WRONG = 0.01
 CLOSED_FORMS: dict[Callable[..., Any], Callable[..., Any]] = {softmax_cross_entropy: softmax_cross_entropy_gradient}
-DIFFERENCES = "central differences"
+VALUE, GRAD, DIFFERENCES = "value", "jax.grad", "central differences"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,13 +65,23 @@ class GradientReport:
     """What could not be compared, or only in part, and why."""
 
     @property
+    def compared(self) -> bool:
+        """Whether anything of the gradient could be compared: the value alone tells nothing of it."""
+        return any(c.way != VALUE for c in self.comparisons)
+
+    @property
     def ok(self) -> bool:
-        """Whether every comparison is in bounds."""
-        return all(c.ok for c in self.comparisons)
+        """Whether every comparison is in bounds; False if nothing of the gradient could be compared."""
+        return self.compared and all(c.ok for c in self.comparisons)
 
     @property
     def worst(self) -> Comparison:
-        """The comparison that is furthest out of its bounds, or nearest to them."""
+        """The comparison that is furthest out of its bounds, or nearest to them.
+
+        **Raises:** `ValueError` if there is none.
+        """
+        if not self.comparisons:
+            raise ValueError(f"jaxent.GradientReport.worst: nothing was compared: {'; '.join(self.notes)}")
         return max(self.comparisons, key=lambda c: c.share)
 
     @property
@@ -76,7 +94,10 @@ class GradientReport:
         for c in self.comparisons:
             cells = (f"{c.ulp:.3g}", f"{c.allowed:.3g}", c.place, f"{c.got:.9g}", f"{c.want:.9g}")
             lines.append((c.way, *cells, "" if c.ok else "OUT OF BOUNDS"))
-        verdict = "in bounds" if self.ok else f"OUT OF BOUNDS: {self.worst.way} at {self.worst.place}"
+        if not self.compared:
+            verdict = "NOTHING COMPARED: of no entry is more than one derivative known"
+        else:
+            verdict = "in bounds" if self.ok else f"OUT OF BOUNDS: {self.worst.way} at {self.worst.place}"
         return "\n".join([*table(lines), *self.notes, verdict])
 
 
@@ -116,8 +137,10 @@ def check_gradient(
       arguments of `loss_fn`, the floating leaves as float64 NumPy arrays.
     - `tolerance`: the largest error in ulp; None allows $\epsilon^{-1/2}$, half of the digits of the dtype.
 
-    **Returns:** a `GradientReport`. Where the reference is nan or infinite, the others must be so too. Beyond 256
-    entries, forward mode and differences look at 256 that are drawn, and the differences at a direction through all.
+    **Returns:** a `GradientReport`, which is not `ok` if nothing could be compared. Where the reference is nan or
+    infinite, the others must be so too. Beyond 256 entries, forward mode and differences look at 256 that are drawn,
+    and the differences at a direction through all. Entries at the edge of the domain have no central differences; where
+    the loss itself is not finite, they are taken nearby. A note says so, and what follows from the comparisons.
 
     **Raises:** `TypeError` if nothing is floating or the loss is not, `ValueError` if the loss is not a scalar.
 
@@ -129,20 +152,64 @@ def check_gradient(
     >>> usual.ok, usual.worst.got, f"{usual.worst.want:.1e}"
     (False, 0.0, '-2.1e-09')
     """
-    entries = FlatArguments("check_gradient", loss_fn, args, options)
-    (wide,) = evaluate([entries])
-    (own,) = autodiff_gradients([(entries, closed_form or _known_closed_form(loss_fn))])
-    reference = Reference.of(wide)
-    if oracle is not None:
-        exact = oracle(*entries.arguments(entries.split(entries.x)), **options) if callable(oracle) else oracle
-        reference = reference.replaced(*entries.gradient(exact, "oracle"))
+    flat = FlatArguments("check_gradient", loss_fn, args, options)
+    (float64,) = evaluate([flat])
+    (estimates,) = autodiff_gradients([(flat, closed_form or _known_closed_form(loss_fn))])
     # A float32 value of bfloat16 arguments may well have been computed in bfloat16.
-    own = dataclasses.replace(own, epsilon=max(own.epsilon, float(entries.epsilon.max())))
-    allowed, value_allowed = entries.epsilon**-0.5, own.epsilon**-0.5
+    estimates = dataclasses.replace(estimates, epsilon=max(estimates.epsilon, float(flat.epsilon.max())))
+    exact = oracle
+    if callable(oracle):
+        exact = oracle(*flat.arguments(flat.split(flat.x)), **options)
+    given = None if exact is None else flat.gradient(exact, "oracle")
+    report = _report(flat, estimates, float64, given, tolerance)
+    if not report.ok and draws_other_bits_in_float64(flat):
+        (float32,) = evaluate_in_float32([flat], RANDOM_BITS)
+        report = _report(flat, estimates, float32, given, tolerance)
+    return report
+
+
+RANDOM_BITS = (
+    "its random numbers are others in float64, which changes the default dtype and with it the bits that are drawn: "
+    "compared with differences in float32. Give jax.random a dtype, or draw outside of the loss, to compare in float64"
+)
+
+
+def _report(
+    flat: FlatArguments,
+    estimates: Estimates,
+    float64: Float64Reference,
+    oracle: Gradient | None,
+    tolerance: float | None,
+) -> GradientReport:
+    reference = Reference.of(float64)
+    if oracle is not None:
+        reference = reference.replaced(*oracle)
+    allowed, value_allowed = flat.epsilon**-0.5, estimates.epsilon**-0.5
     if tolerance is not None:
-        allowed, value_allowed = np.full(entries.count, float(tolerance)), float(tolerance)
-    found = compare(entries, own, wide, reference, allowed, value_allowed)
-    return GradientReport(tuple(found), (*own.notes, *wide.notes))
+        allowed, value_allowed = np.full(flat.count, float(tolerance)), float(tolerance)
+    comparisons = tuple(compare(flat, estimates, float64, reference, allowed, value_allowed))
+    return GradientReport(comparisons, (*estimates.notes, *float64.notes, *_conclusions(comparisons, float64.exact)))
+
+
+def _conclusions(comparisons: Sequence[Comparison], exact: bool) -> Iterator[str]:
+    """What the comparisons say together, where that is more than each says alone."""
+    bad = {c.way: c for c in sorted(comparisons, key=lambda c: c.share) if not c.ok}
+    differences, gradient = bad.get(DIFFERENCES), bad.get(GRAD)
+    if differences is not None and gradient is None and exact:
+        yield (
+            f"The derivative rule is wrong: jax.grad agrees with itself in float64, so no digits are lost, but moving "
+            f"{differences.place} changes the loss at a rate of {differences.got:.9g}, not {differences.want:.9g}. "
+            "Look at the custom_vjp, custom_jvp or stop_gradient in the loss."
+        )
+    elif gradient is not None and not exact and abs(gradient.got - gradient.want) > WRONG * abs(gradient.want):
+        yield (
+            f"The derivative rule is wrong, or loses nearly all digits: moving {gradient.place} changes the loss "
+            f"at a rate of {gradient.want:.9g}, not {gradient.got:.9g}."
+        )
+    if gradient is None and differences is None:
+        for way in ("closed form", "jax.jvp"):
+            if way in bad:
+                yield f"Of all ways only {way} is out of bounds: it is wrong there, or loses digits."
 
 
 def _known_closed_form(loss_fn: Callable[..., Any]) -> Callable[..., Any] | None:
@@ -172,11 +239,13 @@ class Reference:
     """The error of the reference itself."""
 
     @classmethod
-    def of(cls, wide: Float64Reference) -> "Reference":
-        if wide.exact:
-            nothing = np.zeros_like(wide.size)
-            return cls(wide.value, wide.value_size, wide.gradient, np.ones_like(nothing, bool), wide.size, nothing)
-        return cls(None, 0.0, wide.differences, np.isfinite(wide.bound), wide.size, wide.bound)
+    def of(cls, float64: Float64Reference) -> "Reference":
+        size = float64.size
+        if float64.exact:
+            known, nothing = np.ones_like(size, bool), np.zeros_like(size)
+            return cls(float64.value, float64.value_size, float64.gradient, known, size, nothing)
+        known = np.isfinite(float64.bound) & (float64.stand_in_gradient is None)
+        return cls(None, 0.0, float64.differences, known, size, float64.bound)
 
     def replaced(self, gradient: np.ndarray, known: np.ndarray) -> "Reference":
         """With another gradient where that one is known."""
@@ -189,35 +258,40 @@ class Reference:
 
 
 def compare(
-    entries: FlatArguments,
-    own: Estimates,
-    wide: Float64Reference,
+    flat: FlatArguments,
+    estimates: Estimates,
+    float64: Float64Reference,
     reference: Reference,
     allowed: np.ndarray,
     value_allowed: float,
 ) -> Iterator[Comparison]:
     """The value, then each way and argument by its worst entry, then the differences."""
     if reference.value is not None:
-        unit = max(own.epsilon * max(reference.value_size, abs(reference.value)), own.floor)
-        ulp = float(_error(np.array(own.value), np.array(reference.value)) / unit)
-        yield Comparison("value", "loss", (), own.value, reference.value, ulp, value_allowed)
+        size = abs(reference.value) if np.isfinite(reference.value) else 0.0
+        unit = max(estimates.epsilon * max(reference.value_size, size), estimates.floor)
+        ulp = float(_error(np.array(estimates.value), np.array(reference.value)) / unit)
+        yield Comparison(VALUE, "loss", (), estimates.value, reference.value, ulp, value_allowed)
     want = reference.gradient
     finite = np.where(np.isfinite(want), want, 0)
-    unit = np.maximum(entries.epsilon * np.fmax(reference.size, np.abs(finite)), entries.floor)
+    unit = np.maximum(flat.epsilon * np.fmax(reference.size, np.abs(finite)), flat.floor)
     slack = np.where(reference.known, reference.slack, 0) / unit
-    for way, (got, known) in own.gradients.items():
-        yield from _worst(entries, way, got, want, known & reference.known, unit, allowed + slack)
-    if wide.exact:
-        bound = np.where(np.isfinite(wide.bound), wide.bound, 0) / unit
-        yield from _worst(entries, DIFFERENCES, wide.differences, want, np.isfinite(wide.bound), unit, bound)
-    if entries.count > len(entries.drawn) and np.isfinite(wide.along):
-        got, _ = own.gradients["jax.grad"]
-        toward = np.where(np.isfinite(got), wide.toward, 0)
-        total = float(np.sum(np.where(toward == 0, 0, got) * toward))
+    for way, (got, known) in estimates.gradients.items():
+        yield from _worst(flat, way, got, want, known & reference.known, unit, allowed + slack)
+    gradient = estimates.gradients[GRAD][0]
+    if float64.stand_in_gradient is not None:
+        gradient = want = float64.stand_in_gradient
+    if float64.exact or float64.stand_in_gradient is not None:
+        known = np.isfinite(float64.bound)
+        bound = np.where(known, float64.bound, 0) / unit
+        yield from _worst(flat, DIFFERENCES, float64.differences, want, known, unit, bound)
+    if flat.count > len(flat.drawn) and np.isfinite(float64.along):
+        toward = np.where(np.isfinite(gradient), float64.toward, 0)
+        total = float(np.sum(np.where(toward == 0, 0, gradient) * toward))
         scale = float(np.sqrt(np.sum((unit * toward) ** 2)))
-        ulp = abs(total - wide.along) / scale
-        within = float(allowed.max()) + wide.along_bound / scale
-        yield Comparison(DIFFERENCES, "a random direction", (), total, wide.along, ulp, within)
+        if scale > 0:
+            ulp = abs(total - float64.along) / scale
+            within = float(allowed.max()) + float64.along_bound / scale
+            yield Comparison(DIFFERENCES, "a random direction", (), total, float64.along, ulp, within)
 
 
 def _error(got: np.ndarray, want: np.ndarray) -> np.ndarray:
@@ -228,7 +302,7 @@ def _error(got: np.ndarray, want: np.ndarray) -> np.ndarray:
 
 
 def _worst(
-    entries: FlatArguments,
+    flat: FlatArguments,
     way: str,
     got: np.ndarray,
     want: np.ndarray,
@@ -240,7 +314,7 @@ def _worst(
     ulp = _error(got, want) / unit
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.where(known, np.where(ulp == 0, 0, ulp / allowed), -1)
-    for name, shape, start, end in zip(entries.names, entries.shapes, entries.bounds, entries.bounds[1:], strict=False):
+    for name, shape, start, end in zip(flat.names, flat.shapes, flat.bounds, flat.bounds[1:], strict=False):
         if start < end and np.max(share[start:end]) >= 0:
             at = start + int(np.argmax(share[start:end]))
             index = tuple(map(int, np.unravel_index(at - start, shape))) if shape else ()
