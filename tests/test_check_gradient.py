@@ -189,14 +189,22 @@ def test_a_gradient_of_nan_where_there_is_one():
 
 def test_nothing_compared_is_not_ok():
     # No difference where the loss is nan everywhere, and float64 is out of reach.
-    narrow = jnp.full(2, jnp.nan)
+    narrow = jnp.full(2, jnp.nan, jnp.float32)
     report = check_gradient(lambda x: cubes(x * narrow), np.array([1.0, 2.0], np.float32))
     assert not report.compared
     assert not report.ok
     assert "NOTHING COMPARED" in str(report)
     with pytest.raises(ValueError, match=r"GradientReport.worst: nothing was compared: not callable in float64"):
         _ = report.worst
-    assert not check_gradient(cubes, np.zeros(0, np.float32)).ok
+    with pytest.raises(ValueError, match=r"check_gradient: `args` must hold at least one floating entry"):
+        check_gradient(cubes, np.zeros(0, np.float32))
+
+
+@pytest.mark.parametrize("loss", [lambda x: jnp.sum(x) * jnp.nan, lambda x: jnp.sum(jnp.log(-jnp.abs(x) - 1))])
+def test_a_loss_of_nan_vouches_for_no_gradient(loss: Callable[[Any], Any]):
+    report = check_gradient(loss, np.array([1.0, 2.0], np.float32))
+    assert not report.ok
+    assert "NOTHING COMPARED" in str(report)
 
 
 def roots(x: Any) -> jax.Array:

@@ -41,6 +41,8 @@ class FlatArguments:
         self.sizes = [math.prod(shape) for shape in self.shapes]
         self.bounds = [0, *np.cumsum(self.sizes).tolist()]
         self.count = self.bounds[-1]
+        if self.count == 0:
+            raise ValueError(f"jaxent.{name}: `args` must hold at least one floating entry, got shapes {self.shapes}")
         self.epsilon = self._each(lambda d: float(ml_dtypes.finfo(d).eps))
         self.floor = self._each(_least)
         self.x = self.flat([self.leaves[i] for i in self.at])

@@ -130,10 +130,15 @@ class _Points:
         """Points near the arguments where the function may be finite, and what is said of them."""
         leaves = self.flat.split(self.flat.x)
         finite = [np.isfinite(leaf) for leaf in leaves]
-        means = [np.mean(leaf[kept]) if kept.any() else 0.0 for leaf, kept in zip(leaves, finite, strict=True)]
+        # Between 0 and 1, and not all the same, where nothing tells what the entries are like.
+        unlike = [np.linspace(0.25, 0.75, leaf.size).reshape(leaf.shape) for leaf in leaves]
+        means = [
+            np.mean(leaf[kept]) if kept.any() else other
+            for leaf, kept, other in zip(leaves, finite, unlike, strict=True)
+        ]
         filled = [np.where(kept, leaf, mean) for leaf, kept, mean in zip(leaves, finite, means, strict=True)]
         if not all(kept.all() for kept in finite):
-            yield self.flat.flat(filled), "with the mean in place of each nan or inf"
+            yield self.flat.flat(filled), "with finite numbers in place of nan and inf"
         # Away from the ends of a domain, such as probabilities of 0 and 1.
         inside = [leaf + np.where(leaf == mean, 1, mean - leaf) / 64 for leaf, mean in zip(filled, means, strict=True)]
         yield self.flat.flat(inside), "at a point nearby"
