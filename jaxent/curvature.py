@@ -15,7 +15,6 @@ from jaxent._arguments.targets import (
     check_logits,
     check_softmax_call,
     row_targets,
-    zero_labels,
 )
 from jaxent._math import softmax
 from jaxent._math.quadratic_forms import Fisher, GaussNewton, QuadraticForm
@@ -247,7 +246,6 @@ def _product(
     targets: ArrayLike | None,
     *,
     axis: int,
-    ignore_index: int | None,
     **options: Any,
 ) -> Pytree:
     check_matrix_reduction(function, options["reduction"])
@@ -258,9 +256,9 @@ def _product(
         raise arrays.dtype_error(function, "logits_fn", "return floating logits", logits)
     logits, axis = check_logits(function, "logits_fn(params)", logits, axis)
     check_vocab_axis(function, options["vocab_axis"])
-    if targets is None:
-        targets, ignore_index = zero_labels(logits, ClassAxis(axis, options["vocab_axis"])), None
-    traced, static = check_softmax_call(function, logits, targets, axis=axis, ignore_index=ignore_index, **options)
+    traced, static = check_softmax_call(
+        function, logits, targets, axis=axis, targets_required=form is Fisher, **options
+    )
 
     def half_form(v: Pytree) -> jax.Array:
         step = push(jax.tree.map(lambda x, p: x.astype(p.dtype), v, params))

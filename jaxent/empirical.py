@@ -43,14 +43,14 @@ def empirical_distribution(labels: ArrayLike, num_classes: int, *, weights: Arra
 
 @functools.partial(jax.jit, static_argnames=("count",), inline=True)
 def _empirical_distribution(labels: jax.Array, weights: jax.Array | None, *, count: int) -> jax.Array:
-    codes = encode_labels(labels, count, None, None).reshape(-1)
+    labels = encode_labels(labels, count).reshape(-1)
     if weights is None:
-        dtype, amounts = jnp.result_type(float), jnp.ones(codes.shape, jnp.int32)
+        dtype, amounts = jnp.result_type(float), jnp.ones(labels.shape, jnp.int32)
     else:
         (amounts,) = arrays.accumulated(weights.reshape(-1))
         dtype = amounts.dtype
-    invalid = jnp.any((codes == INVALID) & (amounts != 0))
+    invalid = jnp.any((labels == INVALID) & (amounts != 0))
     # An index out of range is dropped; a negative one would count from the end.
-    index = jnp.where(codes == INVALID, count, codes)
+    index = jnp.where(labels == INVALID, count, labels)
     sums = jnp.zeros(count, amounts.dtype).at[index].add(amounts, mode="drop")
     return jnp.where(invalid, jnp.nan, sums.astype(dtype) / jnp.sum(sums).astype(dtype))

@@ -30,7 +30,6 @@ from jaxent._engine.linear_head import (
     zero_ignored_hidden,
 )
 from jaxent._engine.streaming import Head, Logits, MatrixProducts, stream_rows
-from jaxent._math.label_loss import IGNORED
 from jaxent._math.row_losses import LossOptions, RowTargets, ignore_zero_weight_rows, softmax_loss_gradient
 from jaxent._mesh.class_axis import ClassAxis
 from jaxent._serialization import exportable
@@ -141,7 +140,7 @@ def _linear_gradient_norms(
     ) -> GradientNorms:
         (rows, hidden), (transform, options, kernel) = per_row, shared
         z, pull = jax.vjp(transform, logits[0])
-        rows = ignore_zero_weight_rows(z, rows, classes)
+        rows = ignore_zero_weight_rows(rows, classes, z)
         dz = softmax_loss_gradient(z, rows, options, classes)
         (d_raw,) = pull(dz)
         # In units of the row's largest entry: in float16 a gradient of 1e-8 would be 0 before the product.
@@ -153,7 +152,7 @@ def _linear_gradient_norms(
         norms = GradientNorms(
             _norm(dz, classes), size * _norm(d_hidden, features), by_bias * _norm(state, features), by_bias
         )
-        return jax.tree.map(lambda x: jnp.where(rows.codes == IGNORED, 0, x)[:, 0], norms)
+        return jax.tree.map(lambda x: jnp.where(rows.ignored, 0, x)[:, 0], norms)
 
     return stream_rows(
         row_fn,

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 from jaxent._arguments import arrays
 from jaxent._arguments.reduction import Reduction, WeightedSum
 from jaxent._arguments.targets import SoftmaxArguments, check_softmax_call, row_targets
-from jaxent._math.row_losses import softmax_loss_gradient
+from jaxent._math.row_losses import ignore_zero_weight_rows, softmax_loss_gradient
 from jaxent._mesh.apply import map_rows
 from jaxent._mesh.class_axis import ClassAxis
 
@@ -88,6 +88,7 @@ def _softmax_cross_entropy_gradient(
     def derivative(logits: jax.Array, arguments: SoftmaxArguments, divisor: jax.Array | None) -> jax.Array:
         (z,) = arrays.accumulated(logits)
         rows, options = row_targets(arguments, z, classes, ignore_index)
+        rows = ignore_zero_weight_rows(rows, classes, z)
         gradient = softmax_loss_gradient(z, rows, options, classes)
         if reduction == "mean":
             weight = (jnp.sum(rows.total_weights(classes)) if divisor is None else divisor).astype(z.dtype)

@@ -36,7 +36,7 @@ from jaxent._engine.linear_head import (
     zero_ignored_hidden,
 )
 from jaxent._engine.streaming import Head, Logits, MatrixProducts, stream_sum
-from jaxent._math.row_losses import LossOptions, RowTargets, softmax_loss
+from jaxent._math.row_losses import LossOptions, RowTargets, ignore_zero_weight_rows, softmax_loss
 from jaxent._mesh.class_axis import ClassAxis
 
 
@@ -153,7 +153,8 @@ class SoftmaxRowLoss:
 
     def __call__(self, logits: Logits, rows: RowTargets, shared: tuple[LogitTransform, LossOptions]) -> jax.Array:
         transform, options = shared
-        return softmax_loss(transform(logits[0]), rows, options, self.classes)[:, 0]
+        z = transform(logits[0])
+        return softmax_loss(z, ignore_zero_weight_rows(rows, self.classes, z), options, self.classes)[:, 0]
 
 
 @functools.partial(

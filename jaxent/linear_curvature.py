@@ -19,7 +19,6 @@ from jaxent._arguments.targets import (
     check_softmax_arguments,
     check_vocab_axis_of_rows,
     row_targets,
-    zero_labels,
 )
 from jaxent._engine.chunking import Chunking
 from jaxent._engine.linear_head import (
@@ -197,10 +196,8 @@ def _linear_product(
     rows = {"where": options["where"], "weights": options["weights"]}
     check_vocab_axis_of_rows(function, vocab_axis, targets, hidden=head.hidden, **rows)
     steps = _check_steps(function, v, (hidden, kernel, bias))
-    if targets is None:
-        targets, ignore_index = batch.unflatten(zero_labels(head.hidden, ClassAxis())), None
     shape = (*batch, head.kernel.shape[1])
-    arguments = check_softmax_arguments(function, shape, -1, targets, **options)
+    arguments = check_softmax_arguments(function, shape, -1, targets, targets_required=form is Fisher, **options)
     divisor = check_reduction(function, reduction, denominator)
     check_class_axis_of_rows(function, vocab_axis, {"kernel": (head.kernel, 1)}, arguments)
     by_hidden, *by_layer = steps

@@ -31,7 +31,6 @@ from jaxent._engine.linear_head import (
 )
 from jaxent._engine.streaming import Head, Logits, MatrixProducts
 from jaxent._math.divergences import jensen_shannon_rows, kl_rows
-from jaxent._math.label_loss import IGNORED
 from jaxent._math.row_losses import RowTargets, ignore_zero_weight_rows, weighted
 from jaxent._mesh.check import check_class_axis, check_same_split, check_vocab_axis
 from jaxent._mesh.class_axis import ClassAxis
@@ -131,7 +130,7 @@ def linear_kl_divergence(
     check_class_axis(name, vocab_axis, kernels, {"where": where, "weights": weights})
     losses = _linear_kl_divergence(
         (head_p, head_q),
-        flat_rows(SoftmaxArguments(jnp.zeros(batch, jnp.int32), where, weights), batch),
+        flat_rows(SoftmaxArguments(None, where, weights), batch),
         check_logit_transform(name, soft_cap_p, temperature),
         check_logit_transform(name, soft_cap_q, temperature),
         arrays.scalar(name, "mixture", mixture, low=0.0, high=1.0),
@@ -156,9 +155,8 @@ class DivergenceRowLoss:
     ) -> jax.Array:
         transform_p, transform_q, mixture = shared
         z_p, z_q = arrays.accumulated(transform_p(logits[0]), transform_q(logits[1]))
-        for z in (z_p, z_q):
-            rows = ignore_zero_weight_rows(z, rows, self.classes)
-        ignored = rows.codes == IGNORED
+        rows = ignore_zero_weight_rows(rows, self.classes, z_p, z_q)
+        ignored = rows.ignored
         z_p, z_q = jnp.where(ignored, 0, z_p), jnp.where(ignored, 0, z_q)
         if self.divergence == "forward":
             losses = kl_rows(z_p, z_q, self.classes)

@@ -22,7 +22,13 @@ from jaxent._arguments.targets import (
     row_targets,
     rows_shape,
 )
-from jaxent._math.row_losses import binary_nll, label_loss_from_log_probs, softmax_loss, weighted
+from jaxent._math.row_losses import (
+    binary_nll,
+    ignore_zero_weight_rows,
+    label_loss_from_log_probs,
+    softmax_loss,
+    weighted,
+)
 from jaxent._mesh.apply import map_rows
 from jaxent._mesh.class_axis import ClassAxis
 
@@ -123,7 +129,7 @@ def _softmax_cross_entropy(
     def row_losses(logits: jax.Array, arguments: SoftmaxArguments) -> tuple[jax.Array, jax.Array]:
         (z,) = arrays.accumulated(logits)
         rows, options = row_targets(arguments, z, classes, ignore_index)
-        losses = softmax_loss(z, rows, options, classes)
+        losses = softmax_loss(z, ignore_zero_weight_rows(rows, classes, z), options, classes)
         return jnp.squeeze(losses, classes.axis), rows.total_weights(classes)
 
     losses, weights = map_rows(row_losses, logits, arguments, without=classes.axis)

@@ -3,16 +3,22 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.options import Precision
-from jaxent._arguments.targets import check_labels, check_logits, check_top_k, rows_shape
+from jaxent._arguments.targets import SoftmaxArguments, check_labels, check_logits, check_top_k, row_targets, rows_shape
 from jaxent._engine.chunking import Chunking
-from jaxent._engine.linear_head import LogitTransform, check_head, check_logit_transform, chunking_for, matrix_products
+from jaxent._engine.linear_head import (
+    LogitTransform,
+    check_head,
+    check_logit_transform,
+    chunking_for,
+    logits_like,
+    matrix_products,
+)
 from jaxent._engine.streaming import Head, Logits, MatrixProducts, stream_rows
-from jaxent._math.label_loss import encode_labels
+from jaxent._math.row_losses import RowTargets
 from jaxent._math.statistics import TokenStatistics, row_statistics
 from jaxent._mesh.apply import map_rows
 from jaxent._mesh.check import check_class_axis, check_vocab_axis
@@ -63,14 +69,12 @@ def token_statistics(
 def _token_statistics(
     logits: jax.Array, labels: jax.Array | None, *, classes: ClassAxis, top_k: int
 ) -> TokenStatistics:
-    def rows(logits: jax.Array, labels: jax.Array | None) -> TokenStatistics:
+    def statistics(logits: jax.Array, labels: jax.Array | None) -> TokenStatistics:
         (z,) = arrays.accumulated(logits)
-        codes = None
-        if labels is not None:
-            codes = encode_labels(jnp.expand_dims(labels, classes.axis), classes.size(z), None, None)
-        return row_statistics(z, codes, classes, top_k)
+        rows, _ = row_targets(SoftmaxArguments(labels), z, classes, None)
+        return row_statistics(z, rows, classes, top_k)
 
-    return map_rows(rows, logits, labels, without=classes.axis)
+    return map_rows(statistics, logits, labels, without=classes.axis)
 
 
 def linear_token_statistics(
@@ -133,11 +137,9 @@ def _linear_token_statistics(
     chunking: Chunking,
     products: MatrixProducts,
 ) -> TokenStatistics:
-    codes = None
-    if labels is not None:
-        codes = encode_labels(labels[:, None], classes.size(head.kernel), None, None)
+    rows, _ = row_targets(SoftmaxArguments(labels), logits_like(head), classes, None)
 
-    def row_fn(logits: Logits, codes: jax.Array | None, transform: LogitTransform) -> TokenStatistics:
-        return row_statistics(transform(logits[0]), codes, classes, top_k)
+    def row_fn(logits: Logits, rows: RowTargets, transform: LogitTransform) -> TokenStatistics:
+        return row_statistics(transform(logits[0]), rows, classes, top_k)
 
-    return stream_rows(row_fn, (head,), codes, transform, chunking, products)
+    return stream_rows(row_fn, (head,), rows, transform, chunking, products)

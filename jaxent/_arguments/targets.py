@@ -10,16 +10,16 @@ from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.reduction import Reduction, check_reduction
-from jaxent._math.label_loss import IGNORED, INVALID, encode_labels
+from jaxent._math.label_loss import INVALID, encode_labels, has_label
 from jaxent._math.row_losses import LossOptions, RowTargets
 from jaxent._mesh.check import check_class_axis, check_vocab_axis
 from jaxent._mesh.class_axis import ClassAxis
 
 
 class SoftmaxArguments(NamedTuple):
-    """What a caller may say beside the logits, as arrays; None is an option left out."""
+    """What a caller may say in addition to the logits, as arrays; None is an option left out."""
 
-    targets: jax.Array
+    targets: jax.Array | None  # None where only the logits count
     where: jax.Array | None = None
     weights: jax.Array | None = None
     class_weights: jax.Array | None = None
@@ -31,19 +31,24 @@ def check_softmax_arguments(
     function: str,
     shape: tuple[int, ...],
     axis: int,
-    targets: ArrayLike,
+    targets: Any,
     *,
     where: ArrayLike | None,
     weights: ArrayLike | None,
     class_weights: ArrayLike | None,
     label_smoothing: ArrayLike = 0.0,
     z_loss: ArrayLike = 0.0,
+    targets_required: bool = True,
 ) -> SoftmaxArguments:
     """`shape` is that of the logits, with the classes at `axis` (negative)."""
     rows = rows_shape(shape, axis)
     where, weights = check_row_arguments(function, rows, where, weights)
+    if targets is not None or targets_required:
+        targets = check_targets(function, targets, shape, axis)
+    elif class_weights is not None:
+        raise ValueError(f"jaxent.{function}: `class_weights` goes with `targets`, got no targets")
     return SoftmaxArguments(
-        check_targets(function, targets, shape, axis),
+        targets,
         where,
         weights,
         check_class_weights(function, class_weights, shape[axis]),
@@ -69,7 +74,7 @@ def check_class_axis_of_rows(
 ) -> None:
     """`split` has the logits or the kernel, with the class axis; `targets` is how the function calls its labels."""
     whole = {"where": arguments.where, "weights": arguments.weights}
-    if jnp.issubdtype(arguments.targets.dtype, jnp.integer):
+    if arguments.targets is not None and jnp.issubdtype(arguments.targets.dtype, jnp.integer):
         whole[targets] = arguments.targets
     check_class_axis(function, vocab_axis, split, whole, {"class_weights": (arguments.class_weights, 0)})
 
@@ -99,7 +104,7 @@ def check_row_arguments(
     return where, weights
 
 
-def check_targets(function: str, targets: ArrayLike, shape: tuple[int, ...], axis: int) -> jax.Array:
+def check_targets(function: str, targets: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
     """Class indices of any integer dtype, or class probabilities."""
     kind = getattr(targets, "dtype", None) or np.asarray(targets).dtype
     if jnp.issubdtype(kind, jnp.integer):
@@ -150,29 +155,34 @@ def row_targets(
 
     class_weights = None if arguments.class_weights is None else arguments.class_weights.astype(z.dtype)
     smoothing, z_loss = (None if x is None else x.astype(z.dtype) for x in (arguments.smoothing, arguments.z_loss))
-    where, weights = per_row(arguments.where), per_row(arguments.weights)
-    probabilities = label_weights = None
-    if jnp.issubdtype(arguments.targets.dtype, jnp.integer):
-        # Once a row: XLA would fuse it into what is done once a logit.
-        codes = encode_labels(arguments.targets, classes.size(z), ignore_index, arguments.where)
-        codes = jnp.expand_dims(lax.optimization_barrier(codes), classes.axis)
-        if weights is not None:
-            codes = jnp.where((weights == 0) & (codes == INVALID), IGNORED, codes)
-        if class_weights is not None:
-            label_weights = jnp.where(codes == INVALID, jnp.nan, classes.lookup(class_weights, codes))
+    targets, where, weights = arguments.targets, per_row(arguments.where), per_row(arguments.weights)
+    labels = probabilities = label_weights = None
+    if targets is None:
+        ignored = jnp.zeros((*z.shape[: z.ndim + classes.axis], 1, *z.shape[z.ndim + classes.axis + 1 :]), bool)
+    elif jnp.issubdtype(targets.dtype, jnp.integer):
+        # Once per row: XLA would fuse it into what is done once per logit.
+        kept = lax.optimization_barrier((encode_labels(targets, classes.size(z)), has_label(targets, ignore_index)))
+        labels, ignored = (jnp.expand_dims(x, classes.axis) for x in kept)
     else:
-        probabilities = arguments.targets.astype(z.dtype)
-        codes = classes.zeros(probabilities)
-        codes = codes if where is None else jnp.where(where, codes, IGNORED)
+        probabilities = targets.astype(z.dtype)
+        ignored = classes.zeros(probabilities) != 0
+    if where is not None:
+        ignored |= ~where
+    if labels is not None:
+        if weights is not None:
+            ignored |= (weights == 0) & (labels == INVALID)
+        if class_weights is not None:
+            label_weights = jnp.where((labels == INVALID) & ~ignored, jnp.nan, classes.lookup(class_weights, labels))
     if class_weights is not None:
         class_weights = class_weights.reshape([-1 if i - z.ndim == classes.axis else 1 for i in range(z.ndim)])
-    return RowTargets(codes, probabilities, weights, label_weights), LossOptions(class_weights, smoothing, z_loss)
+    rows = RowTargets(labels, ignored, probabilities, weights, label_weights)
+    return rows, LossOptions(class_weights, smoothing, z_loss)
 
 
 def check_softmax_call(
     function: str,
     logits: ArrayLike,
-    targets: ArrayLike,
+    targets: ArrayLike | None,
     *,
     axis: int,
     ignore_index: int | None,
@@ -207,8 +217,3 @@ def check_logits(function: str, argument: str, logits: ArrayLike, axis: int) -> 
     axis = arrays.canonical_axis(function, axis, z.ndim)
     check_classes(function, argument, z.shape, axis)
     return z, axis
-
-
-def zero_labels(x: jax.Array, axis: ClassAxis) -> jax.Array:
-    """The label 0 for each row, taken from the rows so that it is sharded and typed as they are."""
-    return jnp.squeeze(axis.sum(jnp.zeros_like(x, jnp.int32)), axis.axis)

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxent._arguments import arrays
 from jaxent._arguments.targets import SoftmaxArguments, rows_shape
-from jaxent._math.label_loss import IGNORED, INVALID, encode_labels
+from jaxent._math.label_loss import INVALID, encode_labels, has_label
 
 # Heuristics: how seldom uniform logits may look like probabilities before it is said that they are some; by how much
 # typed or rounded ones miss the sum of one; by how much targets may; how many tenths of the rows are worth a word when
@@ -58,18 +58,19 @@ class Rows:
         self.xp, self.count, self.arguments = xp, count, arguments
         self.epsilon = float(jnp.finfo(inputs.dtype).eps)
         self.inputs = self._last(inputs, axis)
-        by_label = jnp.issubdtype(arguments.targets.dtype, jnp.integer)
-        kept = None if arguments.where is None else arguments.where.reshape(-1)
-        if by_label:
-            codes = encode_labels(arguments.targets.reshape(-1), count, ignore_index, kept)
-        else:
-            codes = jnp.zeros(self.inputs.shape[0], jnp.int32) if kept is None else jnp.where(kept, 0, IGNORED)
-        self.codes = xp.asarray(codes)
-        self.labels: Any = xp.asarray(arguments.targets).reshape(-1) if by_label else None
-        self.probabilities: Any = None if by_label else self._last(arguments.targets, axis)
+        targets: Any = arguments.targets
+        by_label = jnp.issubdtype(targets.dtype, jnp.integer)
+        self.labels: Any = xp.asarray(targets).reshape(-1) if by_label else None
+        self.classes: Any = xp.asarray(encode_labels(targets, count)).reshape(-1) if by_label else None
+        self.probabilities: Any = None if by_label else self._last(targets, axis)
+        self.target_epsilon = 0.0 if by_label else float(jnp.finfo(targets.dtype).eps)
         self.weights = None if arguments.weights is None else xp.asarray(arguments.weights).reshape(-1)
         self.class_weights = None if arguments.class_weights is None else xp.asarray(arguments.class_weights)
-        self.counted = self.codes != IGNORED
+        self.counted = xp.ones(self.inputs.shape[0], bool)
+        if by_label:
+            self.counted = ~xp.asarray(has_label(targets, ignore_index)).reshape(-1)
+        if arguments.where is not None:
+            self.counted = self.counted & xp.asarray(arguments.where).reshape(-1)
         if self.weights is not None:
             self.counted = self.counted & (self.weights != 0)
 
@@ -92,7 +93,7 @@ class Rows:
         """`(rows, classes)`: the target counts on this class."""
         if self.probabilities is not None:
             return self.probabilities > 0
-        return self.xp.arange(self.count, dtype=np.int32)[None, :] == self.codes[:, None]
+        return self.xp.arange(self.count, dtype=np.int32)[None, :] == self.classes[:, None]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -139,7 +140,7 @@ def _probabilities_as_logits(r: Rows) -> RuleMatch:
 
 def _labels(r: Rows) -> Iterator[RuleMatch]:
     xp, labels, on = r.xp, r.labels, r.counted
-    invalid = on & (r.codes == INVALID)
+    invalid = on & (r.classes == INVALID)
     fits = r.count <= jnp.iinfo(labels.dtype).max
     just_above = labels == np.array(r.count, labels.dtype) if fits else xp.zeros_like(invalid)
     one_based = xp.all(just_above | ~invalid) & xp.all((labels > 0) | ~on)
@@ -215,7 +216,7 @@ def _probabilities(r: Rows) -> Iterator[RuleMatch]:
         "Targets are probabilities: take the softmax of a teacher's logits.",
         {"value": r.at(t, at), "at": at},
     )
-    allowed = max(NORMALIZED, 4 * float(jnp.finfo(r.arguments.targets.dtype).eps))
+    allowed = max(NORMALIZED, 4 * r.target_epsilon)
     yield r.suspect(
         "not_normalized",
         "target probabilities that do not sum to one",
@@ -252,7 +253,9 @@ def _weights(r: Rows) -> Iterator[RuleMatch]:
 def _ranges(r: Rows) -> Iterator[RuleMatch]:
     xp, z = r.xp, r.inputs
     top, asked, removed = xp.max(z, axis=-1), r.target_classes, xp.isneginf(z)
-    usable = r.counted & (r.codes != INVALID) & xp.isfinite(top) & ~xp.any(xp.isnan(z), axis=-1)
+    usable = r.counted & xp.isfinite(top) & ~xp.any(xp.isnan(z), axis=-1)
+    if r.classes is not None:
+        usable = usable & (r.classes != INVALID)
     lowest = xp.min(xp.where(asked & ~removed, z, top[:, None]), axis=-1)
     decisive = xp.where(xp.abs(top) >= FLOAT16_LIMIT, top, lowest)
     yield r.suspect(

@@ -14,7 +14,6 @@ from jaxent._arguments.reduction import Reduction, WeightedSum
 from jaxent._arguments.targets import SoftmaxArguments, check_classes
 from jaxent._engine.chunking import Chunking, chunking_of
 from jaxent._engine.streaming import Head, Logits, MatrixProducts, RowFunction, stream_rows, stream_sum
-from jaxent._math.label_loss import IGNORED
 from jaxent._math.row_losses import RowTargets
 from jaxent._mesh.apply import Batch
 from jaxent._mesh.check import check_linear_layer
@@ -144,8 +143,8 @@ def stream_reduced(
 
 def zero_ignored_hidden(rows: RowTargets, hidden: jax.Array) -> tuple[RowTargets, jax.Array]:
     """Ignored rows have hidden states of 0: their gradient is 0, and 0 times a nan would still reach the kernel's."""
-    codes = rows.codes
+    ignored = rows.ignored
     if rows.weights is not None:
         finite = jnp.all(jnp.isfinite(hidden), axis=-1, keepdims=True)
-        codes = jnp.where((rows.weights == 0) & ~finite, IGNORED, codes)
-    return rows._replace(codes=codes), jnp.where(codes == IGNORED, 0, hidden)
+        ignored |= (rows.weights == 0) & ~finite
+    return rows._replace(ignored=ignored), jnp.where(ignored, 0, hidden)

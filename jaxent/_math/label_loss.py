@@ -14,34 +14,36 @@ from jaxent._math.softmax import Normalizer, log_probabilities_jvp, shift_of
 from jaxent._mesh.class_axis import ClassAxis
 from jaxent._mesh.types import may_be_split_by_xla
 
-# Label codes beside the classes 0 .. C-1.
-IGNORED = -1  # the row counts for nothing: loss 0, gradient 0
-INVALID = -2  # out of range: loss nan, gradient nan
+INVALID = -2  # a label that is no class: loss nan, gradient nan
 
 
-def encode_labels(labels: jax.Array, count: int, ignore_index: int | None, kept: jax.Array | None) -> jax.Array:
-    """Labels of any integer dtype as int32 classes, `IGNORED` or `INVALID`.
+def encode_labels(labels: jax.Array, count: int) -> jax.Array:
+    """Labels of any integer dtype as int32 classes or `INVALID`.
 
-    Range and `ignore_index` are decided in the labels' own dtype: as int32, the uint32 label 2**32 - 100 would be -100,
-    and as int8, the class count 1000 would be -24.
+    The range is decided in the labels' own dtype: as int8, the class count 1000 would be -24.
     """
     bounds = jnp.iinfo(labels.dtype)
     inside = labels <= min(count - 1, bounds.max)
     if bounds.min < 0:
         inside &= labels >= 0
-    codes = jnp.where(inside, labels.astype(jnp.int32), INVALID)
-    if ignore_index is not None and bounds.min <= ignore_index <= bounds.max:
-        codes = jnp.where(labels == np.array(ignore_index, labels.dtype), IGNORED, codes)
-    return codes if kept is None else jnp.where(kept, codes, IGNORED)
+    return jnp.where(inside, labels.astype(jnp.int32), INVALID)
 
 
-# Of logits, codes, shifts and the class axis, which all but the logits go without.
+def has_label(labels: jax.Array, label: int | None) -> jax.Array:
+    """Where a row has this label, compared in the labels' own dtype: as int32, the uint32 2**32 - 100 would be -100."""
+    bounds = jnp.iinfo(labels.dtype)
+    if label is None or not bounds.min <= label <= bounds.max:
+        return jnp.zeros_like(labels, bool)
+    return labels == np.array(label, labels.dtype)
+
+
+# Of logits, labels, shifts and the class axis, which all but the logits go without.
 SumOfOthers = Callable[[jax.Array, jax.Array, jax.Array, ClassAxis], jax.Array]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def label_loss(
-    z: jax.Array, codes: jax.Array, classes: ClassAxis, for_gradient: bool = False
+    z: jax.Array, labels: jax.Array, ignored: jax.Array, classes: ClassAxis, for_gradient: bool = False
 ) -> tuple[jax.Array, Normalizer]:
     """`-log p_y` of each row, `(m - z_y) + log1p(r)`, with the row's `m` and `r`; both 0 in ignored rows.
 
@@ -49,37 +51,43 @@ def label_loss(
     exponentials are those that the gradient needs too; without, `m` may be the label's logit instead of the maximum.
     """
     # Row quantities go without the class axis: the CPU back end takes twice as long over (65536, 1) as over (65536,).
-    code, label_logit = (jnp.squeeze(x, classes.axis) for x in (codes, classes.take(z, codes)))
-    label_logit = _of_valid(label_logit, code)
+    rows = labels, ignored, classes.take(z, labels)
+    label, ignored, label_logit = (jnp.squeeze(x, classes.axis) for x in rows)
+    label_logit = _of_valid(label_logit, label, ignored)
     if for_gradient:
-        loss = _nll_from_maximum(z, code, label_logit, classes, _sum_for_gradient)
+        loss = _nll_from_maximum(z, label, ignored, label_logit, classes, _sum_for_gradient)
     else:
-        loss = _nll_for_value(z, code, label_logit, classes)
+        loss = _nll_for_value(z, label, ignored, label_logit, classes)
     return jax.tree.map(lambda x: jnp.expand_dims(x, classes.axis), loss)
 
 
-def _of_valid(x: jax.Array, code: jax.Array) -> jax.Array:
+def _of_valid(x: jax.Array, label: jax.Array, ignored: jax.Array) -> jax.Array:
     """`x`; 0 in ignored rows, nan for invalid labels."""
-    return jnp.where(code == IGNORED, 0, jnp.where(code == INVALID, jnp.nan, x))
+    return jnp.where(ignored, 0, jnp.where(label == INVALID, jnp.nan, x))
 
 
 def _nll_from_maximum(
-    z: jax.Array, code: jax.Array, label_logit: jax.Array, classes: ClassAxis, sum_of_others: SumOfOthers
+    z: jax.Array,
+    label: jax.Array,
+    ignored: jax.Array,
+    label_logit: jax.Array,
+    classes: ClassAxis,
+    sum_of_others: SumOfOthers,
 ) -> tuple[jax.Array, Normalizer]:
     """`r` from the sum over the other classes: the label is a guess at the maximum.
 
     If it holds the maximum, that sum is `r`. If not, `r` is that sum less what the label lacks to one, and may lose
     digits when it is small; but then `m - z_y` is the loss, and `log1p(r)` is lost in it.
     """
-    shift = _of_valid(jnp.squeeze(shift_of(z, classes), classes.axis), code)
-    others = classes.psum(sum_of_others(z, code, shift, classes))
+    shift = _of_valid(jnp.squeeze(shift_of(z, classes), classes.axis), label, ignored)
+    others = classes.psum(sum_of_others(z, label, shift, classes))
     others = jnp.where(others < 2.0**90, others, jnp.nan)  # a row with nan, whose sum of distances did not show it
-    row = Normalizer(shift, jnp.where(code == IGNORED, 0, others + (jnp.exp(label_logit - shift) - 1)))
+    row = Normalizer(shift, jnp.where(ignored, 0, others + (jnp.exp(label_logit - shift) - 1)))
     return (shift - label_logit) + row.log_total, row
 
 
 def _nll_for_value(
-    z: jax.Array, code: jax.Array, label_logit: jax.Array, classes: ClassAxis
+    z: jax.Array, label: jax.Array, ignored: jax.Array, label_logit: jax.Array, classes: ClassAxis
 ) -> tuple[jax.Array, Normalizer]:
     """The same, on one CPU with `m = z_y`, which needs no pass for the maximum: 0.8 times the time at 8192 x 1000.
 
@@ -87,22 +95,25 @@ def _nll_for_value(
     """
     from_maximum = functools.partial(_nll_from_maximum, classes=classes, sum_of_others=_sum_of_others)
     if may_be_split_by_xla(z) or not jax.typeof(z).sharding.mesh.empty:
-        return from_maximum(z, code, label_logit)  # whether to count again would be one more number to cross the mesh
+        # Whether to count again would be one more number to cross the mesh.
+        return from_maximum(z, label, ignored, label_logit)
 
-    def from_label(z: jax.Array, code: jax.Array, label_logit: jax.Array) -> tuple[jax.Array, Normalizer]:
-        others = _sum_of_others_in_groups(z, code, label_logit, classes)
-        row = Normalizer(label_logit, jnp.where(code == IGNORED, 0, others))
+    def from_label(
+        z: jax.Array, label: jax.Array, ignored: jax.Array, label_logit: jax.Array
+    ) -> tuple[jax.Array, Normalizer]:
+        others = _sum_of_others_in_groups(z, label, label_logit, classes)
+        row = Normalizer(label_logit, jnp.where(ignored, 0, others))
         once = (label_logit - label_logit) + row.log_total, row  # nan for a label at infinity
         # Of `others` anew: a sum of `rest`, which the loss needs too, would have to wait for it.
-        too_large = ~(jnp.sum(jnp.where(code < 0, 0, others)) < 2.0**90)
+        too_large = ~(jnp.sum(jnp.where(ignored | (label == INVALID), 0, others)) < 2.0**90)
 
         def again(_: Any) -> Any:
-            return jnp.zeros_like(too_large), from_maximum(z, code, label_logit)
+            return jnp.zeros_like(too_large), from_maximum(z, label, ignored, label_logit)
 
         # A loop of one step or none: `vmap` would turn `cond` into both of its branches.
         return lax.while_loop(lambda state: state[0], again, (too_large, once))[1]
 
-    return lax.platform_dependent(z, code, label_logit, cpu=from_label, default=from_maximum)
+    return lax.platform_dependent(z, label, ignored, label_logit, cpu=from_label, default=from_maximum)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -115,101 +126,104 @@ GROUPED_CLASSES = 2**12
 FUSED_CLASSES = 2**15
 
 
-def _sum_for_gradient(z: jax.Array, codes: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
-    codes, shift = (jnp.expand_dims(x, classes.axis) for x in (codes, shift))
-    return jnp.sum(_other_exponentials(z, codes, shift, classes), axis=classes.axis)
+def _sum_for_gradient(z: jax.Array, label: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
+    label, shift = (jnp.expand_dims(x, classes.axis) for x in (label, shift))
+    return jnp.sum(_other_exponentials(z, label, shift, classes), axis=classes.axis)
 
 
-def _other_exponentials(z: jax.Array, codes: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
-    """`exp(z_k - m)`, and 0 at the label; of ignored rows nobody may use them."""
+def _other_exponentials(z: jax.Array, labels: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
+    """`exp(z_k - m)`, and 0 at the label; undefined in ignored rows."""
     # A column that depends on the row: a scan would keep a constant block of -inf, as large as the logits.
     nothing = jnp.minimum(shift, -jnp.inf)
-    return jnp.exp(jnp.where(classes.is_class(codes, z), nothing, z - shift))
+    return jnp.exp(jnp.where(classes.is_class(labels, z), nothing, z - shift))
 
 
-def _sum_of_others(z: jax.Array, code: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
+def _sum_of_others(z: jax.Array, label: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
     """The same where no gradient needs the exponentials; above 2**90 or nan if one of them is nan.
 
     The CPU back end fuses arithmetic into a row sum, but not a comparison (8192 x 1000: twice the time). The distance
     between two classes, scaled by a power of two so that it stays exact, is 0 or at least 2**100.
     """
     scale = 2.0**100
-    label = (code - classes.offset(z)).astype(z.dtype) * scale
+    label = (label - classes.offset(z)).astype(z.dtype) * scale
     label, shift = (jnp.expand_dims(x, classes.axis) for x in (label, shift))
     distances = jnp.abs(classes.local_indices(z, z.dtype) * scale - label)
     return jnp.sum(jnp.minimum(distances, jnp.exp(z - shift)), axis=classes.axis)
 
 
-def _sum_of_others_in_groups(z: jax.Array, code: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
+def _sum_of_others_in_groups(z: jax.Array, label: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
     """The same for many classes: the plain sums of groups of classes, and of the label's group without the label."""
     count = z.shape[classes.axis]
     if classes.axis != -1 or not isinstance(count, int) or count < GROUPED_CLASSES:  # or a symbol of `jax.export`
-        return _sum_of_others(z, code, shift, classes)
+        return _sum_of_others(z, label, shift, classes)
     size = min((n for n in range(16, 2**12) if count % n == 0), key=lambda n: max(n, 2**16 // n), default=count)
     if size < count:
         groups = z.reshape(*z.shape[:-1], count // size, size)
-        own = jnp.clip(code, 0, count - 1) // size
+        own = jnp.clip(label, 0, count - 1) // size
         group = jnp.take_along_axis(groups, own[..., None, None], axis=-2, mode="promise_in_bounds")[..., 0, :]
         sums = jnp.sum(jnp.exp(groups - shift[..., None, None]), axis=-1)
         elsewhere = jnp.sum(jnp.where(classes.local_indices(sums) == own[..., None], 0, sums), axis=-1)
-        return elsewhere + _sum_for_gradient(group, code - own * size, shift, classes)
+        return elsewhere + _sum_for_gradient(group, label - own * size, shift, classes)
     if count > FUSED_CLASSES:  # a prime number of classes, say
         half = count // 2
         sum_of = functools.partial(_sum_of_others_in_groups, shift=shift, classes=classes)
-        return sum_of(z[..., :half], code) + sum_of(z[..., half:], jnp.where(code < half, INVALID, code - half))
-    return _sum_of_others(z, code, shift, classes)
+        return sum_of(z[..., :half], label) + sum_of(z[..., half:], jnp.where(label < half, INVALID, label - half))
+    return _sum_of_others(z, label, shift, classes)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Derivatives
 
 
-def label_gradient(z: jax.Array, codes: jax.Array, nll: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Array:
+def label_gradient(
+    z: jax.Array, labels: jax.Array, ignored: jax.Array, nll: jax.Array, row: Normalizer, classes: ClassAxis
+) -> jax.Array:
     """`softmax(z) - onehot(y)`, with `-(1 - p_y) = expm1(-nll)` at the label; 0 in ignored rows, whatever they hold."""
-    # In ignored rows `nll` is 0. One comparison: with `is_class(codes, z) | (codes == IGNORED)` the CPU back end no
-    # longer vectorises, and in `_other_exponentials` it would cost 1.3 times the time at 16384 x 100.
-    reach = jnp.where(codes == IGNORED, 2**30, 0)
-    at_label = jnp.abs(classes.local_indices(z) - (codes - classes.offset(z))) <= reach
-    return jnp.where(at_label, safe.expm1(-nll), _other_probabilities(z, codes, row, classes))
+    # In ignored rows `nll` is 0. One comparison: with `is_class(labels, z) | ignored` the CPU back end no longer
+    # vectorises, and in `_other_exponentials` it would cost 1.3 times the time at 16384 x 100.
+    reach = jnp.where(ignored, 2**30, 0)
+    at_label = jnp.abs(classes.local_indices(z) - (labels - classes.offset(z))) <= reach
+    return jnp.where(at_label, safe.expm1(-nll), _other_probabilities(z, labels, ignored, row, classes))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _other_probabilities(z: jax.Array, codes: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Array:
-    """`probabilities`, and 0 at the label; of ignored rows nobody may use them."""
-    return _other_exponentials(z, codes, row.shift, classes) / row.total
+@functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
+def _other_probabilities(
+    z: jax.Array, labels: jax.Array, ignored: jax.Array, row: Normalizer, classes: ClassAxis
+) -> jax.Array:
+    """`probabilities`, and 0 at the label; undefined in ignored rows, where its derivative is finite."""
+    return _other_exponentials(z, labels, row.shift, classes) / row.total
 
 
 @_other_probabilities.defjvp
 def _other_probabilities_jvp(classes, primals, tangents):
-    (z, codes, row), (dz, _, _) = primals, tangents
-    ignored = codes == IGNORED
+    (z, labels, ignored, row), (dz, _, _, _) = primals, tangents
     z_kept, dz = jnp.where(ignored, 0, z), jnp.where(ignored, 0, dz)
     _, d_log_p = log_probabilities_jvp(classes, (z_kept, row), (dz, None))
-    p = _other_probabilities(z, codes, row, classes)
+    p = _other_probabilities(z, labels, ignored, row, classes)
     return p, p * d_log_p
 
 
 @label_loss.defjvp
 def _label_loss_jvp(classes, for_gradient, primals, tangents):
-    (z, codes), (dz, _) = primals, tangents
-    nll, row = label_loss(z, codes, classes, True)
-    d_nll = classes.sum(label_gradient(z, codes, nll, row, classes) * dz)
-    exponentials = jnp.exp(jnp.where(codes == IGNORED, -jnp.inf, z - row.shift))
+    (z, labels, ignored), (dz, _, _) = primals, tangents
+    nll, row = label_loss(z, labels, ignored, classes, True)
+    d_nll = classes.sum(label_gradient(z, labels, ignored, nll, row, classes) * dz)
+    exponentials = jnp.exp(jnp.where(ignored, -jnp.inf, z - row.shift))
     return (nll, row), (d_nll, Normalizer(jnp.zeros_like(row.shift), classes.sum(exponentials * dz)))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
-def label_log_prob(log_p: jax.Array, codes: jax.Array, classes: ClassAxis) -> jax.Array:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def label_log_prob(log_p: jax.Array, labels: jax.Array, ignored: jax.Array, classes: ClassAxis) -> jax.Array:
     """`log_p` at the label; 0 in ignored rows; nan, as is the whole row of the gradient, for an invalid label."""
-    return jnp.where(codes == INVALID, jnp.nan, classes.take(log_p, codes))
+    return _of_valid(classes.take(log_p, labels), labels, ignored)
 
 
 @label_log_prob.defjvp
 def _label_log_prob_jvp(classes, primals, tangents):
-    (log_p, codes), (d_log_p, _) = primals, tangents
+    (log_p, labels, ignored), (d_log_p, _, _) = primals, tangents
     # A comparison that never holds: without an operand of its shape XLA would give every device the whole gradient.
-    invalid = codes == INVALID
-    chosen = classes.is_class(codes, log_p) | (log_p > jnp.inf) | invalid
+    invalid = (labels == INVALID) & ~ignored
+    chosen = (classes.is_class(labels, log_p) & ~ignored) | (log_p > jnp.inf) | invalid
     # A choice, not a product with 0 and 1: a cotangent that is not finite stays with the label.
     share = jnp.where(chosen, jnp.where(invalid, jnp.nan, 1).astype(log_p.dtype) * d_log_p, 0)
-    return label_log_prob(log_p, codes, classes), classes.sum(share)
+    return label_log_prob(log_p, labels, ignored, classes), classes.sum(share)

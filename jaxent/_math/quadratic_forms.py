@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxent._math import softmax
-from jaxent._math.label_loss import IGNORED
 from jaxent._math.row_losses import LossOptions, RowTargets, ignore_zero_weight_rows, softmax_loss_gradient, target_mass
 from jaxent._mesh.class_axis import ClassAxis
 
@@ -23,9 +22,8 @@ class GaussNewton:
     classes: ClassAxis
 
     def __call__(self, z: jax.Array, step: jax.Array, rows: RowTargets, options: LossOptions) -> jax.Array:
-        rows = ignore_zero_weight_rows(z, rows, self.classes)
-        ignored = rows.codes == IGNORED
-        z, step = jnp.where(ignored, 0, z), jnp.where(ignored, 0, step)
+        rows = ignore_zero_weight_rows(rows, self.classes, z)
+        z, step = jnp.where(rows.ignored, 0, z), jnp.where(rows.ignored, 0, step)
         slope = target_mass(z, rows, options, self.classes)
         if options.z_loss is None:
             return _weighted(rows, slope * softmax.half_variance(z, step, self.classes))
@@ -43,9 +41,9 @@ class Fisher:
     classes: ClassAxis
 
     def __call__(self, z: jax.Array, step: jax.Array, rows: RowTargets, options: LossOptions) -> jax.Array:
-        rows = ignore_zero_weight_rows(z, rows, self.classes)
+        rows = ignore_zero_weight_rows(rows, self.classes, z)
         gradient = softmax_loss_gradient(z, rows._replace(weights=None), options, self.classes)
-        slope = self.classes.sum(gradient * jnp.where(rows.codes == IGNORED, 0, step))
+        slope = self.classes.sum(gradient * jnp.where(rows.ignored, 0, step))
         return _weighted(rows, jnp.square(slope) / 2)
 
 
@@ -53,6 +51,5 @@ QuadraticForm = GaussNewton | Fisher
 
 
 def _weighted(rows: RowTargets, forms: jax.Array) -> jax.Array:
-    ignored = rows.codes == IGNORED
-    forms = jnp.where(ignored, 0, forms)
-    return forms if rows.weights is None else jnp.where(ignored, 0, rows.weights) * forms
+    forms = jnp.where(rows.ignored, 0, forms)
+    return forms if rows.weights is None else jnp.where(rows.ignored, 0, rows.weights) * forms

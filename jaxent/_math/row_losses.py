@@ -6,22 +6,26 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxent._math.label_loss import IGNORED, INVALID, label_gradient, label_log_prob, label_loss
+from jaxent._math.label_loss import INVALID, label_gradient, label_log_prob, label_loss
 from jaxent._math.softmax import Normalizer, has_softmax, log_probabilities, normalizer, probabilities
 from jaxent._mesh.class_axis import ClassAxis
 
 
 class RowTargets(NamedTuple):
-    """What each row is compared with; the class axis of every leaf but `probabilities` has length 1."""
+    """What each row is compared with; the class axis of every leaf but `probabilities` has length 1.
 
-    codes: jax.Array  # the class, IGNORED or INVALID; with `probabilities` just 0 or IGNORED
+    A row has a label, or probabilities, or neither where only the logits count.
+    """
+
+    labels: jax.Array | None  # int32, a class or INVALID; undefined in ignored rows
+    ignored: jax.Array  # bool: the row counts for nothing, whatever it holds
     probabilities: jax.Array | None = None
     weights: jax.Array | None = None  # the caller's weight of the row
     label_weights: jax.Array | None = None  # the class weight of the row's label
 
     def total_weights(self, classes: ClassAxis) -> jax.Array:
         """What the rows weigh in a mean: 0 where ignored, `w_i c_{y_i}` elsewhere."""
-        ignored = jnp.squeeze(self.codes, classes.axis) == IGNORED
+        ignored = jnp.squeeze(self.ignored, classes.axis)
         weights = jnp.where(ignored, 0.0, 1.0)
         for factor in (self.weights, self.label_weights):
             if factor is not None:
@@ -73,14 +77,14 @@ target_nll.defjvp(_target_nll_jvp, symbolic_zeros=True)
 
 def label_loss_from_log_probs(log_p: jax.Array, rows: RowTargets, classes: ClassAxis) -> jax.Array:
     """The weighted loss `-w c_y log p_y` of each row."""
-    codes = rows.codes
+    labels, ignored = rows.labels, rows.ignored
+    assert labels is not None
     if rows.weights is not None:
-        no_loss = (codes == INVALID) | jnp.isnan(classes.take(log_p, codes))
-        codes = jnp.where((rows.weights == 0) & no_loss, IGNORED, codes)
-    loss = -label_log_prob(log_p, codes, classes)
+        ignored |= (rows.weights == 0) & jnp.isnan(classes.take(log_p, labels))
+    loss = -label_log_prob(log_p, labels, ignored, classes)
     for weights in (rows.label_weights, rows.weights):
         if weights is not None:
-            loss = weighted(jnp.where(codes == IGNORED, 0, weights), loss)
+            loss = weighted(jnp.where(ignored, 0, weights), loss)
     return loss
 
 
@@ -106,22 +110,26 @@ def _softplus_jvp(primals, tangents):
 # The softmax loss
 
 
-def ignore_zero_weight_rows(z: jax.Array, rows: RowTargets, classes: ClassAxis) -> RowTargets:
-    """A row of weight 0 is ignored if it has no loss; if it has one, its derivative by the weight is that loss."""
+def ignore_zero_weight_rows(rows: RowTargets, classes: ClassAxis, *logits: jax.Array) -> RowTargets:
+    """A row of weight 0 is ignored if it has no softmax; if it has one, its derivative with respect to the weight is
+    its loss. Rows with an invalid label have been ignored before.
+    """
     if rows.weights is None:
         return rows
-    no_loss = (rows.codes == INVALID) | ~has_softmax(z, classes)
-    return rows._replace(codes=jnp.where((rows.weights == 0) & no_loss, IGNORED, rows.codes))
+    has_loss = functools.reduce(jnp.logical_and, [has_softmax(z, classes) for z in logits])
+    return rows._replace(ignored=rows.ignored | ((rows.weights == 0) & ~has_loss))
 
 
 def softmax_loss(z: jax.Array, rows: RowTargets, options: LossOptions, classes: ClassAxis) -> jax.Array:
     """The weighted loss of each row: `w ((1-e) c_y nll_y + e/C sum_k c_k nll_k + z_loss lse^2)` for a label `y`, and
     `w (sum_k c_k ((1-e) t_k + e/C) nll_k + z_loss lse^2)` for probabilities `t`.
+
+    Of the rows that `ignore_zero_weight_rows` leaves.
     """
-    rows = ignore_zero_weight_rows(z, rows, classes)
-    ignored = rows.codes == IGNORED
+    ignored = rows.ignored
     if rows.probabilities is None:
-        loss, row = label_loss(z, rows.codes, classes)
+        assert rows.labels is not None
+        loss, row = label_loss(z, rows.labels, ignored, classes)
         if options.smoothing is not None:
             loss = (1 - options.smoothing) * loss
         loss = loss if rows.label_weights is None else weighted(rows.label_weights, loss)
@@ -139,13 +147,13 @@ def softmax_loss(z: jax.Array, rows: RowTargets, options: LossOptions, classes: 
 
 
 def softmax_loss_gradient(z: jax.Array, rows: RowTargets, options: LossOptions, classes: ClassAxis) -> jax.Array:
-    """The derivative of `softmax_loss` by the logits, in closed form."""
-    rows = ignore_zero_weight_rows(z, rows, classes)
-    ignored = rows.codes == IGNORED
+    """The derivative of `softmax_loss` with respect to the logits, in closed form."""
+    ignored = rows.ignored
     count = classes.size(z)
     if rows.probabilities is None:
-        nll, row = label_loss(z, rows.codes, classes, True)
-        gradient = label_gradient(z, rows.codes, nll, row, classes)
+        assert rows.labels is not None
+        nll, row = label_loss(z, rows.labels, ignored, classes, True)
+        gradient = label_gradient(z, rows.labels, ignored, nll, row, classes)
         if options.smoothing is not None:
             gradient *= 1 - options.smoothing
         if rows.label_weights is not None:
@@ -171,8 +179,10 @@ def target_mass(z: jax.Array, rows: RowTargets, options: LossOptions, classes: C
     """`S`, what a row's targets add up to in its loss, with smoothing and class weights; 1 in the plain case."""
     count = classes.size(z)
     if rows.probabilities is not None:
-        return classes.sum(_smoothed(jnp.where(rows.codes == IGNORED, 0, rows.probabilities), options, count))
-    mass = jnp.where(rows.codes == INVALID, jnp.nan, 1).astype(z.dtype)
+        return classes.sum(_smoothed(jnp.where(rows.ignored, 0, rows.probabilities), options, count))
+    if rows.labels is None:
+        return jnp.ones_like(rows.ignored, z.dtype)
+    mass = jnp.where((rows.labels == INVALID) & ~rows.ignored, jnp.nan, 1).astype(z.dtype)
     if rows.label_weights is not None:
         mass *= rows.label_weights
     if options.smoothing is not None and options.class_weights is not None:

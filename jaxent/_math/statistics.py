@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxent._math import softmax
-from jaxent._math.label_loss import label_loss
+from jaxent._math.label_loss import INVALID, label_loss
+from jaxent._math.row_losses import RowTargets
 from jaxent._mesh.class_axis import ClassAxis
 from jaxent._serialization import exportable
 
@@ -32,8 +33,9 @@ class TokenStatistics(NamedTuple):
     """Their classes, int32."""
 
 
-def row_statistics(z: jax.Array, codes: jax.Array | None, classes: ClassAxis, top_k: int) -> TokenStatistics:
-    """`TokenStatistics` of rows whose labels are codes."""
+def row_statistics(z: jax.Array, rows: RowTargets, classes: ClassAxis, top_k: int) -> TokenStatistics:
+    """`TokenStatistics` of the rows; of an ignored one 0 in floating and -1 in integer fields, whatever it holds."""
+    z = jnp.where(rows.ignored, 0, z)
     row = softmax.normalizer(z, classes)
     usable = jnp.isfinite(row.rest)
     log_prob = rank = top_log_probs = top_classes = None
@@ -41,11 +43,11 @@ def row_statistics(z: jax.Array, codes: jax.Array | None, classes: ClassAxis, to
     def per_row(x: jax.Array) -> jax.Array:
         return jnp.squeeze(x, classes.axis)
 
-    if codes is not None:
-        log_prob = per_row(-label_loss(z, codes, classes)[0])
-        label_logit = lax.stop_gradient(classes.take(z, codes))
+    if rows.labels is not None:
+        log_prob = per_row(-label_loss(z, rows.labels, rows.ignored, classes)[0])
+        label_logit = lax.stop_gradient(classes.take(z, rows.labels))
         higher = classes.sum((lax.stop_gradient(z) > label_logit).astype(jnp.int32))
-        rank = per_row(jnp.where(usable & (codes >= 0), higher, -1))
+        rank = per_row(jnp.where(usable & (rows.labels != INVALID), higher, -1))
     materialized = lax.optimization_barrier(
         lax.stop_gradient(z)
     )  # compared with its own maximum, not with one rounded anew
@@ -55,7 +57,7 @@ def row_statistics(z: jax.Array, codes: jax.Array | None, classes: ClassAxis, to
         first = jnp.moveaxis(row.shift, classes.axis, -1), jnp.moveaxis(row.log_total, classes.axis, -1)
         top_log_probs = (top_z - first[0]) - first[1]
         top_classes = jnp.where(jnp.moveaxis(usable, classes.axis, -1), top_classes, -1)
-    return TokenStatistics(
+    statistics = TokenStatistics(
         log_prob,
         per_row(row.shift + row.log_total),
         per_row(softmax.entropy(z, classes)),
@@ -64,3 +66,10 @@ def row_statistics(z: jax.Array, codes: jax.Array | None, classes: ClassAxis, to
         top_log_probs,
         top_classes,
     )
+    ignored = per_row(rows.ignored)
+
+    def unless_ignored(x: jax.Array) -> jax.Array:
+        nothing = 0 if jnp.issubdtype(x.dtype, jnp.floating) else -1
+        return jnp.where(ignored.reshape(ignored.shape + (1,) * (x.ndim - ignored.ndim)), nothing, x)
+
+    return jax.tree.map(unless_ignored, statistics)

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxent._arguments import arrays, targets
 from jaxent._arguments.targets import SoftmaxArguments, check_labels, rows_shape
-from jaxent._math.label_loss import IGNORED, encode_labels
+from jaxent._math.label_loss import has_label
 from jaxent._math.row_losses import RowTargets
 from jaxent._mesh.class_axis import ClassAxis
 
@@ -75,7 +75,7 @@ def reduce_rows(
     total = with_nan(summed.total, None if lost is None else jnp.any(lost))
     if reduction == "mean":
         # PyTorch divides each part of a smoothed loss: 0 / 0 makes the sum nan even where the other part is x / 0.
-        mean = total / jnp.where(jnp.all(rows.codes == IGNORED), 1, summed.weight)
+        mean = total / jnp.where(jnp.all(rows.ignored), 1, summed.weight)
         return with_nan(mean, jnp.all(rows.total_weights(classes) == 0)).astype(dtype)
     return total.astype(dtype)
 
@@ -97,7 +97,7 @@ def loss_of_no_classes(
 ) -> jax.Array:
     """Where `C` is 0: a row of probabilities adds 0, and so does an ignored row, unless it is smoothed by 1 / C."""
     if jnp.issubdtype(target.dtype, jnp.integer):
-        ignored = encode_labels(target, 1, ignore_index, None) == IGNORED
+        ignored = has_label(target, ignore_index)
         losses = jnp.where(ignored & (smoothing is None), 0.0, jnp.nan)
         total = jnp.sum(losses) if smoothing is None else jnp.full((), jnp.nan)
     else:
@@ -203,13 +203,15 @@ def lost_rows(
         return _any(jnp.isinf(z) & no_share, classes)
     if weight is None and smoothing is None:
         return None
-    shares = jnp.ones_like(rows.codes, z.dtype) if rows.label_weights is None else rows.label_weights
+    assert rows.labels is not None
+    shares = jnp.ones_like(rows.labels, z.dtype) if rows.label_weights is None else rows.label_weights
     if smoothing is not None:
         shares = (1 - smoothing) * shares
-    lost = jnp.squeeze(jnp.isinf(classes.take(z, rows.codes)) & (shares == 0), classes.axis)
+    counted = jnp.squeeze(~rows.ignored, classes.axis)
+    lost = counted & jnp.squeeze(jnp.isinf(classes.take(z, rows.labels)) & (shares == 0), classes.axis)
     if weight is None or smoothing is None:
         return lost
-    return lost | (_any(jnp.isinf(z) & (weight == 0), classes) & jnp.squeeze(rows.codes != IGNORED, classes.axis))
+    return lost | (_any(jnp.isinf(z) & (weight == 0), classes) & counted)
 
 
 def _any(mask: jax.Array, classes: ClassAxis) -> jax.Array:

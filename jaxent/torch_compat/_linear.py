@@ -14,7 +14,6 @@ from jaxent._arguments import arrays
 from jaxent._arguments.reduction import WeightedSum
 from jaxent._engine.linear_head import chunking_for, matrix_products
 from jaxent._engine.streaming import Head, Logits, stream_rows, stream_sum
-from jaxent._math.label_loss import IGNORED
 from jaxent._math.row_losses import RowTargets
 from jaxent._mesh.class_axis import ClassAxis
 from jaxent.torch_compat._conventions import (
@@ -209,7 +208,7 @@ def _loss_of_places(
     count, places, features = w.shape[0], math.prod(w.shape[1:-1]), w.shape[-1]
     if h.dtype != w.dtype:
         h, w = arrays.accumulated(h, w)
-    ignored = jnp.all((rows.codes == IGNORED).reshape(h.shape[0], places), axis=1, keepdims=True)
+    ignored = jnp.all(rows.ignored.reshape(h.shape[0], places), axis=1, keepdims=True)
     head = Head(
         jnp.where(ignored, 0, h),
         w.reshape(count * places, features).T,
