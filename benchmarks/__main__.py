@@ -1,6 +1,10 @@
-"""`python -m benchmarks [--suite SUITE] [--quick] [--json FILE]`, `... compare A.json B.json`, `... readme A.json`."""
+"""`python -m benchmarks [--suite SUITE] [--quick] [--json FILE]`, `... compare A.json B.json`, `... readme A.json`.
+
+`--suite compiled [--device NAME]` runs nothing: it compiles for accelerators that need not be there.
+"""
 
 import argparse
+import datetime
 import json
 import os
 import re
@@ -14,7 +18,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import pictures, readme, report, sharded, torch_peers
+from benchmarks import compiled_report, compiled_run, compilers, pictures, readme, report, sharded, torch_peers
 from benchmarks.cases import SUITES, Case, Resources, Suite, cases
 from benchmarks.compare import compare
 from benchmarks.harness import FULL, QUICK, Effort, agreeing, measure
@@ -93,7 +97,10 @@ def _on_fake_devices(quick: bool) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--suite", choices=SUITES, help="one suite; all of them if left out")
+    parser.add_argument("--suite", choices=(*SUITES, "compiled"), help="one suite; all that are timed if left out")
+    parser.add_argument(
+        "--device", choices=compilers.TARGETS, action="append", help="what `compiled` compiles for; may be repeated"
+    )
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds: does it run?")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="the record; else benchmarks/results/DATE-DEVICE.json"
@@ -108,7 +115,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command == "compare":
         print(compare(*(json.loads(p.read_text()) for p in (options.before, options.after))))
     elif options.command == "readme":
-        readme.update(REPOSITORY, options.record)
+        compiles = "programs" in json.loads(options.record.read_text())
+        (compiled_report if compiles else readme).update(REPOSITORY, options.record)
+    elif options.suite == "compiled":
+        jax.config.update("jax_platforms", "cpu")  # no accelerator is used, nor looked for
+        targets = options.device or compilers.DEFAULT_TARGETS
+        name = "-".join([f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-compiled", *["quick"] * options.quick])
+        path = options.json or RESULTS / f"{name}.json"
+        compiled_run.run(targets, options.quick, path)
+        print(f"\nwritten: {path}")
     else:
         name = "-".join(
             [report.place_and_date(), *([options.suite] if options.suite else []), *["quick"] * options.quick]

@@ -4,9 +4,12 @@ import math
 import re
 from typing import NamedTuple
 
-KINDS = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute|collective-broadcast|send|recv"
-INSTRUCTION = re.compile(rf"= (.*?) ((?:ragged-)?(?:{KINDS}))(?:-start)?\(")
-BITS = re.compile(r"[a-z]+(\d+)")
+from benchmarks.hlo import Array, Computation, parse, trip_count
+
+KINDS = (
+    *("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ragged-all-to-all"),
+    *("collective-permute", "collective-broadcast", "send", "recv"),
+)
 
 
 class Collective(NamedTuple):
@@ -21,8 +24,12 @@ class Collective(NamedTuple):
     @property
     def bytes(self) -> int:
         """Of the results of all the times together, on one device."""
-        bits = BITS.match(self.dtype)
-        return self.times * math.prod(self.shape) * (int(bits[1]) // 8 if bits else 1)
+        return self.times * Array(self.dtype, self.shape).bytes
+
+    @property
+    def numbers(self) -> int:
+        """In the results of all the times together, on one device."""
+        return self.times * math.prod(self.shape)
 
     @property
     def extent(self) -> tuple[int, ...]:
@@ -40,54 +47,39 @@ class Collective(NamedTuple):
 
 def collectives(hlo: str) -> list[Collective]:
     """Every collective in a compiled program; one that is started and ended by two instructions counts once."""
-    computations = _computations(hlo)
+    computations = parse(hlo)
     found = []
     for name, times in _executions(computations).items():
-        for line in computations[name]:
-            match = INSTRUCTION.search(line)
-            if match:
-                arrays = re.findall(r"(\w+)\[([\d,]*)\]", match[1])
-                found += [
-                    Collective(match[2], dtype, tuple(int(n) for n in dims.split(",") if n), times, _group_size(line))
-                    for dtype, dims in arrays
-                ]
+        for instruction in computations[name].instructions.values():
+            kind = instruction.opcode.removesuffix("-start")
+            if kind in KINDS:
+                devices = _group_size(instruction.attributes)
+                found += [Collective(kind, array.dtype, array.shape, times, devices) for array in instruction.arrays]
     return found
 
 
-def _group_size(line: str) -> int:
+def _group_size(attributes: str) -> int:
     """Of the groups of devices, which are listed, counted, or named by axes of a mesh; 0 where there are none."""
-    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", line):
+    if listed := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
         return listed[1].count(",") + 1
-    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes):
         return int(counted[1])
-    if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):
+    if named := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes):
         sizes = dict(axis.split("=") for axis in named[1].split(","))
         return math.prod(int(sizes[axis]) for axis in named[2].split(","))
     return 0
 
 
-def _computations(text: str) -> dict[str, list[str]]:
-    """The lines of each computation; that of the program is called ENTRY."""
-    computations: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in re.sub(r"/\*.*?\*/", "", text).splitlines():
-        head = re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line)
-        if head:
-            lines = computations.setdefault("ENTRY" if head[1] else head[2], [])
-        lines.append(line)
-    return computations
-
-
-def _executions(computations: dict[str, list[str]]) -> dict[str, int]:
+def _executions(computations: dict[str, Computation]) -> dict[str, int]:
     """How often each computation runs; a loop of unknown length counts once."""
     times: dict[str, int] = {}
 
     def visit(name: str, count: int) -> None:
         times[name] = times.get(name, 0) + count
-        for line in computations[name]:
-            known = re.search(r"known_trip_count\D+(\d+)", line) if " while(" in line else None
-            for called in re.findall(r"(?:calls|body|to_apply|_computation)=%?([\w.\-]+)", line):
-                visit(called, count * (int(known[1]) if known else 1))
+        for instruction in computations[name].instructions.values():
+            trips = (trip_count(instruction, computations) or 1) if instruction.opcode == "while" else 1
+            for called in re.findall(r"(?:calls|body|to_apply|_computation)=%?([\w.\-]+)", instruction.attributes):
+                visit(called, count * trips)
 
     visit("ENTRY", 1)
     return times

@@ -46,7 +46,7 @@ def _processor() -> str:
     return (names[0] if names else platform.processor() or "cpu") + vectors
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """What was measured; None outside a repository."""
     command = ["git", "describe", "--always", "--dirty"]
     try:
@@ -59,7 +59,7 @@ def _commit() -> str | None:
 def new_record(limits: Limits, absent: Sequence[str], threads: dict[str, int]) -> dict[str, Any]:
     packages = ("jaxent", "jax", "jaxlib", "numpy", "optax")
     return {
-        "commit": _commit(),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": machine(),
         "threads": threads,

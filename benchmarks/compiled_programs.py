@@ -1,0 +1,154 @@
+"""What the compilers of accelerators are given: functions of published heads, ours and dense code."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import SingleDeviceSharding
+
+import jaxent
+from benchmarks.cases import HEADS
+
+Mode = Literal["value", "value and gradient", "Hessian product", "statistics", "divergence"]
+MODES: tuple[Mode, ...] = ("value", "value and gradient", "Hessian product", "statistics", "divergence")
+Precision = Literal["bfloat16", "mixed", "float32"]
+Author = Literal["jaxent", "dense", "dense in float32"]
+ROWS = 32768
+MIXED = "dtype" in inspect.signature(jaxent.linear_softmax_cross_entropy).parameters
+# Products of N x D x V multiply-adds that must be; of a divergence, with a gradient with respect to Q's head alone.
+PRODUCTS: dict[Mode, int] = {
+    "value": 1,
+    "value and gradient": 3,
+    "Hessian product": 7,
+    "statistics": 1,
+    "divergence": 4,
+}
+ACCELERATOR_LOGITS = 2**28  # that our chunks hold by default, on an accelerator
+
+
+@dataclass(frozen=True)
+class Program:
+    """One function of one head, as jaxent or dense code computes it."""
+
+    head: str
+    mode: Mode
+    precision: Precision = "bfloat16"
+    author: Author = "jaxent"
+    rows: int = ROWS
+    chunk_rows: int | None = None
+
+    @property
+    def features(self) -> int:
+        return HEADS[self.head][0]
+
+    @property
+    def classes(self) -> int:
+        return HEADS[self.head][1]
+
+    @property
+    def name(self) -> str:
+        return f"{self.head} {self.mode}, {self.precision}, {self.author}"
+
+    @property
+    def block_rows(self) -> int:
+        """Rows whose logits exist at once."""
+        if self.author != "jaxent":
+            return self.rows
+        held = self.classes * (2 if self.mode == "divergence" else 1)
+        wanted = self.chunk_rows or max(1, ACCELERATOR_LOGITS // held)
+        return jaxent.plan(self.rows, self.features, self.classes, chunk_rows=wanted).chunk_rows
+
+    @property
+    def num_chunks(self) -> int:
+        return -(-self.rows // self.block_rows)
+
+    @property
+    def product_flops(self) -> int:
+        """Of the products that must be."""
+        return 2 * PRODUCTS[self.mode] * self.rows * self.features * self.classes
+
+    def arguments(self, device: Any) -> list[jax.ShapeDtypeStruct]:
+        """Shapes on a device that need not be here."""
+        hidden, kernel = _dtypes(self.precision)
+        like = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
+        layer = [like((self.rows, self.features), hidden), like((self.features, self.classes), kernel)]
+        labels = [like((self.rows,), jnp.int32)]
+        if self.mode == "Hessian product":
+            return [*layer, *labels, *layer]
+        return [*layer, *layer] if self.mode == "divergence" else [*layer, *labels]
+
+    def function(self) -> Callable[..., Any]:
+        return (_ours if self.author == "jaxent" else _dense)(self)
+
+
+def _dtypes(precision: Precision) -> tuple[Any, Any]:
+    """Of hidden states and kernel. Mixed: a master kernel in float32, multiplied in bfloat16."""
+    return {
+        "bfloat16": (jnp.bfloat16, jnp.bfloat16),
+        "mixed": (jnp.bfloat16, jnp.float32),
+        "float32": (jnp.float32, jnp.float32),
+    }[precision]
+
+
+def _derived(mode: Mode, loss: Callable[..., Any]) -> Callable[..., Any]:
+    """What a mode computes of `loss(hidden, kernel, labels)`."""
+    gradient = jax.grad(loss, argnums=(0, 1))
+
+    def hessian_product(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, *tangents: jax.Array) -> Any:
+        return jax.jvp(lambda *head: gradient(*head, labels), (hidden, kernel), tangents)[1]
+
+    if mode == "Hessian product":
+        return hessian_product
+    return loss if mode == "value" else jax.value_and_grad(loss, argnums=(0, 1))
+
+
+def _ours(program: Program) -> Callable[..., Any]:
+    options: dict[str, Any] = {"chunk_rows": program.block_rows}
+    if program.precision == "mixed":
+        options["dtype"] = jnp.bfloat16
+    if program.mode == "statistics":
+        return functools.partial(jaxent.linear_token_statistics, **options)
+    if program.mode == "divergence":
+        return jax.value_and_grad(functools.partial(jaxent.linear_kl_divergence, **options), argnums=(2, 3))
+    return _derived(program.mode, functools.partial(jaxent.linear_softmax_cross_entropy, **options))
+
+
+def _dense(program: Program) -> Callable[..., Any]:
+    """All logits, then the loss of them: by optax or, where it has none, by the definition.
+
+    The product of bf16 operands gives bf16 logits, as `hidden @ kernel` does, or float32 ones; then the products of the
+    gradient have float32 operands.
+    """
+
+    def logits(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
+        if program.precision == "mixed":
+            kernel = kernel.astype(jnp.bfloat16)
+        precision = "highest" if program.precision == "float32" else None
+        wide = jnp.float32 if program.author == "dense in float32" else None
+        return jnp.matmul(hidden, kernel, precision=precision, preferred_element_type=wide).astype(jnp.float32)
+
+    def loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+        return optax.softmax_cross_entropy_with_integer_labels(logits(hidden, kernel), labels).mean()
+
+    def statistics(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> Any:
+        z = logits(hidden, kernel)
+        log_p = jax.nn.log_softmax(z)
+        picked = jnp.take_along_axis(log_p, labels[:, None], axis=-1)
+        rank = jnp.sum(log_p > picked, axis=-1)
+        entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)
+        return picked[:, 0], jax.nn.logsumexp(z, axis=-1), entropy, jnp.argmax(z, axis=-1), rank
+
+    def divergence(hidden_p: jax.Array, kernel_p: jax.Array, hidden_q: jax.Array, kernel_q: jax.Array) -> jax.Array:
+        log_p, log_q = (jax.nn.log_softmax(logits(*head)) for head in ((hidden_p, kernel_p), (hidden_q, kernel_q)))
+        return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+
+    if program.mode == "statistics":
+        return statistics
+    if program.mode == "divergence":
+        return jax.value_and_grad(divergence, argnums=(2, 3))
+    return _derived(program.mode, loss)

@@ -1,0 +1,86 @@
+"""Runs the suite `compiled` and writes its record."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import jaxent
+from benchmarks import compiled_report, compiled_scale, compilers
+from benchmarks.cases import HEADS
+from benchmarks.collectives import collectives
+from benchmarks.compiled import measure
+from benchmarks.compiled_programs import MIXED, MODES, Author, Mode, Precision, Program
+
+MAIN_HEAD = "Llama-3 8B"
+
+
+def programs(platform: str, quick: bool) -> Iterator[Program]:
+    """Every function of every head; on TPUs, whose compiler takes ten times as long, of one head, and value and
+    gradient of the others.
+    """
+    precisions: tuple[Precision, ...] = ("bfloat16", "mixed") if MIXED and not quick else ("bfloat16",)
+    for head in [MAIN_HEAD, *(h for h in HEADS if h != MAIN_HEAD)][: 1 if quick else None]:
+        every = platform == "cuda" or head == MAIN_HEAD
+        modes: tuple[Mode, ...] = MODES if every and not quick else ("value and gradient",)
+        for mode in modes:
+            for precision in precisions:
+                authors: list[Author] = ["jaxent", "dense"]
+                if head == MAIN_HEAD and mode == "value and gradient" and precision == "bfloat16":
+                    authors.append("dense in float32")
+                yield from (Program(head, mode, precision, author) for author in authors)
+
+
+def run(targets: Sequence[str], quick: bool, path: Path) -> dict[str, Any]:
+    """The record, written after each program, so that a run that is cut off leaves what it has."""
+    absent = {p: how for p in sorted({*map(compilers.platform_of, targets)}) if (how := compilers.absent(p))}
+    for platform, how in absent.items():
+        print(f"no compiler for {platform}: {how}")
+    there = [target for target in targets if compilers.platform_of(target) not in absent]
+    record = compiled_report.new_record(there, absent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(record, path)
+    if there:
+        print(f"jax {jax.__version__}, {', '.join(record['compilers'])}; compiled, not run", flush=True)
+    for target in there:
+        for program in programs(compilers.platform_of(target), quick):
+            record["programs"].append(measure(target, program))
+            print(compiled_report.line(record["programs"][-1]), flush=True)
+            _write(record, path)
+    if "v5p" in there and not quick:
+        for data, vocab in compiled_scale.MESHES:
+            record["scale"].append(_step(data, vocab))
+            print(compiled_report.scale_line(record["scale"][-1]), flush=True)
+            _write(record, path)
+    return record
+
+
+def _step(data: int, vocab: int) -> dict[str, Any]:
+    step = compiled_scale.Step(data, vocab)
+    reading = compiled_scale.compile_step(step)
+    found = [c for c in collectives(reading.text) if c.extent]
+    planned = jaxent.plan(
+        step.rows // data, step.features, step.classes // vocab, dtype="bfloat16", chunk_rows=step.chunk_rows
+    )
+    return step._asdict() | {
+        "compile_s": round(reading.compile_seconds, 1),
+        "temp_mib": round(reading.temp_bytes / 2**20, 1),
+        "plan_mib": round(planned.temp_bytes / 2**20, 1),
+        "collectives": len(found),
+        "dtypes": sorted({c.dtype for c in found}),
+        "sent": compiled_scale.numbers_sent(found, step),
+        "formula": step.numbers_sent,
+        "sent_gb": round(sum(c.sent for c in found) / 1e9, 2),
+    }
+
+
+def _write(record: dict[str, Any], path: Path) -> None:
+    """A program a line."""
+    rows = {key: record[key] for key in ("programs", "scale")}
+    head = json.dumps({key: value for key, value in record.items() if key not in rows}, indent=1)[:-2]
+    lists = (
+        f' "{key}": [' + ",".join(f"\n  {json.dumps(row)}" for row in found) + "\n ]" for key, found in rows.items()
+    )
+    path.write_text(head + ",\n" + ",\n".join(lists) + "\n}\n")

@@ -1,0 +1,69 @@
+"""What devices can do, from their makers' data sheets."""
+
+import dataclasses
+
+import numpy as np
+from jax.typing import DTypeLike
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """One device as JAX counts them, at the rates that its maker states."""
+
+    name: str
+    kinds: tuple[str, ...]
+    """What JAX calls it: starts of `device_kind`, in lower case."""
+    flops_per_second: dict[str, float]
+    """Of dense matrix products with operands of a dtype; float32 at the precision "highest"."""
+    default_float32_flops_per_second: float
+    """Of float32 at JAX's default precision: TF32 on NVIDIA's devices, bfloat16 on a TPU."""
+    bytes_per_second: float
+    memory_bytes: int
+    link_bytes_per_second: float
+    """What it sends to its neighbours in all, in one direction."""
+    source: str
+
+    def product_rate(self, dtype: DTypeLike, *, exact: bool = True) -> float:
+        """FLOP/s of matrix products; `exact` as for float32 at the precision "highest"."""
+        name = np.dtype(dtype).name
+        if name == "float32" and not exact:
+            return self.default_float32_flops_per_second
+        return self.flops_per_second.get(name, self.flops_per_second["float32"])
+
+
+def _nvidia(
+    name: str, kinds: tuple[str, ...], bf16: float, f32: float, gbytes: float, gib: int, link: float, source: str
+) -> Device:
+    rates = {"bfloat16": bf16 * 1e12, "float16": bf16 * 1e12, "float32": f32 * 1e12}
+    # TF32 has half the rate of bfloat16 on all of these.
+    return Device(name, kinds, rates, bf16 / 2 * 1e12, gbytes * 1e9, gib * 2**30, link * 1e9, f"NVIDIA, {source}")
+
+
+def _tpu(name: str, kinds: tuple[str, ...], bf16: float, gbytes: float, gib: int, link: float, source: str) -> Device:
+    # A product of float32 is six of bfloat16; float16 is not a dtype of the matrix unit and counts as float32.
+    rates = {"bfloat16": bf16 * 1e12, "float32": bf16 * 1e12 / 6}
+    return Device(name, kinds, rates, bf16 * 1e12, gbytes * 1e9, gib * 2**30, link * 1e9, f"Google Cloud, {source}")
+
+
+# TFLOP/s without sparsity, GB/s, GiB, GB/s of links in one direction. NVIDIA states links in both directions together;
+# of a TPU7x, JAX counts each of a chip's two halves.
+DEVICES = {
+    device.name: device
+    for device in (
+        _nvidia("a100", ("nvidia a100-sxm4-80gb",), 312, 19.5, 2039, 80, 300, "A100 80GB data sheet (SXM)"),
+        _nvidia("h100", ("nvidia h100 80gb",), 989.4, 66.9, 3352, 80, 450, "H100 data sheet (SXM)"),
+        _nvidia("h200", ("nvidia h200",), 989.4, 66.9, 4800, 141, 450, "H200 data sheet (SXM)"),
+        _nvidia("b200", ("nvidia b200",), 2250, 75, 7700, 180, 900, "HGX B200 data sheet"),
+        _tpu("v5e", ("tpu v5 lite", "tpu v5e"), 197, 819, 16, 200, "TPU v5e documentation"),
+        _tpu("v5p", ("tpu v5", "tpu v5p"), 459, 2765, 95, 600, "TPU v5p documentation"),
+        _tpu("v6e", ("tpu v6 lite", "tpu v6e"), 918, 1638, 32, 448, "TPU v6e documentation"),
+        _tpu("tpu7x", ("tpu7x",), 1153.5, 3690, 96, 600, "TPU7x documentation"),
+    )
+}
+
+
+def device_named(name: str) -> Device | None:
+    """By its name here or by JAX's `device_kind`; None for a device that is not in the table."""
+    wanted = name.lower()
+    matches = [(len(kind), d) for d in DEVICES.values() for kind in d.kinds if wanted.startswith(kind)]
+    return DEVICES.get(wanted) or max(matches, key=lambda match: match[0], default=(0, None))[1]

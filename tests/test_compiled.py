@@ -1,0 +1,132 @@
+"""What the compilers of accelerators make of the losses: passes, products, copies, collectives. Nothing is run.
+
+Marked `compiler`, and skipped where the compiler is not installed: `JAX_PLATFORMS=cpu pytest -m compiler`, and
+`benchmarks/README.md` says how to install one.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+import jaxent
+from benchmarks import compilers
+from benchmarks.collectives import collectives
+from benchmarks.compiled import Reading, compile_for
+from benchmarks.compiled_scale import Step, compile_step, numbers_sent
+from benchmarks.kernels import Kernel
+
+pytestmark = pytest.mark.compiler
+
+N, D, V, CHUNK = 8192, 1024, 32768, 2048
+GPU, TPU = "h100", "v5p"
+TARGETS = [GPU, TPU]
+
+
+def compiled_for(target: str, function: Callable[..., Any], *shapes: tuple[tuple[int, ...], Any]) -> Reading:
+    if how := compilers.absent(compilers.platform_of(target)):
+        pytest.skip(f"no compiler for {target}: {how}")
+    only_cpu()
+    place = SingleDeviceSharding(compilers.topology(target).devices[0])
+    arguments = [jax.ShapeDtypeStruct(shape, dtype, sharding=place) for shape, dtype in shapes]
+    return compile_for(function, arguments, unknown_trips=N // CHUNK)
+
+
+def only_cpu() -> None:
+    """JAX must not look for the devices: the plugin that compiles for them would not be registered without one."""
+    if getattr(jax.config, "jax_platforms", None) != "cpu":
+        pytest.skip("compiling for devices that are not here takes JAX_PLATFORMS=cpu")
+
+
+@functools.cache
+def step(target: str, embedding: bool) -> Reading:
+    """Value and gradient of a bf16 head in four chunks; of an embedding `(V, D)`, its transpose is the kernel."""
+
+    def loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> Any:
+        kernel = kernel.T if embedding else kernel
+        return jaxent.linear_softmax_cross_entropy(hidden, kernel, labels, chunk_rows=CHUNK)
+
+    kernel = ((V, D) if embedding else (D, V), jnp.bfloat16)
+    function = jax.value_and_grad(loss, argnums=(0, 1))
+    return compiled_for(target, function, ((N, D), jnp.bfloat16), kernel, ((N,), jnp.int32))
+
+
+def passes(kernels: list[Kernel], dtype: str) -> tuple[float, float]:
+    """How often a chunk's logits are written and read, in a dtype."""
+    parts = [
+        [(k.times * part.bytes, part.array) for k in kernels for part in found(k)]
+        for found in (lambda k: k.written, lambda k: k.read)
+    ]
+    size = N * V * (4 if dtype == "f32" else 2)
+    written, read = (sum(b for b, a in part if a.dtype == dtype and a.size == CHUNK * V) / size for part in parts)
+    return round(written, 3), round(read, 3)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_three_products_of_bf16_operands_that_add_up_in_float32(target: str):
+    reading = step(target, False)
+    found = [(str(product), kernel.times * product.flops) for kernel in reading.kernels for product in kernel.products]
+    assert {kind for kind, _ in found} == {"bf16 -> f32"}
+    assert sum(flops for _, flops in found) == 3 * 2 * N * D * V
+
+
+@pytest.mark.parametrize(("target", "most"), [(GPU, 22), (TPU, 18)])
+def test_passes_over_a_chunk(target: str, most: int):
+    """Bytes moved for each logit: 4 for a pass in float32, 2 for one in bf16.
+
+    The logits are written once. Each product of the gradient reads `dz`, which is written once, or computes it from the
+    logits again, as the TPU's compiler likes to do.
+    """
+    written, read = passes(step(target, False).kernels, "f32")
+    narrow_written, narrow_read = passes(step(target, False).kernels, "bf16")
+    assert written == 1
+    assert narrow_written <= 1
+    assert 4 * (written + read) + 2 * (narrow_written + narrow_read) <= most
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_gradient_of_the_kernel_adds_up_in_place(target: str):
+    in_loop = [kernel for kernel in step(target, False).kernels if kernel.in_loop]
+    writers = [k for k in in_loop for part in k.written if part.array.size == D * V and part.bytes == 4 * D * V]
+    assert len(writers) == 1
+    assert writers[0].products
+    assert [part.array.dtype for part in writers[0].read if part.array.size == D * V] == ["f32"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("embedding", [False, True])
+def test_no_copy_of_a_kernel_in_a_loop(target: str, embedding: bool):
+    in_loop = [kernel for kernel in step(target, embedding).kernels if kernel.in_loop]
+    copies = [k.name for k in in_loop if not k.products for part in k.written if part.array.size == D * V]
+    assert not copies
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_nothing_is_as_large_as_all_logits(target: str):
+    reading = step(target, False)
+    assert max(part.array.size for kernel in reading.kernels for part in kernel.written) < N * V
+    # One chunk in float32, its gradient in bf16, and the kernel's gradient in float32; the rest is rows.
+    assert reading.temp_bytes < 1.3 * (CHUNK * V * 6 + D * V * 4)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_statistics_take_one_product(target: str):
+    function = functools.partial(jaxent.linear_token_statistics, chunk_rows=CHUNK)
+    reading = compiled_for(target, function, ((N, D), jnp.bfloat16), ((D, V), jnp.bfloat16), ((N,), jnp.int32))
+    assert sum(kernel.times * kernel.flops for kernel in reading.kernels) == 2 * N * D * V
+    assert passes(reading.kernels, "f32")[0] == 1
+
+
+def test_a_pod_sends_what_the_formula_says():
+    """1,024 chips as 128 x 8. Numbers, not bytes: the compiler narrows a float32 sum of what is rounded to bf16."""
+    if how := compilers.absent("tpu"):
+        pytest.skip(f"no compiler for TPUs: {how}")
+    only_cpu()
+    pod = Step(128, 8, rows=2**19, features=1024)
+    found = [c for c in collectives(compile_step(pod).text) if c.extent]
+    assert {c.kind for c in found} == {"all-reduce"}
+    assert numbers_sent(found, pod) == pod.numbers_sent

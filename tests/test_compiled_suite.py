@@ -1,0 +1,53 @@
+"""The suite `compiled`: what it says where no compiler is installed, and that README and record belong together."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from benchmarks import __main__ as command
+from benchmarks import compiled_run, compilers
+from benchmarks.compiled_programs import MODES, Program
+
+
+def test_a_missing_compiler_is_named_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(compilers, "PACKAGES", {"cuda": "no-such-package", "tpu": "no-such-package"})
+    path = tmp_path / "record.json"
+    compiled_run.run(["h100", "v5e"], True, path)
+    printed = capsys.readouterr().out
+    for extra in ("cuda12-local", "tpu"):
+        assert f'python -m pip install "jax[{extra}]=={jax.__version__}"' in printed
+    record = json.loads(path.read_text())
+    assert record["absent"].keys() == {"cuda", "tpu"}
+    assert record["programs"] == []
+
+
+def test_every_function_of_every_head_is_asked_for():
+    found = {(p.head, p.mode, p.author) for p in compiled_run.programs("cuda", quick=False)}
+    assert {(p[0], p[1]) for p in found} >= {("GPT-2", mode) for mode in MODES}
+    assert {p for p in found if p[1] == "divergence"} >= {("Gemma-2 2B", "divergence", a) for a in ("jaxent", "dense")}
+    on_tpu = {(p.head, p.mode) for p in compiled_run.programs("tpu", quick=False)}
+    assert {head for head, _ in on_tpu} == {head for head, *_ in found}
+
+
+@pytest.mark.parametrize("author", ["jaxent", "dense", "dense in float32"])
+@pytest.mark.parametrize("mode", MODES)
+def test_programs_can_be_traced(mode: Any, author: Any):
+    program = Program("GPT-2", mode, author=author, rows=64, chunk_rows=16)
+    traced = jax.eval_shape(program.function(), *program.arguments(jax.devices()[0]))
+    assert jax.tree.leaves(traced)
+    assert program.num_chunks == (4 if author == "jaxent" else 1)
+
+
+def test_the_command_line_knows_the_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    asked = []
+    monkeypatch.setattr(compiled_run, "run", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(command.jax.config, "update", lambda *_: None)
+    command.main(["--suite", "compiled", "--device", "v5e", "--device", "h100", "--json", str(tmp_path / "r.json")])
+    command.main(["--suite", "compiled", "--quick"])
+    assert asked[0] == (["v5e", "h100"], False, tmp_path / "r.json")
+    assert asked[1][:2] == (compilers.DEFAULT_TARGETS, True)
