@@ -4,6 +4,7 @@ Expected kinds, counts and indices are written down by hand.
 """
 
 import functools
+import warnings
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from cases import draw_labels
 from jax.experimental import checkify
 
 import jaxent
+import jaxent.torch_compat as nn
 from jaxent import Finding, checked, diagnose, linear_softmax_cross_entropy, nll_loss, softmax_cross_entropy
 
 INF, NAN = np.inf, np.nan
@@ -91,6 +93,21 @@ MISTAKES: dict[str, tuple[np.ndarray, np.ndarray, Options, list[tuple[str, int, 
         [("labels_out_of_range", 1, 4, 3), ("not_finite", 1, 4, 1)],
     ),
 }
+UNDERFLOWS = np.array([[0.0, -200.0], [0.0, -1e7]], np.float32)
+MISTAKES |= {
+    "one_has_collapsed": (
+        np.concatenate([UNDERFLOWS, [[0.0, -30.0]]]).astype(np.float32),
+        np.zeros(3, np.int32),
+        {},
+        [("collapsed_loss", 1, 3, 2)],
+    ),
+    "nan_weights": (
+        CLEAN,
+        LABELS,
+        {"weights": np.array([1.0, NAN, -1.0, 1.0])},
+        [("bad_weights", 1, 4, 1), ("bad_weights", 1, 4, 2)],
+    ),
+}
 # Near each of the mistakes, and none.
 FINE: dict[str, tuple[np.ndarray, np.ndarray, Options]] = {
     "log_probabilities": (np.log(SOFTMAX), LABELS, {}),
@@ -109,6 +126,7 @@ FINE: dict[str, tuple[np.ndarray, np.ndarray, Options]] = {
     "sure_of_the_only_class": (np.where(np.eye(3, dtype=bool)[LABELS], 1.5, -1e9), LABELS, {}),
     "sure_and_smoothed": (changed(SURE, {(2, 2): -50.0}), LABELS, {"label_smoothing": 0.1}),
     "sure_and_exact": (np.where(np.eye(3, dtype=bool)[LABELS], 1.5, -INF), LABELS, {}),
+    "losses_that_underflow": (UNDERFLOWS, np.zeros(2, np.int32), {}),
     "ten_thousand": (CLEAN * np.float32(1e4), LABELS, {}),
     "shifted": (CLEAN + np.float32(1e4), LABELS, {}),
     "one_row_by_chance": (np.array([[0.25, 0.75]], ml_dtypes.bfloat16), np.array([0]), {}),
@@ -154,6 +172,142 @@ def test_a_sentence_names_the_row_and_what_it_holds():
     assert str(finding).startswith(
         "labels out of range: 1 of 4 rows, the first at [1, 0] (label 5 of classes 0 to 2). The loss is nan there:"
     )
+
+
+FLAGS = np.array([[0, 1, 0], [1, 0, 0]], np.uint8)
+PAIR = np.array([[0.5, 0.25, 0.25], [0.25, 0.25, 0.5]], np.float32)
+TABLE = np.array([[0.25, 0.25], [0.5, 0.0]], np.float32)
+IMAGES = np.array(np.moveaxis(CLEAN.reshape(2, 2, 3), -1, 1))
+# function, arguments, options, and what is found: kind, how many, of how many, the first place
+OTHER_MISTAKES: dict[str, tuple[Any, tuple[np.ndarray, ...], Options, list[tuple[Any, ...]]]] = {
+    "mask_of_255": (None, (CLEAN[:2], FLAGS * 255), {}, [("targets_out_of_range", 2, 6, (0, 1))]),
+    "missing": (
+        jaxent.sigmoid_cross_entropy,
+        (CLEAN[:2], changed(FLAGS.astype(np.float32), {(1, 2): -1.0})),
+        {"weights": np.array([[1.0, -1.0, 0.0], [1.0, 1.0, 1.0]], np.float32)},
+        [("targets_out_of_range", 1, 5, (1, 2)), ("bad_weights", 1, 5, (0, 1))],
+    ),
+    "binary_nan": (
+        jaxent.sigmoid_cross_entropy,
+        (changed(CLEAN[0], {1: NAN}), FLAGS[0]),
+        {},
+        [("not_finite", 1, 3, (1,))],
+    ),
+    "binary_none_kept": (
+        jaxent.sigmoid_cross_entropy,
+        (CLEAN[0], FLAGS[0]),
+        {"where": np.zeros(3, bool)},
+        [("ignored_rows", 3, 3, (0,))],
+    ),
+    "logits_for_bce": (nn.BCELoss(), (CLEAN[:2], FLAGS), {}, [("not_probabilities", 2, 6, (0, 0))]),
+    "bce_with_logits": (nn.BCEWithLogitsLoss(), (CLEAN[:2], FLAGS * 2), {}, [("targets_out_of_range", 2, 6, (0, 1))]),
+    "logits_for_nll": (nll_loss, (CLEAN, LABELS), {}, [("not_log_probabilities", 4, 4, (0,))]),
+    "probabilities_for_nll": (nn.nll_loss, (SOFTMAX, LABELS), {}, [("not_log_probabilities", 4, 4, (0,))]),
+    "twin_axis": (
+        nn.CrossEntropyLoss(ignore_index=7),
+        (IMAGES, np.array([[0, 7], [3, 1]])),
+        {},
+        [("labels_out_of_range", 1, 3, (1, 0))],
+    ),
+    "kl_div_swapped": (
+        nn.kl_div,
+        (PAIR, np.log(PAIR)),
+        {},
+        [("not_normalized", 6, 6, (0, 0)), ("negative_probabilities", 6, 6, (0, 0))],
+    ),
+    "counts": (jaxent.entropy, (np.array([[3, 5, 2], [1, 0, 0]]),), {}, [("labels_as_probabilities", 2, 2, (0,))]),
+    "float_labels": (jaxent.entropy, (np.array([2.0, 0.0, 1.0]),), {}, [("labels_as_probabilities", 1, 1, ())]),
+    "table_of_counts": (
+        jaxent.mutual_information,
+        (np.array([[5.0, 1.0], [2.0, 3.0]], np.float32),),
+        {},
+        [("labels_as_probabilities", 1, 1, ())],
+    ),
+    "second_operand": (
+        jaxent.kl_divergence,
+        (PAIR, changed(PAIR, {(1, 0): -0.25, (0, 0): 0.75})),
+        {},
+        [("negative_probabilities", 1, 2, (1,)), ("not_normalized", 1, 2, (0,))],
+    ),
+    "no_room": (
+        jaxent.cross_entropy,
+        (PAIR, np.array([[0.5, 0.5, 0.0], [0.25, 0.25, 0.5]], np.float32)),
+        {},
+        [("infinite_measure", 1, 2, (0,))],
+    ),
+    "axis_0": (jaxent.perplexity, (changed(PAIR.T, {(0, 1): 0.5}),), {"axis": 0}, [("not_normalized", 1, 2, (1,))]),
+    "masked_classes": (
+        jaxent.entropy,
+        (PAIR,),
+        {"where": np.array([True, True, False])},
+        [("not_normalized", 2, 2, (0,))],
+    ),
+    "event": (jaxent.self_information, (np.array([0.5, 1.5], np.float32),), {}, [("not_normalized", 1, 2, (1,))]),
+    "probabilities_as_logits": (
+        jaxent.kl_divergence_with_logits,
+        (SOFTMAX, CLEAN),
+        {},
+        [("probabilities_as_logits", 4, 4, (0,))],
+    ),
+    "logits_of_nan": (jaxent.entropy_with_logits, (changed(CLEAN, {(2, 1): NAN}),), {}, [("not_finite", 1, 4, (2,))]),
+    "no_labels": (jaxent.token_statistics, (changed(CLEAN, {3: -INF}),), {}, [("fully_masked", 1, 4, (3,))]),
+}
+OTHERS_FINE: dict[str, tuple[Any, tuple[np.ndarray, ...], Options]] = {
+    "flags": (None, (CLEAN[:2], FLAGS), {}),
+    "bools": (None, (CLEAN[:2], FLAGS == 1), {}),
+    "fractions": (jaxent.sigmoid_cross_entropy, (CLEAN, SOFT), {}),
+    "bad_but_not_kept": (
+        jaxent.sigmoid_cross_entropy,
+        (changed(CLEAN[:2], {(0, 0): NAN}), changed(FLAGS, {(0, 0): 255})),
+        {"where": np.arange(6).reshape(2, 3) > 0},
+    ),
+    "log_probabilities": (nll_loss, (np.log(SOFTMAX), LABELS), {}),
+    "log_probabilities_with_a_removed_class": (
+        nll_loss,
+        (np.array([[np.log(0.5), -INF, np.log(0.5)], [0.0, -INF, -INF]], np.float32), np.array([0, 0])),
+        {},
+    ),
+    "half": (nll_loss, (np.log(SOFTMAX).astype(ml_dtypes.bfloat16), LABELS), {}),
+    "twin": (nn.CrossEntropyLoss(ignore_index=7), (IMAGES, np.array([[0, 7], [2, 1]])), {}),
+    "kl_div": (nn.kl_div, (np.log(PAIR), PAIR), {}),
+    "kl_div_of_logs": (nn.KLDivLoss(log_target=True), (np.log(PAIR), np.log(PAIR)), {}),
+    "one_hot": (jaxent.kl_divergence, (np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)), {}),
+    "table": (jaxent.joint_entropy, (TABLE,), {}),
+    "masked": (
+        jaxent.entropy,
+        (np.array([[0.5, 0.5, NAN], [0.25, 0.75, 9.0]], np.float32),),
+        {"where": np.array([True, True, False])},
+    ),
+    "never_infinite": (jaxent.jensen_shannon_divergence, (PAIR, np.eye(3, dtype=np.float32)[:2]), {}),
+    "logits": (jaxent.cross_entropy_with_logits, (np.log(PAIR), CLEAN[:2]), {}),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_MISTAKES)
+def test_a_mistake_of_another_loss_is_found(name: str):
+    loss, args, options, expected = OTHER_MISTAKES[name]
+    assert summary(diagnose(*args, loss=loss, **options)) == expected
+    if loss is not None and not np.issubdtype(args[0].dtype, np.integer):
+        says = [str(f) for f in diagnose(*args, loss=loss, **options) if "that are negative:" not in str(f)]
+        assert checked_error(loss, args, options) == says[0]
+
+
+@pytest.mark.parametrize("name", OTHERS_FINE)
+def test_what_is_no_mistake_of_another_loss(name: str):
+    loss, args, options = OTHERS_FINE[name]
+    assert diagnose(*args, loss=loss, **options) == []
+    if loss is not None:
+        assert checked_error(loss, args, options) is None
+
+
+def checked_error(loss: Any, args: tuple[np.ndarray, ...], options: Options) -> str | None:
+    static = {k: v for k, v in options.items() if k == "axis"}
+    traced = {k: v for k, v in options.items() if k != "axis"}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "kl_div: reduction='mean'", UserWarning)
+        program = checkify.checkify(jax.jit(lambda args, traced: checked(loss)(*args, **traced, **static)))
+        message = program(args, traced)[0].get()
+    return None if message is None else message.split(" (`check` failed)")[0]
 
 
 def clean_problem(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Options]:
@@ -251,7 +405,12 @@ def test_bad_arguments():
         diagnose(LABELS, LABELS)
     with pytest.raises(ValueError, match=r"jaxent.diagnose: `targets` must have shape \(4,\)"):
         diagnose(CLEAN, LABELS[:3])
-    with pytest.raises(TypeError, match=r"jaxent.checked: `loss` must be a loss of logits"):
-        checked(jaxent.sigmoid_cross_entropy)
+    for no_loss in (jaxent.linear_kl_divergence, jaxent.linear_loss, jaxent.empirical_distribution, len):
+        with pytest.raises(TypeError, match=r"jaxent.checked: `loss` must be a loss of logits"):
+            checked(no_loss)
+    with pytest.raises(TypeError, match=r"jaxent.diagnose: `loss` must be one of logits or distributions"):
+        diagnose(CLEAN, LABELS, loss=linear_softmax_cross_entropy)
+    with pytest.raises(TypeError, match=r"jaxent.diagnose: `label_smoothing` must be an option of `loss`"):
+        diagnose(CLEAN, LABELS, loss=nll_loss, label_smoothing=0.1)
     with pytest.raises(ValueError, match=r"jaxent.checked: `vocab_axis` must be None"):
         checked(softmax_cross_entropy)(jnp.asarray(CLEAN), LABELS, vocab_axis="x")

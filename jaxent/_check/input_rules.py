@@ -38,12 +38,42 @@ class RuleMatch(NamedTuple):
     example: str
     values: dict[str, Any]
     advice: str
+    allowed: bool = False
+    """Whether it is only worth a word: `checked` does not stop a program for it."""
 
 
-class Rows:
-    """The arguments of one call as arrays of `xp`, which is `numpy` or `jax.numpy`; batch axes are one.
+class Counted:
+    """Rows of arrays of `xp`, which is `numpy` or `jax.numpy`, of which `counted` are looked at."""
 
-    `inputs` are logits `(rows, classes)`, or the hidden states `(rows, features)` of a linear loss.
+    def __init__(self, xp: Any, counted: Any):
+        self.xp, self.counted = xp, counted
+
+    def match(
+        self,
+        kind: str,
+        what: str,
+        rows: Any,
+        example: str,
+        advice: str,
+        values: dict[str, Any] | None = None,
+        allowed: bool = False,
+    ) -> RuleMatch:
+        return RuleMatch(kind, what, rows, self.xp.sum(self.counted), example, values or {}, advice, allowed)
+
+    def at(self, x: Any, index: Any) -> Any:
+        """One entry of each row."""
+        return self.xp.take_along_axis(x, index[:, None], axis=-1)[:, 0]
+
+    def first(self, bad: Any, x: Any) -> dict[str, Any]:
+        """The first bad entry of each row, and where it is."""
+        index = self.xp.argmax(bad, axis=-1)
+        return {"value": self.at(x, index), "at": index}
+
+
+class Rows(Counted):
+    """The arguments of one call of a loss over classes; batch axes are one.
+
+    `inputs` are logits or log-probabilities `(rows, classes)`, or hidden states `(rows, features)`.
     """
 
     def __init__(
@@ -66,27 +96,17 @@ class Rows:
         self.target_epsilon = 0.0 if by_label else float(jnp.finfo(targets.dtype).eps)
         self.weights = None if arguments.weights is None else xp.asarray(arguments.weights).reshape(-1)
         self.class_weights = None if arguments.class_weights is None else xp.asarray(arguments.class_weights)
-        self.counted = xp.ones(self.inputs.shape[0], bool)
+        counted = xp.ones(self.inputs.shape[0], bool)
         if by_label:
-            self.counted = ~xp.asarray(has_label(targets, ignore_index)).reshape(-1)
+            counted = ~xp.asarray(has_label(targets, ignore_index)).reshape(-1)
         if arguments.where is not None:
-            self.counted = self.counted & xp.asarray(arguments.where).reshape(-1)
-        if self.weights is not None:
-            self.counted = self.counted & (self.weights != 0)
+            counted = counted & xp.asarray(arguments.where).reshape(-1)
+        super().__init__(xp, counted if self.weights is None else counted & (self.weights != 0))
 
     def _last(self, x: jax.Array, axis: int) -> Any:
         rows = math.prod(rows_shape(x.shape, axis))
         wide = self.xp.asarray(x).astype(arrays.accumulation_dtype(x))
         return self.xp.moveaxis(wide, axis, -1).reshape(rows, x.shape[axis])
-
-    def suspect(
-        self, kind: str, what: str, rows: Any, example: str, advice: str, values: dict[str, Any] | None = None
-    ) -> RuleMatch:
-        return RuleMatch(kind, what, rows, self.xp.sum(self.counted), example, values or {}, advice)
-
-    def at(self, x: Any, index: Any) -> Any:
-        """One entry of each row."""
-        return self.xp.take_along_axis(x, index[:, None], axis=-1)[:, 0]
 
     @functools.cached_property
     def target_classes(self) -> Any:
@@ -100,40 +120,60 @@ class Rows:
 # What can be wrong
 
 
-def suspicions(r: Rows, linear: bool) -> Iterator[RuleMatch]:
-    """Everything that `diagnose` names, in its order; a linear loss has no logits to look at."""
-    if not linear:
-        yield _probabilities_as_logits(r)
+def rule_matches(r: Rows, inputs: str) -> Iterator[RuleMatch]:
+    """Everything that `diagnose` names, in its order, for `inputs` of "logits", "log_probs" or "hidden" states."""
+    if inputs == "logits":
+        yield probabilities_as_logits(r, r.inputs, r.epsilon)
+    if inputs == "log_probs":
+        yield _not_log_probabilities(r)
     if r.labels is not None:
         yield from _labels(r)
-    if linear:
-        yield _not_finite(r, ~r.xp.isfinite(r.inputs), "hidden states")
+    if inputs == "hidden":
+        yield not_finite(r, r.inputs, ~r.xp.isfinite(r.inputs), "hidden states")
     else:
-        yield from _logits(r)
+        yield from _logits(r, "logits" if inputs == "logits" else "log-probabilities")
     if r.probabilities is not None:
         yield from _probabilities(r)
     yield from _weights(r)
-    if not linear:
+    if inputs == "logits":
         yield from _ranges(r)
     yield _ignored_rows(r)
 
 
-def _probabilities_as_logits(r: Rows) -> RuleMatch:
-    xp, z = r.xp, r.inputs
+def probabilities_as_logits(r: Counted, z: Any, epsilon: float) -> RuleMatch:
+    xp, count = r.xp, z.shape[-1]
     rows = r.counted & xp.all(xp.isfinite(z), axis=-1)
     total = xp.sum(z, axis=-1)
     off = xp.max(xp.where(rows, xp.abs(total - 1), 0), initial=0)
     inside = xp.all(xp.all((z >= 0) & (z <= 1), axis=-1) | ~rows)
     # The chance of N rows of C uniforms, whose sum has the density 1 / (C-1)! at one (Irwin 1927, Hall 1927).
-    log_chance = xp.sum(rows, dtype=z.dtype) * (xp.log(2 * xp.maximum(off, r.epsilon)) - math.lgamma(r.count))
-    said = inside & (off <= TYPED) & (log_chance < math.log(CHANCE)) & (r.count > 1)
-    return r.suspect(
+    log_chance = xp.sum(rows, dtype=z.dtype) * (xp.log(2 * xp.maximum(off, epsilon)) - math.lgamma(count))
+    said = inside & (off <= TYPED) & (log_chance < math.log(CHANCE)) & (count > 1)
+    return r.match(
         "probabilities_as_logits",
         "probabilities passed as logits",
         rows & said,
         "they sum to {mass:.4g}",
         "The loss takes the softmax, here for the second time: pass what went into the first one, or the log of the "
         "probabilities; or call nll_loss(log(p), labels) or cross_entropy(targets, p).",
+        {"mass": total},
+    )
+
+
+def _not_log_probabilities(r: Rows) -> RuleMatch:
+    """Rounded to `eps`, a log-probability of -h makes a relative error of `h eps` in its probability."""
+    xp, log_p = r.xp, r.inputs
+    p = xp.exp(xp.minimum(log_p, 80))
+    total = xp.sum(p, axis=-1)
+    rounding = xp.sum(xp.where(xp.isfinite(log_p), p * xp.abs(log_p), 0), axis=-1)
+    bad = xp.abs(total - 1) > xp.maximum(NORMALIZED, 4 * r.epsilon * (1 + rounding))
+    return r.match(
+        "not_log_probabilities",
+        "rows that are no log-probabilities",
+        r.counted & bad & ~xp.any(xp.isnan(log_p), axis=-1),
+        "their exponentials sum to {mass:.4g}",
+        "This loss takes no softmax: pass log_softmax of logits, or the log of probabilities; or call "
+        "softmax_cross_entropy(logits, labels).",
         {"mass": total},
     )
 
@@ -145,7 +185,7 @@ def _labels(r: Rows) -> Iterator[RuleMatch]:
     just_above = labels == np.array(r.count, labels.dtype) if fits else xp.zeros_like(invalid)
     one_based = xp.all(just_above | ~invalid) & xp.all((labels > 0) | ~on)
     example = f"label {{label}} of classes 0 to {r.count - 1}"
-    yield r.suspect(
+    yield r.match(
         "labels_out_of_range",
         "labels out of range",
         invalid & ~one_based,
@@ -153,7 +193,7 @@ def _labels(r: Rows) -> Iterator[RuleMatch]:
         "The loss is nan there: pass it as `ignore_index` if it marks padding, else see how the labels are made.",
         {"label": labels},
     )
-    yield r.suspect(
+    yield r.match(
         "labels_one_based",
         "labels out of range, which seem to count from 1",
         invalid & one_based,
@@ -163,24 +203,23 @@ def _labels(r: Rows) -> Iterator[RuleMatch]:
     )
 
 
-def _not_finite(r: Rows, bad: Any, what: str) -> RuleMatch:
-    at = r.xp.argmax(bad, axis=-1)
-    return r.suspect(
+def not_finite(r: Counted, x: Any, bad: Any, what: str) -> RuleMatch:
+    return r.match(
         "not_finite",
         f"{what} with nan or inf",
         r.counted & r.xp.any(bad, axis=-1),
         "{value} at {at}",
         "Loss and gradient are nan there: look for where it starts (jax.debug_nans), or leave padding out by `where`.",
-        {"value": r.at(r.inputs, at), "at": at},
+        r.first(bad, x),
     )
 
 
-def _logits(r: Rows) -> Iterator[RuleMatch]:
+def _logits(r: Rows, what: str) -> Iterator[RuleMatch]:
     xp, z = r.xp, r.inputs
     top, removed = xp.max(z, axis=-1), xp.isneginf(z)
-    yield _not_finite(r, xp.isnan(z) | xp.isposinf(z), "logits")
+    yield not_finite(r, z, xp.isnan(z) | xp.isposinf(z), what)
     same = (top == xp.min(z, axis=-1)) & (top <= MASK) & (r.count > 1)
-    yield r.suspect(
+    yield r.match(
         "fully_masked",
         "rows in which every class is masked",
         r.counted & (xp.isneginf(top) | same),
@@ -194,9 +233,9 @@ def _logits(r: Rows) -> Iterator[RuleMatch]:
     if r.class_weights is not None:
         asked = asked & (r.class_weights != 0)[None, :]
     asked = asked & removed & ~xp.isneginf(top)[:, None]
-    yield r.suspect(
+    yield r.match(
         "infinite_loss",
-        "logits of -inf in a class that the target counts on",
+        f"{what} of -inf in a class that the target counts on",
         r.counted & xp.any(asked, axis=-1),
         "class {at}",
         "The loss is +inf there: mask no class that can be right, and do not smooth over masked ones.",
@@ -207,37 +246,40 @@ def _logits(r: Rows) -> Iterator[RuleMatch]:
 def _probabilities(r: Rows) -> Iterator[RuleMatch]:
     xp, t = r.xp, r.probabilities
     bad, total = ~(t >= 0), xp.sum(t, axis=-1)
-    at = xp.argmax(bad, axis=-1)
-    yield r.suspect(
+    yield r.match(
         "negative_targets",
         "target probabilities that are negative or nan",
         r.counted & xp.any(bad, axis=-1),
         "{value:.4g} at {at}",
         "Targets are probabilities: take the softmax of a teacher's logits.",
-        {"value": r.at(t, at), "at": at},
+        r.first(bad, t),
     )
     allowed = max(NORMALIZED, 4 * r.target_epsilon)
-    yield r.suspect(
+    yield r.match(
         "not_normalized",
         "target probabilities that do not sum to one",
         r.counted & ~xp.any(bad, axis=-1) & ~(xp.abs(total - 1) <= allowed),
         "they sum to {mass:.4g}",
-        "The loss does not divide by the sum, and its gradient is not softmax(z) - t: divide before.",
+        "The loss does not divide by the sum, and its gradient is not softmax(z) - t: divide before. Several classes "
+        "that are each right or wrong, or a mask, go into sigmoid_cross_entropy.",
         {"mass": total},
     )
 
 
 def _weights(r: Rows) -> Iterator[RuleMatch]:
     xp = r.xp
-    advice = "A negative weight rewards mistakes, and one of nan makes the loss nan: weights are >= 0."
     if r.weights is not None:
-        bad = r.counted & xp.isnan(r.weights)
-        yield r.suspect("bad_weights", "row weights that are negative or nan", bad, "not >= 0", advice)
+        yield from row_weights(r, r.weights)
     if r.class_weights is None:
         return
     c = r.class_weights[None, :]
     for kind, what, wrong, say in (
-        ("bad_weights", "class weights that are negative or nan", ~(c >= 0), advice),
+        (
+            "bad_weights",
+            "class weights that are negative or nan",
+            ~(c >= 0),
+            "A negative weight rewards mistakes, and one of nan makes the loss nan: class weights are >= 0.",
+        ),
         (
             "zero_class_weights",
             "class weights of zero for classes in use",
@@ -247,7 +289,29 @@ def _weights(r: Rows) -> Iterator[RuleMatch]:
     ):
         used = r.target_classes & wrong
         at = xp.argmax(used, axis=-1)
-        yield r.suspect(kind, what, r.counted & xp.any(used, axis=-1), "class {at}", say, {"at": at})
+        yield r.match(kind, what, r.counted & xp.any(used, axis=-1), "class {at}", say, {"at": at})
+
+
+def row_weights(r: Counted, weights: Any) -> Iterator[RuleMatch]:
+    """Of either sign, as advantages and unlikelihood are, but the mean of the loss divides by their sum."""
+    value = {"value": weights}
+    yield r.match(
+        "bad_weights",
+        "row weights of nan",
+        r.counted & r.xp.isnan(weights),
+        "weight {value}",
+        "The loss is nan there: leave the row out by `where`, or give it a weight of 0.",
+        value,
+    )
+    yield r.match(
+        "bad_weights",
+        "row weights that are negative",
+        r.counted & (weights < 0),
+        "weight {value:.4g}",
+        'They reward mistakes. If that is meant, as for advantages, pass a `denominator`: "mean" divides by the sum.',
+        value,
+        allowed=True,
+    )
 
 
 def _ranges(r: Rows) -> Iterator[RuleMatch]:
@@ -258,7 +322,7 @@ def _ranges(r: Rows) -> Iterator[RuleMatch]:
         usable = usable & (r.classes != INVALID)
     lowest = xp.min(xp.where(asked & ~removed, z, top[:, None]), axis=-1)
     decisive = xp.where(xp.abs(top) >= FLOAT16_LIMIT, top, lowest)
-    yield r.suspect(
+    yield r.match(
         "float16_overflow",
         "logits that float16 cannot hold",
         usable & (xp.abs(decisive) >= FLOAT16_LIMIT) & (top > MASK),
@@ -270,26 +334,27 @@ def _ranges(r: Rows) -> Iterator[RuleMatch]:
     shares = asked.astype(z.dtype) if r.probabilities is None else r.probabilities
     usual = xp.sum(xp.where(asked, shares * ((z - top[:, None]) - log_total[:, None]), 0), axis=-1)
     others = ~asked & (z > MASK)
-    collapsed = usable & (usual == 0) & xp.any(others, axis=-1)
+    loss = xp.log1p(xp.sum(xp.where(others, xp.exp(z - lowest[:, None]), 0), axis=-1))
+    # A loss that underflows is 0 by any formula; numbers below `tiny` are flushed to 0 by some back ends.
+    rounded = (usual == 0) & (loss >= jnp.finfo(z.dtype).tiny)
     plain = True
     for option in (r.arguments.smoothing, r.arguments.z_loss):
         plain = plain if option is None else plain & (r.xp.asarray(option) == 0)
-    rest = xp.sum(xp.where(others, xp.exp(z - lowest[:, None]), 0), axis=-1)
-    yield r.suspect(
+    yield r.match(
         "collapsed_loss",
         "losses that round to 0, although they are not",
-        collapsed & xp.all(collapsed | ~r.counted) & plain,
+        usable & rounded & xp.all((usable & (usual == 0) & xp.any(others, axis=-1)) | ~r.counted) & plain,
         "the loss is {loss:.1e}, and 0 as logsumexp(z) - z[y]",
         "With such a formula nothing is learnt from any row; the losses of jaxent keep value and gradient. Smaller "
         "logits (weight decay, a soft cap, label smoothing) keep both for everyone.",
-        {"loss": xp.log1p(rest)},
+        {"loss": loss},
     )
 
 
 def _ignored_rows(r: Rows) -> RuleMatch:
     xp, rows = r.xp, r.counted.shape[0]
     ignored = rows - xp.sum(r.counted)
-    suspicion = r.suspect(
+    match = r.match(
         "ignored_rows",
         "rows that do not count",
         ~r.counted & (10 * ignored >= IGNORED_TENTHS * rows),
@@ -297,4 +362,4 @@ def _ignored_rows(r: Rows) -> RuleMatch:
         "Little or nothing is learnt: look at `ignore_index`, `where` and `weights`, or pack the rows more densely.",
         {} if r.labels is None else {"label": r.labels},
     )
-    return suspicion._replace(total=rows)
+    return match._replace(total=rows)

@@ -1,6 +1,6 @@
-"""What is wrong with the inputs of a loss over classes: on the host, or inside a program under `checkify`.
+"""What is wrong with the inputs of a loss or a measure: on the host, or inside a program under `checkify`.
 
-`_suspicions` knows what can be wrong; here its rows become findings or the errors of a program.
+The rules know what can be wrong; here their matches become findings or the errors of a program.
 """
 
 import dataclasses
@@ -12,13 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import checkify
 from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
-from jaxent._arguments.targets import check_ignore_index, check_softmax_arguments, check_softmax_call, rows_shape
-from jaxent._check.input_rules import Rows, suspicions
+from jaxent._check.call_inputs import read_inputs
+from jaxent._check.input_rules import RuleMatch
+from jaxent._check.loss_calls import LossSignature, read_signature
+from jaxent.losses import sigmoid_cross_entropy, softmax_cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +52,9 @@ def _sentence(what: str, count: Any, total: Any, first: tuple[Any, ...], example
 
 def diagnose(
     logits: ArrayLike,
-    targets: ArrayLike,
+    targets: ArrayLike | None = None,
     *,
+    loss: Callable[..., Any] | None = None,
     axis: int = -1,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
@@ -61,7 +63,9 @@ def diagnose(
     label_smoothing: ArrayLike = 0.0,
     z_loss: ArrayLike = 0.0,
 ) -> list[Finding]:
-    r"""What looks wrong in the inputs of `softmax_cross_entropy`, the worst first; empty for clean ones.
+    r"""What looks wrong in the inputs of a loss or a measure, the worst first; empty for clean ones.
+
+    Of `softmax_cross_entropy`:
 
     - `"probabilities_as_logits"`: every row is one of probabilities, so that the softmax is taken twice. Said only if
       uniform logits would look like it with a chance below 1e-4, $(2 \delta / (C-1)!)^N$ for N rows of C classes whose
@@ -71,16 +75,25 @@ def diagnose(
     - `"not_finite"`: nan or +inf in the logits. `"fully_masked"`: every class is -inf, or one number below -1e8.
     - `"infinite_loss"`: a class that the target counts on has the logit -inf.
     - `"not_normalized"`: target probabilities that miss the sum of one by more than 1e-3. `"negative_targets"`.
-    - `"bad_weights"`: negative or nan. `"zero_class_weights"`: a class in use weighs nothing.
+    - `"bad_weights"`: nan or negative; negative row weights are allowed, and only mentioned. `"zero_class_weights"`: a
+      class in use weighs nothing.
     - `"float16_overflow"`: the logits exceed 65504 where it decides the loss. `"ignored_rows"`: 90% or more.
     - `"collapsed_loss"`: the usual `logsumexp(z) - z[y]` is 0 in every row through rounding, and so is its gradient.
 
-    **Arguments:** those of `softmax_cross_entropy`, as values: it runs on the host. Rows that the loss does not count
-    are not looked at.
+    Of `nll_loss` also `"not_log_probabilities"`. Of binary losses `"targets_out_of_range"` (outside [0, 1]),
+    `"not_probabilities"`, `"not_finite"`, `"bad_weights"`. Of measures, for each operand, `"labels_as_probabilities"`
+    (whole numbers: labels or counts), `"negative_probabilities"`, `"not_normalized"`, `"infinite_measure"`, or those of
+    logits.
+
+    **Arguments:** those of the loss, as values: it runs on the host. Rows that the loss does not count are not looked
+    at. `loss`: the function that gets them, one of this library or of `torch_compat`, or one like them (see
+    `checked`); None is `softmax_cross_entropy`, or `sigmoid_cross_entropy` for flags or integers of the logits' shape.
+    Options that have no keyword here go into a `functools.partial` of it.
 
     **Returns:** a list of `Finding`.
 
-    **Raises:** `TypeError` for traced arguments (see `checked`) and for a wrong dtype, `ValueError` for a wrong shape.
+    **Raises:** `TypeError` for traced arguments (see `checked`), a wrong dtype or a loss of hidden states, `ValueError`
+    for a wrong shape.
 
     >>> for finding in diagnose(jnp.array([[0.3, 0.3, 0.4]]), jnp.array([3])):
     ...     print(finding.kind, finding.count, finding.first, finding.example)
@@ -88,52 +101,76 @@ def diagnose(
     labels_one_based 1 (0,) label 3 of classes 0 to 2
     >>> diagnose(jnp.log(jnp.array([[0.3, 0.3, 0.4]])), jnp.array([2]))
     []
+    >>> [finding.kind for finding in diagnose(jnp.array([3.0, 5.0, 2.0]), loss=entropy)]
+    ['labels_as_probabilities']
     """
     name = "diagnose"
-    options = {"where": where, "weights": weights, "class_weights": class_weights}
-    options |= {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    options = {"where": where, "weights": weights, "class_weights": class_weights, "ignore_index": ignore_index}
+    options |= {"label_smoothing": label_smoothing, "z_loss": z_loss, "axis": axis}
     for argument, value in {"logits": logits, "targets": targets, **options}.items():
         _check_concrete(name, argument, value)
-    (z, arguments, _), static = check_softmax_call(
-        name,
-        logits,
-        targets,
-        axis=axis,
-        ignore_index=ignore_index,
-        reduction="none",
-        denominator=None,
-        vocab_axis=None,
-        **options,
-    )
-    axis = static["classes"].axis
-    batch = rows_shape(z.shape, axis)
-    findings = []
+    if loss is None:
+        loss = sigmoid_cross_entropy if _are_flags(logits, targets) else softmax_cross_entropy
+    signature = read_signature(name, loss)
+    if signature.kind == "hidden":
+        raise arrays.dtype_error(name, "loss", "be one of logits or distributions (see jaxent.checked)", loss)
+    given = {k: v for k, v in options.items() if not _is_default(k, v)}
+    for option in given:
+        if not signature.takes(option):
+            raise TypeError(f"jaxent.{name}: `{option}` must be an option of `loss`, and {signature.name} has none")
+    arguments = signature.bind(logits, *([] if targets is None else [targets]), **given)
     with np.errstate(all="ignore"):
-        rows = Rows(np, z, axis, z.shape[axis], arguments, static["ignore_index"])
-        for suspicion in suspicions(rows, linear=False):
-            if count := int(np.sum(suspicion.rows)):
-                at = int(np.argmax(suspicion.rows))
-                first = tuple(map(int, np.unravel_index(at, batch))) if batch else ()
-                example = suspicion.example.format(**{k: v[at].item() for k, v in suspicion.values.items()})
-                kind, what, total, advice = suspicion.kind, suspicion.what, int(suspicion.total), suspicion.advice
-                findings.append(Finding(kind, what, count, total, first, example, advice))
-    return findings
+        return [
+            finding
+            for batch, matches in read_inputs(name, np, signature, arguments)
+            for match in matches
+            if (finding := _finding(match, batch)) is not None
+        ]
+
+
+DEFAULTS: dict[str, Any] = {
+    name: parameter.default for name, parameter in inspect.signature(diagnose).parameters.items()
+}
+
+
+def _is_default(option: str, value: Any) -> bool:
+    return value is DEFAULTS[option] or (isinstance(value, (int, float)) and value == DEFAULTS[option])
+
+
+def _are_flags(logits: ArrayLike, targets: ArrayLike | None) -> bool:
+    """Integers or bools shaped like the logits are no labels, of which there is one for each row."""
+    if targets is None or isinstance(targets, (bool, int)):
+        return False
+    kind = np.asarray(targets).dtype.kind
+    return kind in "biu" and np.ndim(targets) > 0 and np.shape(targets) == np.shape(logits)
+
+
+def _finding(match: RuleMatch, batch: tuple[int, ...]) -> Finding | None:
+    count = int(np.sum(match.rows))
+    if not count:
+        return None
+    at = int(np.argmax(match.rows))
+    first = tuple(map(int, np.unravel_index(at, batch))) if batch else ()
+    example = match.example.format(**{k: v[at].item() for k, v in match.values.items()})
+    return Finding(match.kind, match.what, count, int(match.total), first, example, match.advice)
 
 
 def checked(loss: Callable[..., Any]) -> Callable[..., Any]:
     """The same loss, with the findings of `diagnose` as errors of `jax.experimental.checkify`.
 
     Value and gradient are those of `loss`. Each finding is a `checkify.check`, the worst first, whose error says what
-    and where. Use it under `checkify.checkify`, with or without `jit`, `grad` and `scan`; without `checkify` a `jit`
-    refuses it, as it does any check.
+    and where; negative row weights, which are allowed, are none. Use it under `checkify.checkify`, with or without
+    `jit`, `grad` and `scan`; without `checkify` a `jit` refuses it, as it does any check.
 
-    **Arguments:** `loss`: called with logits `(*batch, classes)` and targets first, like `softmax_cross_entropy` and
-    `nll_loss`, or with hidden states, kernel and targets, like `linear_softmax_cross_entropy`; then the findings are
-    those that need no logits. Among its keyword arguments, the options of `diagnose` mean what they mean there.
+    **Arguments:** `loss`: a loss or a measure of this library, a function or class of `torch_compat`, a
+    `functools.partial` of one, or a function whose parameters are called like theirs: `logits` `(*batch, classes)`,
+    `log_probs` or `input` and targets; `hidden`, `kernel` and targets, where the findings are those that need no
+    logits; or distributions `p` and `q`. Among its keyword arguments, the options of `diagnose` mean what they mean
+    there. With `input` and `target` the classes lie where PyTorch has them, on axis 1.
 
     **Returns:** a function with the arguments of `loss`.
 
-    **Raises:** `TypeError` for a loss without classes; the function `ValueError` if the classes are split over devices
+    **Raises:** `TypeError` for another function; the function `ValueError` if the classes are split over devices
     (`vocab_axis`).
 
     >>> from jax.experimental import checkify
@@ -142,61 +179,37 @@ def checked(loss: Callable[..., Any]) -> Callable[..., Any]:
     >>> print(error.get().split(".")[0])
     labels out of range: 1 of 2 rows, the first at [1] (label 7 of classes 0 to 2)
     """
-    signature = inspect.signature(loss)
-    if "pos_weight" in signature.parameters or len(signature.parameters) < 2:
-        raise TypeError(f"jaxent.checked: `loss` must be a loss of logits (or hidden states) and targets, got {loss!r}")
-    linear = "kernel" in signature.parameters
+    signature = read_signature("checked", loss)
 
-    @functools.wraps(loss)
     def checked_loss(*args: Any, **options: Any) -> Any:
-        bound = signature.bind(*args, **options)
-        bound.apply_defaults()
-        _check_values(bound.arguments, linear)
+        _check_values(signature, signature.bind(*args, **options))
         return loss(*args, **options)
 
-    return checked_loss
+    return functools.update_wrapper(checked_loss, loss, updated=())
 
 
-def _check_values(arguments: dict[str, Any], linear: bool) -> None:
-    """One `checkify.check` for each suspicion."""
-    name = "checked"
-    arguments = {k: v for k, v in arguments.items() if k != "options"} | arguments.get("options", {})
+def _check_values(signature: LossSignature, arguments: dict[str, Any]) -> None:
+    """One `checkify.check` for each rule."""
     if arguments.get("vocab_axis") is not None:
-        raise ValueError(f"jaxent.{name}: `vocab_axis` must be None: the findings need whole rows of classes")
-    inputs, *rest = arguments.values()
-    kernel, targets = rest[:2] if linear else (None, rest[0])
-    inputs = lax.stop_gradient(arrays.floating(name, "hidden" if linear else "logits", inputs))
-    axis = arrays.canonical_axis(name, arguments.get("axis", -1), inputs.ndim)
-    count = inputs.shape[axis] if kernel is None else kernel.shape[1]
-    given = check_softmax_arguments(
-        name,
-        (*inputs.shape[:axis], count, *inputs.shape[len(inputs.shape) + axis + 1 :]),
-        axis,
-        targets,
-        where=arguments.get("where"),
-        weights=arguments.get("weights"),
-        class_weights=arguments.get("class_weights"),
-        label_smoothing=arguments.get("label_smoothing", 0.0),
-        z_loss=arguments.get("z_loss", 0.0),
-    )
-    given = jax.tree.map(lax.stop_gradient, given)
-    ignore_index = check_ignore_index(name, arguments.get("ignore_index", -100))
-    batch = rows_shape(inputs.shape, axis)
-    if 0 in batch:
-        return
-    for suspicion in suspicions(Rows(jnp, inputs, axis, count, given, ignore_index), linear):
-        at = jnp.argmax(suspicion.rows)
-        places = {f"place_{i}": x for i, x in enumerate(jnp.unravel_index(at, batch))} if batch else {}
-        first = tuple(f"{{{place}}}" for place in places)
-        message = _sentence(suspicion.what, "{count}", "{total}", first, suspicion.example, suspicion.advice)
-        checkify.check(
-            ~jnp.any(suspicion.rows),
-            message,
-            count=jnp.sum(suspicion.rows),
-            total=jnp.asarray(suspicion.total),
-            **places,
-            **{k: v[at] for k, v in suspicion.values.items()},
-        )
+        raise ValueError("jaxent.checked: `vocab_axis` must be None: the findings need whole rows of classes")
+    for batch, matches in read_inputs("checked", jnp, signature, arguments):
+        if 0 in batch:
+            continue
+        for match in matches:
+            if match.allowed:
+                continue
+            at = jnp.argmax(match.rows)
+            places = {f"place_{i}": x for i, x in enumerate(jnp.unravel_index(at, batch))} if batch else {}
+            first = tuple(f"{{{place}}}" for place in places)
+            message = _sentence(match.what, "{count}", "{total}", first, match.example, match.advice)
+            checkify.check(
+                ~jnp.any(match.rows),
+                message,
+                count=jnp.sum(match.rows),
+                total=jnp.asarray(match.total),
+                **places,
+                **{k: v[at] for k, v in match.values.items()},
+            )
 
 
 def _check_concrete(function: str, argument: str, value: Any) -> None:
