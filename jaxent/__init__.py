@@ -72,12 +72,14 @@ Checks
     checked                           a loss that reports them inside a compiled program, under checkify
     check_gradient                    whether a gradient is right, and to how many digits
     GradientReport                    what it returns
+    Comparison                        one line of it: the worst entry of one way to the derivative
 
 `jaxent.torch_compat` has PyTorch's losses under their own names, with its results;
 `jaxent --help` describes the command line.
 """
 
 from jaxent._arguments.reduction import WeightedSum as WeightedSum
+from jaxent._check.gradient import Comparison as Comparison
 from jaxent._check.gradient import GradientReport as GradientReport
 from jaxent._check.gradient import check_gradient as check_gradient
 from jaxent._check.inputs import Finding as Finding
@@ -127,6 +129,7 @@ from jaxent.token_statistics import token_statistics as token_statistics
 __version__ = "0.1.0"
 
 __all__ = [
+    "Comparison",
     "EmpiricalRisk",
     "Finding",
     "GradientNoise",

@@ -16,6 +16,7 @@ import pytest
 from cases import draw_labels, draw_logits, softmax_cross_entropy, softmax_cross_entropy_gradient
 
 import jaxent
+import jaxent.torch_compat as nn
 from jaxent import GradientReport, check_gradient
 from jaxent._check.gradient import DIFFERENCES, Comparison
 
@@ -287,6 +288,70 @@ def test_random_bits_that_change_with_the_default_dtype(key: Callable[[int], Any
         return cubes(jnp.where(keep, 2 * x, 0))
 
     assert check_gradient(fixed, x).notes == ()
+
+
+def test_a_wrong_second_derivative():
+    """A rule whose own derivative is wrong: the first derivative is right."""
+
+    @jax.custom_jvp
+    def slope(x: Any) -> jax.Array:
+        return 3 * x**2
+
+    slope.defjvp(lambda primals, tangents: (slope(*primals), 5.9 * primals[0] * tangents[0]))
+    loss, x = with_gradient(cubes, slope), np.array([1.0, 0.5], np.float32)
+    assert check_gradient(loss, x).ok
+    report = check_gradient(loss, x, second_order=True)
+    assert not report.ok
+    assert report.notes[-1].startswith("The derivative rule is wrong")
+    assert check_gradient(cubes, x, second_order=True).ok
+    with pytest.raises(ValueError, match="`closed_form` and `oracle` go with second_order=False"):
+        check_gradient(cubes, x, second_order=True, oracle=x)
+
+
+H = np.array([[0.5, -1.0], [0.25, 2.0], [-0.75, 1.5]], np.float32)
+W = np.array([[1.0, -0.5, 0.25, 0.5], [-1.5, 0.75, 0.5, 1.0]], np.float32)
+Y = np.array([2, 0, 3])
+STEP = np.array([[0.5, -1.0, 0.25, 0.75]], np.float32)
+SIMPLEX = np.array([[0.125, 0.25, 0.125, 0.5], [0.5, 0.25, 0.125, 0.125]], np.float32)
+
+COVERED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], bool]] = {
+    "logit_hessian_product": (
+        lambda z, v: jnp.sum(jaxent.logit_hessian_product(z, v) ** 2),
+        (H @ W, H @ W * 0.5),
+        False,
+    ),
+    "ggn_vector_product": (
+        lambda w: jnp.sum(jaxent.ggn_vector_product(lambda w: H.astype(w.dtype) @ w, w, w * w) ** 2),
+        (W,),
+        False,
+    ),
+    "fisher_vector_product": (
+        lambda w: jnp.sum(jaxent.fisher_vector_product(lambda w: H.astype(w.dtype) @ w, w, Y, w * w) ** 2),
+        (W,),
+        False,
+    ),
+    "linear_gradient_norms": (lambda h, w: jnp.sum(jaxent.linear_gradient_norms(h, w, Y).kernel), (H, W), False),
+    "token_statistics": (lambda z: jnp.sum(jaxent.token_statistics(z, Y).entropy), (H @ W,), True),
+    "linear_token_statistics": (lambda h, w: jnp.sum(jaxent.linear_token_statistics(h, w, Y).entropy), (H, W), False),
+    "entropy": (lambda p: jnp.sum(jaxent.entropy(p)), (SIMPLEX,), True),
+    "kl_divergence": (lambda p, q: jnp.sum(jaxent.kl_divergence(p, q)), (SIMPLEX, SIMPLEX[::-1]), True),
+    "renyi_divergence": (lambda p, q: jnp.sum(jaxent.renyi_divergence(p, q, 2.5)), (SIMPLEX, SIMPLEX[::-1]), True),
+    "mutual_information": (lambda p: jaxent.mutual_information(p), (SIMPLEX / 2,), True),
+    "softmax_cross_entropy": (softmax_cross_entropy, (H @ W, Y), True),
+    "linear_softmax_cross_entropy": (jaxent.linear_softmax_cross_entropy, (H, W, Y), True),
+    "twin cross_entropy": (nn.CrossEntropyLoss(label_smoothing=0.125), (H @ W, Y), True),
+    "twin kl_div": (functools.partial(nn.kl_div, reduction="batchmean"), (np.log(SIMPLEX[::-1]), SIMPLEX), True),
+    "twin binary": (nn.BCEWithLogitsLoss(), (H @ W, np.tile(SIMPLEX[:1], (3, 1))), True),
+}
+
+
+@pytest.mark.parametrize("name", COVERED)
+def test_what_else_can_be_checked(name: str):
+    """Curvature, norms, statistics, measures and PyTorch's losses, and what is due of second order."""
+    function, args, second_order = COVERED[name]
+    report = check_gradient(function, *args, tolerance=64, second_order=second_order)
+    assert report.ok, str(report)
+    assert {c.way for c in report.comparisons} == {"value", "jax.grad", "jax.jvp", DIFFERENCES}
 
 
 def test_smooth_functions_raise_no_false_alarm(rng: np.random.Generator):

@@ -90,6 +90,19 @@ class FlatArguments:
         return self.flat(leaves), self.flat(known) > 0
 
 
+class DirectionalDerivative(FlatArguments):
+    """The derivative of the loss along a fixed direction, whose gradient is a product with the Hessian."""
+
+    def __call__(self, floating: list[Any]) -> jax.Array:
+        gradient = jax.grad(super().__call__)(floating)
+        return self.along(gradient, jnp.result_type(*(arrays.accumulation_dtype(g) for g in gradient)))
+
+    def along(self, gradient: list[jax.Array], dtype: Any) -> jax.Array:
+        signs = self.split(np.random.default_rng(1).choice([-1.0, 1.0], self.count))
+        terms = [jnp.sum(g.astype(dtype) * jnp.asarray(s, dtype)) for g, s in zip(gradient, signs, strict=True)]
+        return sum(terms[1:], terms[0])
+
+
 def _leaf(leaf: Any) -> Any:
     return jnp.asarray(leaf) if isinstance(leaf, (bool, int, float, np.ndarray, np.generic)) else leaf
 

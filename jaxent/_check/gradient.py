@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxent._check.autodiff import (
+    DirectionalDerivative,
     Estimates,
     FlatArguments,
     Gradient,
@@ -113,6 +114,7 @@ def check_gradient(
     closed_form: Callable[..., Any] | None = None,
     oracle: Any = None,
     tolerance: float | None = None,
+    second_order: bool = False,
     **options: Any,
 ) -> GradientReport:
     r"""Compares the ways to the gradient of a loss, in ulp: closed form, reverse, forward, differences, float64.
@@ -136,6 +138,8 @@ def check_gradient(
     - `oracle`: the exact gradient in the form of `closed_form`'s, or a function that gives it, called with the
       arguments of `loss_fn`, the floating leaves as float64 NumPy arrays.
     - `tolerance`: the largest error in ulp; None allows $\epsilon^{-1/2}$, half of the digits of the dtype.
+    - `second_order`: checks the gradient of the derivative along a fixed direction in place of the loss, which is a
+      product with the Hessian. There is no closed form or oracle of it.
 
     **Returns:** a `GradientReport`, which is not `ok` if nothing could be compared. Where the reference is nan or
     infinite, the others must be so too. Beyond 256 entries, forward mode and differences look at 256 that are drawn,
@@ -153,9 +157,15 @@ def check_gradient(
     >>> usual.ok, usual.worst.got, f"{usual.worst.want:.1e}"
     (False, 0.0, '-2.1e-09')
     """
-    flat = FlatArguments("check_gradient", loss_fn, args, options)
+    if second_order and not (closed_form is None and oracle is None):
+        raise ValueError("jaxent.check_gradient: `closed_form` and `oracle` go with second_order=False")
+    if second_order:
+        flat = DirectionalDerivative("check_gradient", loss_fn, args, options)
+    else:
+        flat = FlatArguments("check_gradient", loss_fn, args, options)
+        closed_form = closed_form or _known_closed_form(loss_fn)
     (float64,) = evaluate([flat])
-    (estimates,) = autodiff_gradients([(flat, closed_form or _known_closed_form(loss_fn))])
+    (estimates,) = autodiff_gradients([(flat, closed_form)])
     # A float32 value of bfloat16 arguments may well have been computed in bfloat16.
     estimates = dataclasses.replace(estimates, epsilon=max(estimates.epsilon, float(flat.epsilon.max())))
     exact = oracle
