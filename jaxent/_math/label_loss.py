@@ -11,7 +11,7 @@ from jax import lax
 
 from jaxent._math import safe
 from jaxent._math.softmax import Normalizer, log_probabilities_jvp, shift_of
-from jaxent._mesh.class_axis import ClassAxis
+from jaxent._mesh.class_axis import ClassAxis, row_sum
 from jaxent._mesh.types import may_be_split_by_xla
 
 INVALID = -2  # a label that is no class: loss nan, gradient nan
@@ -128,7 +128,7 @@ FUSED_CLASSES = 2**15
 
 def _sum_for_gradient(z: jax.Array, label: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
     label, shift = (jnp.expand_dims(x, classes.axis) for x in (label, shift))
-    return jnp.sum(_other_exponentials(z, label, shift, classes), axis=classes.axis)
+    return row_sum(_other_exponentials(z, label, shift, classes), classes.axis, keepdims=False)
 
 
 def _other_exponentials(z: jax.Array, labels: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:

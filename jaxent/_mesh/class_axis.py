@@ -11,6 +11,20 @@ from jaxent._mesh.apply import on_each_device, with_auto_axes
 from jaxent._mesh.types import axis_names, may_be_split_by_xla, mesh_of, partition_of, pcast_like
 
 
+def row_sum(x: jax.Array, axis: int | tuple[int, ...], keepdims: bool = False) -> jax.Array:
+    """The sum along `axis` in the dtype of `x`, kept out of what XLA fuses with the results.
+
+    XLA's CPU back end of jax 0.10.2 reads the wrong operand in `v - sum(z * v)` where `z` is a factor that is broadcast
+    over a batch, as it is under `vmap` and so in every Hessian. `reduce_precision` to the dtype's own precision changes
+    no bit and ends the fusion; its transpose is itself, so that the sums of reverse mode are kept apart as well.
+    """
+    total = jnp.sum(x, axis=axis, keepdims=keepdims, dtype=x.dtype)  # a sum of int32 would become int64 with x64 on
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return total
+    bits = jnp.finfo(x.dtype)
+    return lax.reduce_precision(total, exponent_bits=bits.nexp, mantissa_bits=bits.nmant)
+
+
 @dataclasses.dataclass(frozen=True)
 class ClassAxis:
     """Reductions and look-ups along the classes; every result keeps the axis, with length 1.
@@ -54,8 +68,7 @@ class ClassAxis:
         return largest if self.mesh_axis is None else lax.pmax(largest, self.mesh_axis)
 
     def sum(self, x: jax.Array) -> jax.Array:
-        # With 64-bit types on, a sum of int32 would become int64.
-        return self.psum(jnp.sum(x, axis=self.axis, keepdims=True, dtype=x.dtype))
+        return self.psum(row_sum(x, self.axis, keepdims=True))
 
     def psum(self, partial_sum: jax.Array) -> jax.Array:
         """One device's sums, summed over the shards."""
@@ -72,7 +85,7 @@ class ClassAxis:
         """`x` at the row's label; 0 for a label outside the classes."""
         if not jax.typeof(x).sharding.mesh.empty:
             # A gather over a sharded class axis raises on an explicit mesh; the comparison shards like any sum.
-            return self.psum(jnp.sum(jnp.where(self.is_class(labels, x), x, 0), axis=self.axis, keepdims=True))
+            return self.sum(jnp.where(self.is_class(labels, x), x, 0))
         local, count = labels - self.offset(x), x.shape[self.axis]
         taken = jnp.take_along_axis(x, jnp.clip(local, 0, count - 1), axis=self.axis, mode="promise_in_bounds")
         taken, local = (jnp.squeeze(x, self.axis) for x in (taken, local))  # faster on a CPU than (rows, 1)
