@@ -4,12 +4,12 @@ Probabilities are taken as they are: nothing is rescaled to sum to one. A negati
 """
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
 from jaxent._arguments.distributions import Axes, check_order, of_distributions
 from jaxent._math import renyi, safe
+from jaxent._mesh.class_axis import row_sum
 
 
 def kl_divergence(
@@ -100,8 +100,8 @@ def renyi_divergence(
 
 
 def _kl_divergence(p: jax.Array, q: jax.Array, *, axes: Axes) -> jax.Array:
-    return jnp.sum(safe.kl_term(p, q), axis=axes, keepdims=True)
+    return row_sum(safe.kl_term(p, q), axes)
 
 
 def _jensen_shannon(p: jax.Array, q: jax.Array, *, axes: Axes) -> jax.Array:
-    return jnp.sum(safe.jensen_shannon_term(p, q), axis=axes, keepdims=True)
+    return row_sum(safe.jensen_shannon_term(p, q), axes)

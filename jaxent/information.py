@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxent._arguments import arrays
 from jaxent._arguments.distributions import Axes, check_order, evaluate, of_distributions
 from jaxent._math import renyi, safe
+from jaxent._mesh.class_axis import row_sum
 
 
 def self_information(p: ArrayLike, *, base: ArrayLike | None = None) -> jax.Array:
@@ -166,12 +167,12 @@ def _self_information(p: jax.Array, *, axes: Axes) -> jax.Array:
 
 
 def _entropy(p: jax.Array, *, axes: Axes) -> jax.Array:
-    return jnp.sum(safe.entropy_term(p), axis=axes, keepdims=True)
+    return row_sum(safe.entropy_term(p), axes)
 
 
 def _tsallis_entropy(p: jax.Array, *, axes: Axes, order: float) -> jax.Array:
-    return _entropy(p, axes=axes) if order == 1 else jnp.sum(safe.tsallis_term(p, order), axis=axes, keepdims=True)
+    return _entropy(p, axes=axes) if order == 1 else row_sum(safe.tsallis_term(p, order), axes)
 
 
 def _cross_entropy(p: jax.Array, q: jax.Array, *, axes: Axes) -> jax.Array:
-    return jnp.sum(safe.cross_entropy_term(p, q), axis=axes, keepdims=True)
+    return row_sum(safe.cross_entropy_term(p, q), axes)

@@ -4,8 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxent._math import safe
+from jaxent._mesh.class_axis import row_sum
 
 Axes = tuple[int, ...]
 
@@ -21,21 +23,17 @@ def _log_mean(
     relative = d * excess / mass
     near = jnp.abs(relative) <= 0.5
     exponents = jnp.where(weights > 0, exponents, -jnp.inf)
-    shift = jnp.max(exponents, axis=axes, keepdims=True)
+    shift = jnp.max(lax.stop_gradient(exponents), axis=axes, keepdims=True)  # the result does not depend on it
     shift = jnp.where(jnp.isneginf(shift), 0, shift)
-    far = shift + jnp.log(_sum(weights * jnp.exp(exponents - shift), axes) / mass)
+    far = shift + jnp.log(row_sum(weights * jnp.exp(exponents - shift), axes) / mass)
     return jnp.where(near, jnp.log1p(jnp.where(near, relative, 0)), far) / d
-
-
-def _sum(x: jax.Array, axes: Axes) -> jax.Array:
-    return jnp.sum(x, axis=axes, keepdims=True)
 
 
 def entropy(p: jax.Array, *, axes: Axes, order: float) -> jax.Array:
     if order == 0:
-        return jnp.log(jnp.sum(p > 0, axis=axes, keepdims=True, dtype=jnp.int32).astype(p.dtype)) + 0 * _sum(p, axes)
+        return jnp.log(row_sum((p > 0).astype(jnp.int32), axes).astype(p.dtype)) + 0 * row_sum(p, axes)
     if order == 1:
-        return _sum(safe.entropy_term(p), axes) / _sum(p, axes)
+        return row_sum(safe.entropy_term(p), axes) / row_sum(p, axes)
     if order == float("inf"):
         return -jnp.log(jnp.max(p, axis=axes, keepdims=True))
     return _entropy(p, axes, order)
@@ -45,18 +43,18 @@ def entropy(p: jax.Array, *, axes: Axes, order: float) -> jax.Array:
 def _entropy(p: jax.Array, axes: Axes, order: float) -> jax.Array:
     d = order - 1
     positive = jnp.where(p == 0, 1, p)
-    excess = _sum(jnp.where(p == 0, 0, safe.power_excess(positive, order)), axes)
+    excess = row_sum(jnp.where(p == 0, 0, safe.power_excess(positive, order)), axes)
     # p**order as p exp(d log p) or exp(order log p): the smaller exponent has the smaller error.
     weights, exponent = (p, d) if order >= 0.5 else (jnp.where(p == 0, 0, p / positive), order)
-    return -_log_mean(weights, exponent * jnp.log(positive), excess, _sum(p, axes), d, axes)
+    return -_log_mean(weights, exponent * jnp.log(positive), excess, row_sum(p, axes), d, axes)
 
 
 @_entropy.defjvp
 def _entropy_jvp(axes, order, primals, tangents):
     (p,), (dp,) = primals, tangents
     value = _entropy(p, axes, order)
-    slope = safe.power_entropy_slope(p, order, value) / _sum(p, axes)
-    return value, _sum(slope * dp, axes)
+    slope = safe.power_entropy_slope(p, order, value) / row_sum(p, axes)
+    return value, row_sum(slope * dp, axes)
 
 
 def divergence(p: jax.Array, q: jax.Array, *, axes: Axes, order: float) -> jax.Array:
@@ -64,14 +62,14 @@ def divergence(p: jax.Array, q: jax.Array, *, axes: Axes, order: float) -> jax.A
         # D_a(P || Q) = a / (1 - a) D_{1-a}(Q || P): near a = 0 the terms below would cancel.
         return order / (1 - order) * divergence(q, p, axes=axes, order=1 - order)
     if order == 0:
-        missed, met = (_sum(jnp.where(kept, q, 0), axes) for kept in (p == 0, p > 0))
-        return jnp.log1p(missed / met) + 0 * _sum(p, axes)
+        missed, met = (row_sum(jnp.where(kept, q, 0), axes) for kept in (p == 0, p > 0))
+        return jnp.log1p(missed / met) + 0 * row_sum(p, axes)
     if order == 1:
-        return _sum(safe.kl_term(p, q), axes) / _sum(p, axes)
+        return row_sum(safe.kl_term(p, q), axes) / row_sum(p, axes)
     poles = jnp.zeros_like(p)
     if order > 1:
         poles = safe.pole(p, q)
-        infinite = jnp.isinf(jnp.max(poles, axis=axes, keepdims=True))
+        infinite = jnp.any(jnp.isinf(poles), axis=axes, keepdims=True)
         p, q = jnp.where(infinite, 1, p), jnp.where(infinite, 1, q)
     if order == float("inf"):
         support, log_r = _supported_log_ratio(p, q)
@@ -79,7 +77,7 @@ def divergence(p: jax.Array, q: jax.Array, *, axes: Axes, order: float) -> jax.A
         regular = jnp.max(kept, axis=axes, keepdims=True)
     else:
         regular = _divergence(p, q, axes, order)
-    return regular + _sum(poles, axes)
+    return regular + row_sum(poles, axes)
 
 
 def _supported_log_ratio(p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -105,8 +103,8 @@ def _divergence(p: jax.Array, q: jax.Array, axes: Axes, order: float) -> jax.Arr
     )
     alone = jnp.where(p == 0, q, -order / d * p)
     excess = jnp.where(support, excess, alone)
-    mass = _sum(p, axes) + d * _sum(p - q, axes)
-    return _log_mean(jnp.where(q == 0, 0, p), exponents, _sum(excess, axes), mass, d, axes)
+    mass = row_sum(p, axes) + d * row_sum(p - q, axes)
+    return _log_mean(jnp.where(q == 0, 0, p), exponents, row_sum(excess, axes), mass, d, axes)
 
 
 @_divergence.defjvp
@@ -119,5 +117,5 @@ def _divergence_jvp(axes, order, primals, tangents):
     by_p = jnp.where(support, by_p, jnp.where((p == 0) & (d < 0), 0, -order / d))
     by_q = -jnp.expm1(order * log_r - d * value)
     by_q = jnp.where(support, by_q, jnp.where((p == 0) & ((q > 0) | (d > 0)), 1, 0))
-    mass = _sum(p, axes) + d * _sum(p - q, axes)
-    return value, _sum(by_p * dp + by_q * dq, axes) / mass
+    mass = row_sum(p, axes) + d * row_sum(p - q, axes)
+    return value, row_sum(by_p * dp + by_q * dq, axes) / mass

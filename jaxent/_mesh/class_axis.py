@@ -11,7 +11,7 @@ from jaxent._mesh.apply import on_each_device, with_auto_axes
 from jaxent._mesh.types import axis_names, may_be_split_by_xla, mesh_of, partition_of, pcast_like
 
 
-def row_sum(x: jax.Array, axis: int | tuple[int, ...], keepdims: bool = False) -> jax.Array:
+def row_sum(x: jax.Array, axis: int | tuple[int, ...], keepdims: bool = True) -> jax.Array:
     """The sum along `axis` in the dtype of `x`, kept out of what XLA fuses with the results.
 
     XLA's CPU back end of jax 0.10.2 reads the wrong operand in `v - sum(z * v)` where `z` is a factor that is broadcast
@@ -68,7 +68,7 @@ class ClassAxis:
         return largest if self.mesh_axis is None else lax.pmax(largest, self.mesh_axis)
 
     def sum(self, x: jax.Array) -> jax.Array:
-        return self.psum(row_sum(x, self.axis, keepdims=True))
+        return self.psum(row_sum(x, self.axis))
 
     def psum(self, partial_sum: jax.Array) -> jax.Array:
         """One device's sums, summed over the shards."""
