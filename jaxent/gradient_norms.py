@@ -24,10 +24,10 @@ from jaxent._engine.linear_head import (
     check_head,
     check_logit_transform,
     chunking_for,
+    counted_rows,
     flat_rows,
     logits_like,
     matrix_products,
-    zero_ignored_hidden,
 )
 from jaxent._engine.streaming import Head, Logits, MatrixProducts, stream_rows
 from jaxent._math.row_losses import LossOptions, RowTargets, ignore_zero_weight_rows, softmax_loss_gradient
@@ -132,7 +132,7 @@ def _linear_gradient_norms(
     products: MatrixProducts,
 ) -> GradientNorms:
     rows, options = row_targets(arguments, logits_like(head), classes, ignore_index)
-    rows, hidden = zero_ignored_hidden(rows, head.hidden)
+    rows, counted = counted_rows(rows, arguments, ignore_index, head.hidden)
     dtype = head.kernel.dtype
 
     def row_fn(
@@ -156,11 +156,12 @@ def _linear_gradient_norms(
 
     return stream_rows(
         row_fn,
-        (head._replace(hidden=hidden),),
-        (rows, hidden),
+        (head,),
+        (rows, head.hidden),
         (transform, options, head.kernel),
         chunking,
         products,
+        counted,
     )
 
 

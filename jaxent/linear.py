@@ -29,13 +29,13 @@ from jaxent._engine.linear_head import (
     check_logit_transform,
     check_row_argument,
     chunking_for,
+    counted_rows,
     flat_rows,
     logits_like,
     matrix_products,
     stream_reduced,
-    zero_ignored_hidden,
 )
-from jaxent._engine.streaming import Head, Logits, MatrixProducts, stream_sum
+from jaxent._engine.streaming import Counted, Head, Logits, MatrixProducts, stream_sum
 from jaxent._math.row_losses import LossOptions, RowTargets, ignore_zero_weight_rows, softmax_loss
 from jaxent._mesh.class_axis import ClassAxis
 
@@ -151,10 +151,13 @@ class SoftmaxRowLoss:
 
     classes: ClassAxis
 
-    def __call__(self, logits: Logits, rows: RowTargets, shared: tuple[LogitTransform, LossOptions]) -> jax.Array:
+    def __call__(
+        self, logits: Logits, rows: RowTargets, shared: tuple[LogitTransform, LossOptions]
+    ) -> tuple[jax.Array, None]:
         transform, options = shared
         z = transform(logits[0])
-        return softmax_loss(z, ignore_zero_weight_rows(rows, self.classes, z), options, self.classes)[:, 0]
+        rows = ignore_zero_weight_rows(rows, self.classes, z)
+        return softmax_loss(z, rows, options, self.classes)[:, 0], None
 
 
 @functools.partial(
@@ -174,11 +177,19 @@ def _linear_softmax_cross_entropy(
 ) -> jax.Array | WeightedSum:
     logits = logits_like(head)
     rows, options = row_targets(arguments, logits, classes, ignore_index)
-    rows, hidden = zero_ignored_hidden(rows, head.hidden)
-    heads = (head._replace(hidden=hidden),)
+    rows, counted = counted_rows(rows, arguments, ignore_index, head.hidden)
     return stream_reduced(
-        SoftmaxRowLoss(classes), heads, rows, (transform, options), reduction, divisor, chunking, products
-    )
+        SoftmaxRowLoss(classes),
+        (head,),
+        rows,
+        (transform, options),
+        counted,
+        rows.total_weights(ClassAxis()),
+        reduction,
+        divisor,
+        chunking,
+        products,
+    )[0]
 
 
 def linear_loss(
@@ -242,7 +253,7 @@ def linear_loss(
     if closed.consts:
         # A custom derivative rule cannot see what `row_loss` closes over; as parameters, its values can be traced too.
         row_fn, params = ClosedRowLoss(closed), (closed.consts, params)
-    return stream_sum(row_fn, (head,), row_args, params, chunking, matrix_products(precision, head))
+    return stream_sum(row_fn, (head,), row_args, params, chunking, matrix_products(precision, head), Counted())[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,7 +271,7 @@ class UserRowLoss:
             raise arrays.shape_error("linear_loss", "row_loss", expected, losses)
         if not jnp.issubdtype(losses.dtype, jnp.floating):
             raise arrays.dtype_error("linear_loss", "row_loss", "return floating losses", losses)
-        return losses.astype(logits[0].dtype)
+        return losses.astype(logits[0].dtype), None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -272,7 +283,7 @@ class ClosedRowLoss:
     def __call__(self, logits: Logits, row_args: Any, params: Any) -> jax.Array:
         consts, params = params
         function = jax.extend.core.jaxpr_as_fun(jax.extend.core.ClosedJaxpr(self.closed.jaxpr, consts))
-        return function(*jax.tree.leaves((logits, row_args, params)))[0]
+        return function(*jax.tree.leaves((logits, row_args, params)))[0], None
 
 
 def _takes_params(row_loss: Callable[..., jax.Array], num_row_args: int, params: Any) -> bool:

@@ -26,11 +26,11 @@ from jaxent._engine.linear_head import (
     check_head,
     check_logit_transform,
     chunking_for,
+    counted_rows,
     flat_rows,
     logits_like,
     matrix_products,
     stream_reduced,
-    zero_ignored_hidden,
 )
 from jaxent._engine.streaming import Head, Logits, MatrixProducts
 from jaxent._math.quadratic_forms import Fisher, GaussNewton, QuadraticForm
@@ -225,14 +225,14 @@ class _StreamedForm:
 
     def __call__(
         self, logits: Logits, rows: RowTargets, shared: tuple[LogitTransform, LossOptions, jax.Array | None]
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, None]:
         transform, options, by_bias = shared
         raw, *steps = logits
         if by_bias is not None:
             steps.append(jnp.broadcast_to(by_bias[None, :], raw.shape))
         step = functools.reduce(jnp.add, steps)
         z, step = jax.jvp(transform, (raw,), (step,))
-        return self.form(z, step, rows, options)[:, 0]
+        return self.form(z, step, rows, options)[:, 0], None
 
 
 @functools.partial(
@@ -253,20 +253,23 @@ def _linear_curvature(
 ) -> tuple[jax.Array | None, ...]:
     like = logits_like(head)
     rows, options = row_targets(arguments, like, row_fn.form.classes, ignore_index)
-    rows, hidden = zero_ignored_hidden(rows, head.hidden)
+    rows, counted = counted_rows(rows, arguments, ignore_index, head.hidden)
+    weights = rows.total_weights(ClassAxis())
 
     def half_form(steps: tuple[jax.Array | None, ...]) -> jax.Array:
         by_hidden, by_kernel, by_bias = steps
-        heads = [head._replace(hidden=hidden)]
+        heads = [head]
         if by_kernel is not None:
-            heads.append(Head(hidden, by_kernel.astype(hidden.dtype), None))
+            heads.append(Head(head.hidden, by_kernel.astype(head.kernel.dtype), None))
         if by_hidden is not None:
-            _, by_hidden = zero_ignored_hidden(rows, by_hidden.astype(hidden.dtype))
-            heads.append(Head(by_hidden, head.kernel, None))
+            heads.append(Head(by_hidden.astype(head.hidden.dtype), head.kernel, None))
         if by_bias is not None and head.bias is not None:
             by_bias = by_bias.astype(head.bias.dtype).astype(like.dtype)
         shared = (transform, options, by_bias)
-        total: Any = stream_reduced(row_fn, tuple(heads), rows, shared, reduction, divisor, chunking, products)
+        total: Any
+        total, _ = stream_reduced(
+            row_fn, tuple(heads), rows, shared, counted, weights, reduction, divisor, chunking, products
+        )
         return total
 
     return steps if all(x is None for x in steps) else jax.grad(half_form)(steps)

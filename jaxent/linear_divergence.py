@@ -23,11 +23,11 @@ from jaxent._engine.linear_head import (
     check_head,
     check_logit_transform,
     chunking_for,
+    counted_rows,
     flat_rows,
     logits_like,
     matrix_products,
     stream_reduced,
-    zero_ignored_hidden,
 )
 from jaxent._engine.streaming import Head, Logits, MatrixProducts
 from jaxent._math.divergences import jensen_shannon_rows, kl_rows
@@ -152,7 +152,7 @@ class DivergenceRowLoss:
 
     def __call__(
         self, logits: Logits, rows: RowTargets, shared: tuple[LogitTransform, LogitTransform, jax.Array]
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, None]:
         transform_p, transform_q, mixture = shared
         z_p, z_q = arrays.accumulated(transform_p(logits[0]), transform_q(logits[1]))
         rows = ignore_zero_weight_rows(rows, self.classes, z_p, z_q)
@@ -167,7 +167,7 @@ class DivergenceRowLoss:
         losses = jnp.where(ignored, 0, losses)
         if rows.weights is not None:
             losses = weighted(jnp.where(ignored, 0, rows.weights), losses)
-        return losses[:, 0]
+        return losses[:, 0], None
 
 
 @functools.partial(jax.jit, static_argnames=("row_fn", "reduction", "chunking", "products"), inline=True)
@@ -185,9 +185,16 @@ def _linear_kl_divergence(
     products: MatrixProducts,
 ) -> jax.Array | WeightedSum:
     rows, _ = row_targets(arguments, logits_like(*heads), row_fn.classes, None)
-    for head in heads:
-        rows, _ = zero_ignored_hidden(rows, head.hidden)
-    heads = tuple(head._replace(hidden=zero_ignored_hidden(rows, head.hidden)[1]) for head in heads)
+    rows, counted = counted_rows(rows, arguments, None, *(head.hidden for head in heads))
     return stream_reduced(
-        row_fn, heads, rows, (transform_p, transform_q, mixture), reduction, divisor, chunking, products
-    )
+        row_fn,
+        heads,
+        rows,
+        (transform_p, transform_q, mixture),
+        counted,
+        rows.total_weights(ClassAxis()),
+        reduction,
+        divisor,
+        chunking,
+        products,
+    )[0]

@@ -17,7 +17,7 @@ from jaxent._engine.linear_head import (
     logits_like,
     matrix_products,
 )
-from jaxent._engine.streaming import Head, Logits, MatrixProducts, stream_rows
+from jaxent._engine.streaming import Counted, Head, Logits, MatrixProducts, stream_rows
 from jaxent._math.row_losses import RowTargets
 from jaxent._math.statistics import TokenStatistics, row_statistics
 from jaxent._mesh.apply import map_rows
@@ -142,4 +142,4 @@ def _linear_token_statistics(
     def row_fn(logits: Logits, rows: RowTargets, transform: LogitTransform) -> TokenStatistics:
         return row_statistics(transform(logits[0]), rows, classes, top_k)
 
-    return stream_rows(row_fn, (head,), rows, transform, chunking, products)
+    return stream_rows(row_fn, (head,), rows, transform, chunking, products, Counted())

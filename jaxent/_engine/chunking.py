@@ -1,15 +1,17 @@
-"""How many rows of logits at a time, from the shapes alone, and how rows are cut into such chunks."""
+"""How many rows of logits at a time, from the shapes alone, and how a loop goes over the rows that count."""
 
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxent._arguments import arrays
+from jaxent._mesh.types import pcast_like
 
 # Logits held at a time, in elements. An accelerator needs thousands of rows to fill its matrix units (heuristic: 1 GiB
 # of float32). On a CPU twice as many rows as features are the fastest, since each chunk also adds a gradient as large
@@ -19,64 +21,260 @@ from jaxent._arguments import arrays
 ACCELERATOR_LOGITS = 2**28
 CPU_LOGITS = (2**22, 2**26)
 CPU_ROWS_PER_FEATURE = 2
+# What is left over after the full chunks is taken in parts of a chunk, unless that many parts cost as much as a chunk.
+# Heuristic, as is the least size of a part: smaller ones spend their time on adding up the gradient of the kernel.
+PARTS, PARTS_WORTH_IT, LEAST_PART = 8, 5, 32
+
+Pytree = Any
+# `carry, out = step(carry, rows, valid)`: one chunk's rows, and which of them count (None: all). `out` has the rows
+# first. Rows that do not count hold zeros or copies of other rows, and must add nothing to the carry.
+Step = Callable[[Pytree, Pytree, jax.Array | None], tuple[Pytree, Pytree]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Chunking:
-    """How `rows` are cut: `chunks` of `chunk_rows`, where chunk `i` holds the rows `i, i + chunks, i + 2 chunks, ...`.
+    """How `rows` are cut: `chunks` of `chunk_rows`.
 
-    The stride keeps rows that are sharded over devices where they are: every device has its share of every chunk. Rows
-    in contiguous chunks would put the sharded dimension on the scan, and all activations would be gathered. With
-    `groups` each of that many equal runs of rows, one or more to a device, is cut and filled up by itself.
+    Where XLA may have split rows over devices (`strided`), chunk `i` holds the rows `i, i + chunks, i + 2 chunks, ...`,
+    so that they stay where they are: every device has its share of every chunk. Contiguous chunks would put the sharded
+    dimension on the scan, and all activations would be gathered. With `groups` each of that many equal runs of rows,
+    one or more to a device, is cut and filled up by itself.
+
+    Elsewhere chunks hold runs of rows, of those that count if only some do: these come first, and a loop ends with
+    them.
     """
 
     rows: int
     chunk_rows: int
     groups: int = 1
+    strided: bool = True
 
     @property
     def chunks(self) -> int:
-        return -(-self.rows // self.chunk_rows) if self.rows else 1
+        return -(-self.rows // self.chunk_rows) if self.chunk_rows else 1
 
     @property
     def padding(self) -> int:
         return self.chunks * self.chunk_rows - self.rows
 
-    def cut(self, x: jax.Array) -> jax.Array:
-        """`(rows, ...)` to `(chunk_rows, chunks, ...)`; a group's last row fills it up: a zero row may have no loss."""
+    def scan(
+        self, step: Step, carry: Pytree, per_row: Pytree, moving: Pytree, kept: jax.Array | None, *, again: bool = False
+    ) -> tuple[Any, Any]:
+        """The carry after all chunks and the results of all rows, differentiable in either mode.
+
+        `kept` says which rows count; the others get 0 in floating and -1 in integer results. A derivative is taken with
+        respect to the leaves of `per_row` at which `moving` is True: theirs are written a chunk at a time. With `again`
+        nothing is kept for the way back: a chunk is computed again.
+        """
+        if again:
+            step = jax.checkpoint(step, prevent_cse=False)
+        if self.chunks == 1:
+            return _masked_step(step, carry, per_row, kept)
+        if self.strided:
+            return self._strided_scan(step, carry, per_row, kept)
+        order = None if kept is None else _Order.of(kept)
+        free, fixed = partition(per_row, moving)
+        free = jax.tree.map(lambda x: self._in_chunks(x, order), free)
+
+        def body(carry: Pytree, xs: Any) -> tuple[Pytree, Pytree]:
+            chunk, free = xs
+            start = chunk * self.chunk_rows
+            others, valid = self._window(fixed, order, start, self.chunk_rows)
+            rows = merge(free, others)
+            if order is None:
+                return step(carry, rows, valid)
+
+            def full(carry: Pytree, rows: Pytree, valid: jax.Array | None) -> tuple[Pytree, Pytree]:
+                carry, out = step(carry, rows, valid)
+                return carry, _filled(out, valid)
+
+            def empty(carry: Pytree, rows: Pytree, valid: jax.Array | None) -> tuple[Pytree, Pytree]:
+                return carry, _fill(jax.eval_shape(full, carry, rows, valid)[1])
+
+            return lax.cond(start < order.count, full, empty, carry, rows, valid)
+
+        if again and order is not None:  # else the choice would keep the chunk, whatever the step does
+            body = jax.checkpoint(body, prevent_cse=False)
+        carry, out = lax.scan(body, carry, (jnp.arange(self.chunks, dtype=jnp.int32), free))
+        return carry, jax.tree.map(lambda x: self._restored(x.reshape(-1, *x.shape[2:]), order), out)
+
+    def loop(self, step: Step, carry: Pytree, per_row: Pytree, kept: jax.Array | None) -> tuple[Any, Any]:
+        """The same over as many chunks as the rows that count fill, without a reverse mode.
+
+        A scan would have to choose between a chunk and nothing, and on NVIDIA's compiler the result of that choice is a
+        copy of the carry in every chunk.
+        """
+        if kept is None or self.strided or self.chunks == 1:
+            return self.scan(step, carry, per_row, jax.tree.map(lambda _: False, per_row), kept)
+        order = _Order.of(kept)
+        part = self._part()
+        spare = 0 if part is None else PARTS_WORTH_IT * part
+        full = (order.count + (self.chunk_rows - 1 - spare)) // self.chunk_rows
+
+        def run(state: Pytree, first: jax.Array | int, size: int, count: jax.Array) -> Pytree:
+            def body(state: Pytree) -> Pytree:
+                i, carry, buffers = state
+                start = first + i * size
+                rows, valid = self._window(per_row, order, start, size)
+                carry, out = step(carry, rows, valid)
+                out = _filled(out, valid)
+                buffers = jax.tree.map(
+                    lambda buffer, x: lax.dynamic_update_slice_in_dim(buffer, x, start, 0), buffers, out
+                )
+                return i + 1, carry, buffers
+
+            zero = pcast_like(jnp.zeros((), jnp.int32), [count])
+            return lax.while_loop(lambda state: state[0] < count, body, (zero, *state))[1:]
+
+        rows, valid = self._window(per_row, order, 0, self.chunk_rows)
+        shapes = jax.eval_shape(lambda *a: _filled(step(*a)[1], valid), carry, rows, valid)
+        state = carry, _fill(shapes, self.chunks * self.chunk_rows)
+        state = run(state, 0, self.chunk_rows, full)
+        if part is not None:
+            done = full * self.chunk_rows
+            state = run(state, done, part, -(-jnp.maximum(order.count - done, 0) // part))
+        carry, buffers = state
+        return carry, jax.tree.map(lambda x: self._restored(x, order), buffers)
+
+    def _part(self) -> int | None:
+        """The rows of a part of a chunk, where the last chunk that is filled matters."""
+        part = -(-self.chunk_rows // PARTS)
+        few = isinstance(self.chunks, int) and self.chunks <= PARTS
+        return part if few and part >= LEAST_PART else None
+
+    def _window(
+        self, x: Pytree, order: "_Order | None", start: jax.Array | int, size: int
+    ) -> tuple[Pytree, jax.Array | None]:
+        """The rows that stand at `start` and the `size - 1` places after it, and which of them count."""
+        if order is None and _is_zero(self.padding):
+            return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, 0), x), None
+        index, valid = self._rows_at(start + jnp.arange(size, dtype=jnp.int32), order)
+        return jax.tree.map(lambda x: _rows(x, index), x), valid
+
+    def _rows_at(self, place: jax.Array, order: "_Order | None") -> tuple[jax.Array, jax.Array]:
+        """Which rows stand at some places, and whether they count; where not, a row that does is there instead."""
+        last = jnp.asarray(self.rows - 1, jnp.int32)
+        if order is None:
+            return jnp.minimum(place, last), place <= last
+        valid = place < order.count
+        return jnp.where(valid, _rows(order.rows, jnp.minimum(place, last)), order.rows[0]), valid
+
+    def _in_chunks(self, x: jax.Array, order: "_Order | None") -> jax.Array:
+        """`(rows, ...)` to `(chunks, chunk_rows, ...)`."""
+        if order is not None or not _is_zero(self.padding):
+            index, _ = self._rows_at(jnp.arange(self.chunks * self.chunk_rows, dtype=jnp.int32), order)
+            x = _rows(x, index)
+        return x.reshape(self.chunks, self.chunk_rows, *x.shape[1:])
+
+    def _restored(self, x: jax.Array, order: "_Order | None") -> jax.Array:
+        """Results in the order in which rows were taken, in the order of the rows."""
+        if order is not None:
+            return _rows(x, order.places)
+        return x if _is_zero(self.padding) else x[: self.rows]
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # Where XLA may have split the rows
+
+    def _strided_scan(self, step: Step, carry: Pytree, per_row: Pytree, kept: jax.Array | None) -> tuple[Any, Any]:
+        cut = jax.tree.map(self._cut, (per_row, kept))
+
+        def body(carry: Pytree, chunk: jax.Array) -> tuple[Pytree, Pytree]:
+            rows, valid = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, chunk, 1, keepdims=False), cut)
+            if not _is_zero(self.padding):
+                place = jnp.arange(self.chunk_rows, dtype=jnp.int32) % (self.chunk_rows // self.groups)
+                own = place * self.chunks + chunk < self.rows // self.groups
+                valid = own if valid is None else valid & own
+            return _masked_step(step, carry, rows, valid)
+
+        carry, out = lax.scan(body, carry, jnp.arange(self.chunks, dtype=jnp.int32))
+        return carry, jax.tree.map(self._joined, out)
+
+    def _cut(self, x: jax.Array) -> jax.Array:
+        """`(rows, ...)` to `(chunk_rows, chunks, ...)`; a group's last row fills it up."""
         shape = x.shape[1:]
-        if self.padding:
+        if not _is_zero(self.padding):
             x = x.reshape(self.groups, -1, *shape)
             last = jnp.broadcast_to(x[:, -1:], (self.groups, self.padding // self.groups, *shape))
             x = jnp.concatenate([x, last], axis=1)
         return x.reshape(self.chunk_rows, self.chunks, *shape)
 
-    def valid_rows(self, chunk: jax.Array) -> jax.Array | None:
-        """Which rows of a chunk are not padding."""
-        if not self.padding:
-            return None
-        place = jnp.arange(self.chunk_rows, dtype=jnp.int32) % (self.chunk_rows // self.groups)
-        return place * self.chunks + chunk < self.rows // self.groups
-
-    def join(self, x: jax.Array) -> jax.Array:
+    def _joined(self, x: jax.Array) -> jax.Array:
         """The chunks' results `(chunks, chunk_rows, ...)`, back in the order of the rows."""
         x = jnp.moveaxis(x, 0, 1)
-        if self.padding:
+        if not _is_zero(self.padding):
             x = x.reshape(self.groups, -1, *x.shape[2:])[:, : self.rows // self.groups]
         return x.reshape(self.rows, *x.shape[2:])
 
-    def scan(self, step: Callable, carry: Any, per_row: Any) -> tuple[Any, Any]:
-        """`carry, out = step(carry, chunk, rows)` over the chunks; a single chunk needs no loop."""
-        if self.chunks == 1:
-            carry, out = step(carry, jnp.zeros((), jnp.int32), per_row)
-            return carry, jax.tree.map(lambda x: x[None], out)
-        cut = jax.tree.map(self.cut, per_row)
 
-        def body(carry: Any, chunk: jax.Array) -> tuple[Any, Any]:
-            rows = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, chunk, 1, keepdims=False), cut)
-            return step(carry, chunk, rows)
+def partition(tree: Pytree, mask: Pytree) -> tuple[Pytree, Pytree]:
+    """The leaves where the mask holds, and the others, each with None in the other's places."""
+    chosen = jax.tree.map(lambda x, keep: x if keep else None, tree, mask)
+    return chosen, jax.tree.map(lambda x, keep: None if keep else x, tree, mask)
 
-        return lax.scan(body, carry, jnp.arange(self.chunks, dtype=jnp.int32))
+
+def merge(a: Pytree, b: Pytree) -> Pytree:
+    return jax.tree.map(lambda x, y: y if x is None else x, a, b, is_leaf=lambda x: x is None)
+
+
+class _Order(NamedTuple):
+    """The rows that count, and after them the others."""
+
+    rows: jax.Array  # in the order in which they are taken
+    places: jax.Array  # of the rows in that order
+    count: jax.Array  # how many count
+
+    @classmethod
+    def of(cls, kept: jax.Array) -> "_Order":
+        number = jnp.arange(kept.shape[0], dtype=jnp.int32)
+        _, rows = lax.sort(((~kept).astype(jnp.int32), pcast_like(number, [kept])), num_keys=1, is_stable=True)
+        _, places = lax.sort((rows, pcast_like(number, [kept])), num_keys=1)
+        return cls(rows, places, jnp.sum(kept, dtype=jnp.int32))
+
+
+def _is_zero(n: Any) -> bool:
+    """Whether a size is 0 for certain: it may be a symbol of `jax.export`."""
+    return isinstance(n, int) and n == 0
+
+
+def _rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    return x.at[index].get(mode="promise_in_bounds")
+
+
+def _masked_step(step: Step, carry: Pytree, rows: Pytree, valid: jax.Array | None) -> tuple[Pytree, Pytree]:
+    """A step whose rows stay where they are: those that do not count hold zeros."""
+    if valid is not None:
+        rows = jax.tree.map(lambda x: _where(valid, x, 0), rows)
+    carry, out = step(carry, rows, valid)
+    return carry, _filled(out, valid)
+
+
+def _where(valid: jax.Array, x: jax.Array, other: int) -> jax.Array:
+    if jnp.issubdtype(x.dtype, jax.dtypes.extended):  # random keys, any of which will do
+        return x
+    return jnp.where(valid.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.asarray(other, x.dtype))
+
+
+def _nothing(dtype: Any) -> int:
+    return -1 if jnp.issubdtype(dtype, jnp.signedinteger) else 0
+
+
+def _filled(out: Pytree, valid: jax.Array | None) -> Pytree:
+    """The results, with those of rows that do not count as 0, or -1 where they are integers."""
+    return out if valid is None else jax.tree.map(lambda x: _where(valid, x, _nothing(x.dtype)), out)
+
+
+def _fill(shapes: Pytree, rows: int | None = None) -> Pytree:
+    """Results of rows that do not count, typed like others."""
+
+    def constant(like: Any) -> jax.Array:
+        shape = like.shape if rows is None else (rows, *like.shape[1:])
+        return pcast_like(jnp.full(shape, _nothing(like.dtype), like.dtype), [like])
+
+    return jax.tree.map(constant, shapes)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# How many rows
 
 
 def _default_chunk_rows(features: int, num_classes: int) -> int:
@@ -87,7 +285,13 @@ def _default_chunk_rows(features: int, num_classes: int) -> int:
 
 
 def chunking_of(
-    function: str, rows: int, features: int, num_classes: int, chunk_rows: int | None, devices: int = 1
+    function: str,
+    rows: int,
+    features: int,
+    num_classes: int,
+    chunk_rows: int | None,
+    devices: int = 1,
+    strided: bool = False,
 ) -> Chunking:
     """The caller's `chunk_rows`, or the rows whose logits fit the budget, in chunks of equal size.
 
@@ -96,10 +300,13 @@ def chunking_of(
     """
     if chunk_rows is None:
         chunk_rows = max(1, devices * _default_chunk_rows(features, num_classes))
-    elif isinstance(chunk_rows, bool) or not isinstance(chunk_rows, int):
+    elif isinstance(chunk_rows, bool) or not isinstance(chunk_rows, (int, np.integer)):
         raise arrays.dtype_error(function, "chunk_rows", "be an int or None", chunk_rows)
     elif chunk_rows < 1:
         raise ValueError(f"jaxent.{function}: `chunk_rows` must be at least 1, got {chunk_rows}")
+    chunk_rows = int(chunk_rows)
+    if not isinstance(rows, int):  # a symbol of `jax.export`
+        return Chunking(rows, chunk_rows, 1, strided)
     if rows == 0:
         return Chunking(0, 0)
     groups = math.gcd(rows, devices)
@@ -107,4 +314,4 @@ def chunking_of(
     least = -(-rows_each // max(1, chunk_rows // groups))
     # A few chunks more avoid padding, and with it a copy of all rows.
     even = (chunks for chunks in range(least, least + least // 4 + 1) if rows_each % chunks == 0)
-    return Chunking(rows, groups * -(-rows_each // next(even, least)), groups)
+    return Chunking(rows, groups * -(-rows_each // next(even, least)), groups, strided)

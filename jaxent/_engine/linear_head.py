@@ -13,12 +13,11 @@ from jaxent._arguments.options import Precision
 from jaxent._arguments.reduction import Reduction, WeightedSum
 from jaxent._arguments.targets import SoftmaxArguments, check_classes
 from jaxent._engine.chunking import Chunking, chunking_of
-from jaxent._engine.streaming import Head, Logits, MatrixProducts, RowFunction, stream_rows, stream_sum
+from jaxent._engine.streaming import Counted, Head, Logits, MatrixProducts, RowFunction, stream_rows, stream_sum
 from jaxent._math.row_losses import RowTargets
 from jaxent._mesh.apply import Batch
 from jaxent._mesh.check import check_linear_layer
-from jaxent._mesh.class_axis import ClassAxis
-from jaxent._mesh.types import automatic_devices, local_shape
+from jaxent._mesh.types import automatic_devices, local_shape, may_be_split_by_xla
 
 
 class LogitTransform(NamedTuple):
@@ -90,7 +89,8 @@ def chunking_for(function: str, chunk_rows: int | None, *heads: Head) -> Chunkin
     classes = max(1, sum(local_shape(head.kernel)[1] for head in heads))
     devices = max(automatic_devices(x) for head in heads for x in (head.hidden, head.kernel))
     features = max(local_shape(head.hidden)[1] for head in heads)
-    return chunking_of(function, rows, features, classes, chunk_rows, devices)
+    strided = any(may_be_split_by_xla(head.hidden) for head in heads)
+    return chunking_of(function, rows, features, classes, chunk_rows, devices, strided)
 
 
 def logits_like(*heads: Head) -> jax.ShapeDtypeStruct:
@@ -113,38 +113,50 @@ class ScaledRowLoss:
 
     row_fn: RowFunction
 
-    def __call__(self, logits: Logits, rows: RowTargets, shared: tuple[Any, jax.Array]) -> jax.Array:
+    def __call__(self, logits: Logits, rows: Any, shared: tuple[Any, jax.Array]) -> tuple[jax.Array, Any]:
         inner, scale = shared
-        return self.row_fn(logits, rows, inner) * scale
+        losses, aux = self.row_fn(logits, rows, inner)
+        return losses * scale, aux
 
 
 def stream_reduced(
     row_fn: RowFunction,
     heads: tuple[Head, ...],
-    rows: RowTargets,
+    rows: Any,
     shared: Any,
+    counted: Counted,
+    total_weights: jax.Array,
     reduction: Reduction,
     divisor: jax.Array | None,
     chunking: Chunking,
     products: MatrixProducts,
-) -> jax.Array | WeightedSum:
-    """The reduction of streamed row losses."""
+) -> tuple[jax.Array | WeightedSum, Any]:
+    """The reduction of streamed row losses, and what goes with them: `row_fn` returns both.
+
+    `total_weights` are what the rows count in a mean.
+    """
     if reduction == "none":
-        return stream_rows(row_fn, heads, rows, shared, chunking, products)
+        return stream_rows(row_fn, heads, rows, shared, chunking, products, counted)
     dtype = logits_like(*heads).dtype
-    weight = jnp.sum(rows.total_weights(ClassAxis())).astype(dtype)
+    weight = jnp.sum(total_weights).astype(dtype)
     if reduction == "mean":
         # The rows are divided before the products, not the gradients after them: those are as large as the kernel.
         scale = WeightedSum(jnp.ones_like(weight), weight if divisor is None else divisor.astype(dtype)).mean()
-        return stream_sum(ScaledRowLoss(row_fn), heads, rows, (shared, scale), chunking, products)
-    total = stream_sum(row_fn, heads, rows, shared, chunking, products)
-    return WeightedSum(total, weight) if reduction == "sum_and_weight" else total
+        return stream_sum(ScaledRowLoss(row_fn), heads, rows, (shared, scale), chunking, products, counted)
+    total, aux = stream_sum(row_fn, heads, rows, shared, chunking, products, counted)
+    return (WeightedSum(total, weight) if reduction == "sum_and_weight" else total), aux
 
 
-def zero_ignored_hidden(rows: RowTargets, hidden: jax.Array) -> tuple[RowTargets, jax.Array]:
-    """Ignored rows have hidden states of 0: their gradient is 0, and 0 times a nan would still reach the kernel's."""
+def counted_rows(
+    rows: RowTargets, arguments: SoftmaxArguments, ignore_index: int | None, *hidden: jax.Array
+) -> tuple[RowTargets, Counted]:
+    """Which rows count. One of weight 0 does not if its hidden states are not finite, else it has a loss."""
     ignored = rows.ignored
     if rows.weights is not None:
-        finite = jnp.all(jnp.isfinite(hidden), axis=-1, keepdims=True)
-        ignored |= (rows.weights == 0) & ~finite
-    return rows._replace(ignored=ignored), jnp.where(ignored, 0, hidden)
+        for h in hidden:
+            finite = jnp.all(jnp.isfinite(h), axis=-1, keepdims=True)
+            ignored |= (rows.weights == 0) & ~finite
+    by_label = ignore_index is not None and rows.labels is not None
+    all_count = not by_label and arguments.where is None and rows.weights is None
+    weights = None if rows.weights is None else rows.weights[:, 0]
+    return rows._replace(ignored=ignored), Counted(None if all_count else ~ignored[:, 0], weights)

@@ -1,8 +1,9 @@
 """The engine: row losses of `hidden @ kernel + bias`, a chunk of rows at a time, so that the logits are never held.
 
 With `z_i = h_i W + b`, `L = sum_i l(z_i, a_i)` and `dz = dl/dz`, the gradients are `dH = dz W^T`, `dW = H^T dz` and
-`db = sum_i dz_i`. The three matrix products are the least that a gradient can cost. They are taken in one scan over
-chunks of rows, as soon as a chunk's logits are there, so that nothing is computed twice.
+`db = sum_i dz_i`. The three matrix products are the least that a gradient can cost. They are taken in one loop over
+chunks of rows, as soon as a chunk's logits are there, so that nothing is computed twice. Rows that do not count are
+left out of the chunks: see `Counted` and `Chunking`.
 
 The rule is a `jax.custom_jvp` on the scalar `L`. The tangent of a scalar is its gradient dotted with the tangent of its
 input, so that the rule is plain JAX from end to end, and reverse mode, forward mode, jvp of grad, vmap, third order and
@@ -19,11 +20,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxent._arguments import arrays
 from jaxent._arguments.options import Precision
-from jaxent._engine.chunking import Chunking
+from jaxent._engine.chunking import Chunking, merge, partition
 from jaxent._mesh.apply import shard_map_rows
 from jaxent._mesh.types import pcast_like, sum_to_type, varying
 
@@ -39,6 +41,23 @@ class Head(NamedTuple):
     bias: jax.Array | None
 
 
+class Counted(NamedTuple):
+    """Which rows count, `(rows,)` each; None where all do. The others have no influence, whatever they hold.
+
+    `weights` multiply the row losses, and are among the row arguments too. A row of weight 0 is left out unless a
+    derivative with respect to the weights is asked for, which is its loss.
+    """
+
+    kept: jax.Array | None = None
+    weights: jax.Array | None = None
+
+    def mask(self, *, by_weight: bool) -> jax.Array | None:
+        if self.weights is None or not by_weight:
+            return self.kept
+        weighted = self.weights != 0
+        return weighted if self.kept is None else self.kept & weighted
+
+
 # `row_fn(logits, row_args, params)`: a tuple with one block of logits for each head, the block's rows of `row_args`,
 # and `params`; returns a pytree of arrays with the block's rows first.
 Logits = tuple[jax.Array, ...]
@@ -49,8 +68,8 @@ RowFunction = Callable[[Logits, Pytree, Pytree], Pytree]
 class MatrixProducts:
     """The three matrix products of a head, each accumulated in at least float32.
 
-    Operands keep the dtype of the inputs: the gradient by the logits is rounded to bf16 for the backward products of a
-    bf16 head.
+    Operands keep the dtype of the inputs: the gradient with respect to the logits is rounded to bf16 for the backward
+    products of a bf16 head.
     """
 
     precision: Precision = None
@@ -86,19 +105,23 @@ def stream_sum(
     params: Pytree,
     chunking: Chunking,
     products: MatrixProducts,
-) -> jax.Array:
-    """`sum_i row_loss(logits_i, row_args_i, params)`; `row_loss` returns `(chunk_rows,)` and closes over no tracer."""
+    counted: Counted,
+) -> tuple[jax.Array, Pytree]:
+    """`sum_i l_i` and `aux`, for `l, aux = row_loss(logits, row_args, params)` of every chunk.
 
-    def part(heads: tuple[Head, ...], row_args: Pytree, params: Pytree) -> jax.Array:
-        return _summed(row_loss, chunking, products, heads, row_args, params)
+    `l` is `(chunk_rows,)`, `aux` a pytree of constants with the rows first, and `row_loss` closes over no tracer.
+    """
 
-    return _shard_map_rows(part, heads, row_args, params, summed=True)
+    def part(heads: tuple[Head, ...], rows: Pytree, params: Pytree) -> tuple[jax.Array, Pytree]:
+        return _summed(row_loss, chunking, products, heads, rows[0], params, rows[1])
+
+    return _shard_map_rows(part, heads, (row_args, counted), params)
 
 
 def _shard_map_rows(
-    f: Callable[..., Pytree], heads: tuple[Head, ...], row_args: Pytree, params: Pytree, *, summed: bool
-) -> Pytree:
-    """`f(heads, row_args, params)`, on an explicit mesh for each device's own rows."""
+    f: Callable[..., Pytree], heads: tuple[Head, ...], row_args: Pytree, params: Pytree
+) -> tuple[Pytree, Pytree]:
+    """`f(heads, row_args, params)`, on an explicit mesh for each device's own rows: sums, and results of each row."""
 
     def part(per_row: Pytree, shared: Pytree) -> Pytree:
         hidden, args = per_row
@@ -106,96 +129,105 @@ def _shard_map_rows(
         return f(tuple(Head(h, *layer) for h, layer in zip(hidden, layers, strict=True)), args, params)
 
     layers = [(head.kernel, head.bias) for head in heads]
-    return shard_map_rows(part, ([head.hidden for head in heads], row_args), (layers, params), summed=summed)
+    return shard_map_rows(part, ([head.hidden for head in heads], row_args), (layers, params))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _summed(row_loss, chunking, products, heads, row_args, params):
-    per_row = ([head.hidden for head in heads], row_args)
-
-    def step(carry: None, chunk: jax.Array, rows: Pytree) -> tuple[None, jax.Array]:
+def _summed(row_loss, chunking, products, heads, row_args, params, counted):
+    def step(carry: None, rows: Pytree, valid: jax.Array | None) -> tuple[None, Pytree]:
         hidden, args = rows
         logits = tuple(products.logits(head._replace(hidden=h)) for head, h in zip(heads, hidden, strict=True))
-        return None, _block_sum(row_loss, chunking, chunk, logits, args, params)
+        losses, aux = row_loss(logits, args, params)
+        return None, (_only(valid, losses), aux)
 
-    _, sums = chunking.scan(step, None, per_row)
-    return jnp.sum(sums)
+    per_row = ([head.hidden for head in heads], row_args)
+    _, (losses, aux) = chunking.loop(step, None, per_row, counted.mask(by_weight=True))
+    return jnp.sum(losses), aux
 
 
-def _block_sum(row_loss, chunking, chunk, logits, row_args, params) -> jax.Array:
-    losses = row_loss(logits, row_args, params)
-    counted = chunking.valid_rows(chunk)
-    return jnp.sum(losses if counted is None else jnp.where(counted, losses, 0))
+def _only(valid: jax.Array | None, losses: jax.Array) -> jax.Array:
+    return losses if valid is None else jnp.where(valid, losses, 0)
 
 
 def _summed_jvp(row_loss, chunking, products, primals, tangents):
     wanted = jax.tree.map(is_differentiated, tangents)
-    total, gradients = preserve_custom_rules(_sum_and_gradients, row_loss, chunking, products, wanted)(primals)
-    steps = [tangent for tangent in jax.tree.leaves(tangents) if is_differentiated(tangent)]
+    of_loop = functools.partial(_sum_and_gradients, row_loss, chunking, products, wanted, None)
+    of_scan = functools.partial(_sum_and_gradients, row_loss, chunking, products, wanted)
+    total, aux, gradients = _with_derivative(of_loop, of_scan)(primals)
+    steps = [tangent for tangent in jax.tree.leaves(tangents[:3]) if is_differentiated(tangent)]
     terms = [
         sum_to_type(jnp.sum(gradient * step.astype(gradient.dtype)), total).astype(total.dtype)
         for gradient, step in zip(jax.tree.leaves(gradients), steps, strict=True)
     ]
-    return total, sum(terms, jnp.zeros_like(total))
+    constant = jax.tree.map(lambda x: jax.custom_derivatives.zero_from_primal(x, symbolic_zeros=True), aux)
+    return (total, aux), (sum(terms, jnp.zeros_like(total)), constant)
 
 
 _summed.defjvp(_summed_jvp, symbolic_zeros=True)
 
 
-def preserve_custom_rules(f: Callable[..., Pytree], *static: Any) -> Callable[[Pytree], Pytree]:
-    """`f(*static, inputs)`, whose scan keeps the derivative rules inside it however often it is differentiated.
+def _with_derivative(value: Callable[[Pytree], Pytree], derivative: Callable[[Pytree, Pytree], Pytree]) -> Any:
+    """`value(inputs)` with the derivative of `derivative(moving, inputs)`, an equal function.
 
-    A scan in a derivative rule is partially evaluated for what does not depend on the loop, and JAX drops the rules of
+    `moving` is a pytree like `inputs` that says which leaves a derivative is taken with respect to.
+
+    A loop in a derivative rule is partially evaluated for what does not depend on the loop, and JAX drops the rules of
     the loop's body when it does so: the Hessian of the row loss was then that of its bare formulas, in which a maximum
     is a constant, wrong in the first digit. A function with a rule of its own is left alone.
     """
 
     @jax.custom_jvp
     def kept(inputs: Pytree) -> Pytree:
-        return f(*static, inputs)
+        return value(inputs)
 
     def rule(primals: Pytree, tangents: Pytree) -> Pytree:
-        moving, fixed = _partition(primals, jax.tree.map(is_differentiated, tangents))
-        steps, _ = _partition(tangents, jax.tree.map(is_differentiated, tangents))
-        return jax.jvp(lambda moving: f(*static, *_merge(moving, fixed)), (moving,), (steps,))
+        (inputs,), (steps,) = primals, tangents
+        moving = jax.tree.map(is_differentiated, steps)
+        free, fixed = partition(inputs, moving)
+        return jax.jvp(lambda free: derivative(moving, merge(free, fixed)), (free,), (partition(steps, moving)[0],))
 
     kept.defjvp(rule, symbolic_zeros=True)
     return kept
 
 
 def is_differentiated(tangent: Any) -> bool:
-    """Whether a derivative by this input was asked for: no product is spent on a frozen kernel."""
+    """Whether a derivative with respect to this input was asked for: no product is spent on a frozen kernel."""
     return not isinstance(tangent, SymbolicZero)
 
 
-def _sum_and_gradients(row_loss, chunking, products, wanted, inputs):
-    """The sum and its gradient by every wanted leaf of `inputs = (heads, row_args, params)`; None at the others."""
-    heads, row_args, params = inputs
-    free_params, fixed_params = _partition(params, wanted[2])
+def _sum_and_gradients(row_loss, chunking, products, wanted, moving, inputs):
+    """The sum, what goes with it, and its gradient with respect to every wanted leaf of `inputs`; None at the others.
+
+    `inputs` are `(heads, row_args, params, counted)`. The leaves at `moving` will be differentiated once more; None is
+    where nothing will.
+    """
+    heads, row_args, params, counted = inputs
+    want_heads, want_args, want_params, want_counted = wanted
+    free_params, fixed_params = partition(params, want_params)
     free_params = vary_over_row_axes(free_params, heads)
     heads = jax.tree.map(lambda x: pcast_like(x, jax.tree.leaves(heads)), heads)
-    want_heads, want_args, _ = wanted
     needs_logits = [any(jax.tree.leaves(want)) for want in want_heads]
-    free_args, fixed_args = _partition(row_args, want_args)
+    free_args, fixed_args = partition(row_args, want_args)
 
-    def step(carry: Pytree, chunk: jax.Array, rows: Pytree) -> tuple[Pytree, Pytree]:
+    def step(carry: Pytree, rows: Pytree, valid: jax.Array | None) -> tuple[Pytree, Pytree]:
         hidden, free, fixed = rows
         logits = tuple(products.logits(head._replace(hidden=h)) for head, h in zip(heads, hidden, strict=True))
 
-        def block(logits: Pytree, free: Pytree, free_params: Pytree) -> jax.Array:
-            args, shared = _merge(free, fixed), _merge(free_params, fixed_params)
-            return _block_sum(row_loss, chunking, chunk, logits, args, shared)
+        def block(logits: Pytree, free: Pytree, free_params: Pytree) -> tuple[jax.Array, Pytree]:
+            losses, aux = row_loss(logits, merge(free, fixed), merge(free_params, fixed_params))
+            losses = _only(valid, losses)
+            return jnp.sum(losses), (losses, aux)
 
-        block_sum, pull = jax.vjp(block, logits, free, free_params)
+        block_sum, pull, (losses, aux) = jax.vjp(block, logits, free, free_params, has_aux=True)
         d_logits, d_args, d_params = pull(jnp.ones_like(block_sum))
         d_hidden, d_kernels, d_biases = [], [], []
         for head, h, dz, want, needed in zip(heads, hidden, d_logits, want_heads, needs_logits, strict=True):
-            operand = dz.astype(head.kernel.dtype) if needed else dz
-            d_hidden.append(products.by_hidden(operand, head.kernel) if want.hidden else None)
-            d_kernels.append(products.by_kernel(h, operand) if want.kernel else None)
+            operand, unit = _operand(dz, head.kernel.dtype) if needed else (dz, None)
+            d_hidden.append(_times(products.by_hidden(operand, head.kernel), unit) if want.hidden else None)
+            d_kernels.append(_times(products.by_kernel(h, operand), unit) if want.kernel else None)
             d_biases.append(jnp.sum(dz, axis=0).astype(arrays.accumulation_dtype(head.bias)) if want.bias else None)
         shared = (d_kernels, d_biases, jax.tree.map(lambda x: x.astype(arrays.accumulation_dtype(x)), d_params))
-        return jax.tree.map(jnp.add, carry, shared), (block_sum, d_hidden, d_args)
+        return jax.tree.map(jnp.add, carry, shared), (losses, aux, d_hidden, d_args)
 
     kernels = [head.kernel if want.kernel else None for head, want in zip(heads, want_heads, strict=True)]
     biases = [head.bias if want.bias else None for head, want in zip(heads, want_heads, strict=True)]
@@ -204,10 +236,35 @@ def _sum_and_gradients(row_loss, chunking, products, wanted, inputs):
         (kernels, biases, free_params),
     )
     per_row = ([head.hidden for head in heads], free_args, fixed_args)
-    (d_kernels, d_biases, d_params), (sums, d_hidden, d_args) = chunking.scan(step, zeros, per_row)
-    d_hidden, d_args = jax.tree.map(chunking.join, (d_hidden, d_args))
+    if moving is None:
+        carry, out = chunking.loop(step, zeros, per_row, counted.mask(by_weight=not want_counted.weights))
+    else:
+        # Not by weight: a later derivative may be with respect to the weights.
+        moving_rows = ([head.hidden for head in moving[0]], *partition(moving[1], want_args))
+        carry, out = chunking.scan(step, zeros, per_row, moving_rows, counted.mask(by_weight=False))
+    (d_kernels, d_biases, d_params), (losses, aux, d_hidden, d_args) = carry, out
     d_heads = tuple(Head(*parts) for parts in zip(d_hidden, d_kernels, d_biases, strict=True))
-    return jnp.sum(sums), (d_heads, d_args, d_params)
+    return jnp.sum(losses), aux, (d_heads, d_args, d_params)
+
+
+def _operand(dz: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
+    """`dz` as an operand of the backward products, in a unit that they are multiplied by afterwards.
+
+    float16 holds nothing below 6e-8, where the gradients of most classes are as soon as the loss is a mean. In units of
+    a power of two near the largest entry only what is 2**-29 of that is lost, and a tangent may be 2**11 times as large
+    as that entry.
+    """
+    if dtype != np.float16:
+        return dz.astype(dtype), None
+    largest = lax.stop_gradient(jnp.max(jnp.abs(dz), initial=0))
+    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1))
+    exponent = jnp.maximum(exponent, -100) - 5
+    one = jnp.ones((), dz.dtype)
+    return (dz * jnp.ldexp(one, -exponent)).astype(dtype), jnp.ldexp(one, exponent)
+
+
+def _times(x: jax.Array, unit: jax.Array | None) -> jax.Array:
+    return x if unit is None else x * unit.astype(x.dtype)
 
 
 def vary_over_row_axes(params: Pytree, heads: tuple[Head, ...]) -> Pytree:
@@ -217,16 +274,6 @@ def vary_over_row_axes(params: Pytree, heads: tuple[Head, ...]) -> Pytree:
     rows = [head.hidden for head in heads]
     split = frozenset[str]().union(*(varying(head.kernel) for head in heads))
     return jax.tree.map(lambda x: pcast_like(x, rows, except_for=split), params)
-
-
-def _partition(tree: Pytree, mask: Pytree) -> tuple[Pytree, Pytree]:
-    """The leaves where the mask holds, and the others, each with None in the other's places."""
-    chosen = jax.tree.map(lambda x, keep: x if keep else None, tree, mask)
-    return chosen, jax.tree.map(lambda x, keep: None if keep else x, tree, mask)
-
-
-def _merge(a: Pytree, b: Pytree) -> Pytree:
-    return jax.tree.map(lambda x, y: y if x is None else x, a, b, is_leaf=lambda x: x is None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -240,58 +287,112 @@ def stream_rows(
     params: Pytree,
     chunking: Chunking,
     products: MatrixProducts,
+    counted: Counted,
 ) -> Pytree:
     """`row_fn(logits, row_args, params)` of all rows; `row_fn` returns a pytree of `(chunk_rows, ...)` arrays.
 
-    What all chunks share enters the scan in the accumulation dtype, in which the scan then adds its cotangents: see
-    `_logits` for the kernel. `params` are floating.
+    What rows share goes in twice if it is narrower than its sums: as it is, and as a wide array that has its
+    derivative. The scan adds the chunks' shares of a constant's cotangent in the constant's dtype, and devices theirs:
+    a bf16 sum stops growing, as 512 additions of 1/1024 give 0.25.
     """
+    shared = ([(head.kernel, head.bias) for head in heads], params)
+    wide = jax.tree.map(_wide, shared)
+    layers, narrow = jax.tree.map(lambda x, y: x if y is None else lax.stop_gradient(x), shared, wide)
 
-    def part(heads: tuple[Head, ...], row_args: Pytree, params: Pytree) -> Pytree:
-        return _each_row(row_fn, chunking, products, heads, row_args, params)
+    def part(heads: tuple[Head, ...], rows: Pytree, shared: Pytree) -> Pytree:
+        return None, _each_row(row_fn, chunking, products, heads, rows[0], *shared, rows[1])
 
-    return _shard_map_rows(part, heads, row_args, params, summed=False)
+    heads = tuple(Head(head.hidden, *layer) for head, layer in zip(heads, layers, strict=True))
+    return _shard_map_rows(part, heads, (row_args, counted), (narrow, wide))[1]
 
 
-def _each_row(row_fn, chunking, products, heads, row_args, params) -> Pytree:
+def _wide(x: jax.Array) -> jax.Array | None:
+    floating = jnp.issubdtype(x.dtype, jnp.floating)
+    return _zeros_with_derivative(x) if floating and x.dtype != arrays.accumulation_dtype(x) else None
+
+
+@jax.custom_jvp
+def _zeros_with_derivative(x: jax.Array) -> jax.Array:
+    """Zeros in the accumulation dtype, with the derivative of `x`."""
+    return jnp.zeros_like(x, dtype=arrays.accumulation_dtype(x))
+
+
+@_zeros_with_derivative.defjvp
+def _zeros_with_derivative_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    zeros = _zeros_with_derivative(x)
+    return zeros, dx.astype(zeros.dtype)
+
+
+@jax.custom_jvp
+def _narrow(x: jax.Array, wide: jax.Array) -> jax.Array:
+    """`x` with the derivative of `wide`."""
+    del wide
+    return x
+
+
+@_narrow.defjvp
+def _narrow_jvp(primals, tangents):
+    return _narrow(*primals), tangents[1].astype(primals[0].dtype)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
+def _each_row(row_fn, chunking, products, heads, row_args, params, wide, counted) -> Pytree:
+    step, hidden = _row_step(row_fn, products, heads, params, None)
+    return chunking.loop(step, None, (hidden, row_args), counted.mask(by_weight=True))[1]
+
+
+def _each_row_jvp(row_fn, chunking, products, primals, tangents):
+    moving = jax.tree.map(is_differentiated, tangents)
+    free, fixed = partition(primals, moving)
+
+    def rows(free: Pytree) -> Pytree:
+        heads, row_args, params, wide, counted = merge(free, fixed)
+        step, hidden = _row_step(row_fn, products, heads, params, wide)
+        moving_rows = ([head.hidden for head in moving[0]], moving[1])
+        kept = counted.mask(by_weight=False)  # a later derivative may be with respect to the weights
+        return chunking.scan(step, None, (hidden, row_args), moving_rows, kept, again=True)[1]
+
+    return jax.jvp(rows, (free,), (partition(tangents, moving)[0],))
+
+
+_each_row.defjvp(_each_row_jvp, symbolic_zeros=True)
+
+
+def _row_step(row_fn, products, heads, params, wide) -> tuple[Callable[..., Any], list[jax.Array]]:
+    """A step of the loop over rows, and the hidden states that it goes over."""
     params = vary_over_row_axes(params, heads)
-    heads = jax.tree.map(lambda x: pcast_like(x, jax.tree.leaves(heads)), heads)
-    biases, params, wide = jax.tree.map(
-        lambda x: x.astype(arrays.accumulation_dtype(x)),
-        ([head.bias for head in heads], params, [head.kernel for head in heads]),
-    )
-    heads = tuple(head._replace(bias=bias) for head, bias in zip(heads, biases, strict=True))
+    like = jax.tree.leaves(heads)
+    if wide is not None:
+        layers, others = wide
+        wide = jax.tree.map(lambda x: pcast_like(x, like), layers), vary_over_row_axes(others, heads)
+    heads = jax.tree.map(lambda x: pcast_like(x, like), heads)
+    shared = ([(head.kernel, head.bias) for head in heads], params)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def step(carry: None, chunk: jax.Array, rows: Pytree) -> tuple[None, Pytree]:
+    def step(carry: None, rows: Pytree, valid: jax.Array | None) -> tuple[None, Pytree]:
+        del valid
         hidden, args = rows
-        logits = tuple(
-            _logits(products, head._replace(hidden=h), w) for head, h, w in zip(heads, hidden, wide, strict=True)
-        )
-        return None, row_fn(logits, args, params)
+        layers, params = shared
+        if wide is not None:
+            layers, params = jax.tree.map(lambda x, y: x if y is None else _narrow(x, y), shared, wide)
+        logits = tuple(_logits(products, Head(h, *layer)) for h, layer in zip(hidden, layers, strict=True))
+        return carry, row_fn(logits, args, params)
 
-    _, out = chunking.scan(step, None, ([head.hidden for head in heads], row_args))
-    return jax.tree.map(chunking.join, out)
+    return step, [head.hidden for head in heads]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _logits(products: MatrixProducts, head: Head, wide: jax.Array) -> jax.Array:
-    """A head's logits; `wide` is its kernel in the accumulation dtype, of which only the tangent is used.
-
-    The scan adds the chunks' shares of a constant's cotangent in the constant's dtype, and a bf16 sum stops growing:
-    512 additions of 1/1024 give 0.25. The cotangent of `wide` is that of the kernel, added in float32.
-    """
-    del wide
+def _logits(products: MatrixProducts, head: Head) -> jax.Array:
     return products.logits(head)
 
 
 @_logits.defjvp
 def _logits_jvp(products, primals, tangents):
-    (head, wide), (step, d_wide) = primals, tangents
+    (head,), (step,) = primals, tangents
     # Each product is rounded to the operands' dtype, so that its transpose multiplies operands of that dtype.
     dtype = head.kernel.dtype
     by_hidden = lax.dot(step.hidden, head.kernel, precision=products.precision, preferred_element_type=dtype)
-    by_kernel = lax.dot(head.hidden, d_wide.astype(dtype), precision=products.precision, preferred_element_type=dtype)
-    z = _logits(products, head, wide)
+    by_kernel = lax.dot(head.hidden, step.kernel, precision=products.precision, preferred_element_type=dtype)
+    z = _logits(products, head)
     dz = by_hidden.astype(z.dtype) + by_kernel.astype(z.dtype)
     return z, dz if step.bias is None else dz + step.bias.astype(z.dtype)[None, :]

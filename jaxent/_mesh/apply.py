@@ -40,23 +40,22 @@ def map_rows(f: Callable[..., Any], x: jax.Array, *others: Any, without: int | N
     return with_auto_axes(f, x, *others, mesh=mesh_of(x, *jax.tree.leaves(others)), out_specs=P(*split))
 
 
-def shard_map_rows(f: Callable[..., Any], per_row: Any, shared: Any, *, summed: bool) -> Any:
-    """`f(per_row, shared)`, on an explicit mesh of every device's own rows.
+def shard_map_rows(f: Callable[..., Any], per_row: Any, shared: Any) -> Any:
+    """`f(per_row, shared)`, on an explicit mesh of every device's own rows: sums over rows, and results of each row.
 
-    The rows are split as the first leaf of `per_row` is. With `summed` the results are sums over rows, else they have
-    the rows first.
+    The rows are split as the first leaf of `per_row` is.
     """
     first, *_ = jax.tree.leaves(per_row)
     axes = partition_of(first)[0]
-    rows = P(axes)
-    result = P() if summed else rows
+    specs = (P(), P(axes))
 
     def part(per_row: Any, shared: Any) -> Any:
-        out = f(per_row, shared)
-        return lax.psum(out, axes) if summed and axes else out
+        sums, rows = f(per_row, shared)
+        return (lax.psum(sums, axes) if axes else sums), rows
 
     mesh = mesh_of(*jax.tree.leaves((per_row, shared)))
-    return with_auto_axes(on_each_device(part, axes, (rows, P()), result), per_row, shared, mesh=mesh, out_specs=result)
+    parts = on_each_device(part, axes, (P(axes), P()), specs)
+    return with_auto_axes(parts, per_row, shared, mesh=mesh, out_specs=specs)
 
 
 class Batch(tuple[int, ...]):
