@@ -8,14 +8,16 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType
 
 
-def varying(x: jax.Array) -> frozenset[str]:
+def varying(x: jax.Array | jax.ShapeDtypeStruct) -> frozenset[str]:
     """The manual mesh axes along which the value differs between devices."""
-    return jax.typeof(x).manual_axis_type.varying
+    typed = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    return frozenset() if typed.manual_axis_type is None else typed.manual_axis_type.varying
 
 
-def pcast_like(x: jax.Array, others: Sequence[jax.Array], except_for: Collection[str] = ()) -> jax.Array:
+def pcast_like(
+    x: jax.Array, others: Sequence[jax.Array | jax.ShapeDtypeStruct], except_for: Collection[str] = ()
+) -> jax.Array:
     """`x`, typed inside `shard_map` as differing between devices along every axis that any of `others` differs along.
-
 
     A scan's carry must have its final type from the start, and a constant that is made varying before a scan is summed
     over the devices once, after it, on the way back, not once a step.

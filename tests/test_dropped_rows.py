@@ -1,0 +1,167 @@
+"""Rows that do not count: neither multiplied nor held, and without influence under every transformation and mesh."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxent
+from jaxent._engine.chunking import Chunking
+
+# Untyped: what is returned depends on `reduction`.
+linear: Any = jaxent.linear_softmax_cross_entropy
+dense: Any = jaxent.softmax_cross_entropy
+
+pytestmark = pytest.mark.usefixtures("one_device")
+
+LABELS = np.array([0, -100, 2, 1, -100, -100, 1], np.int32)
+WEIGHTS = np.array([1.0, 0.5, 0.0, 0.25, 1.0, 2.0, 1.0])
+OPTIONS = {"label_smoothing": 0.125, "z_loss": 0.25}
+Loss = Callable[..., Any]
+LOSSES: dict[str, tuple[Loss, Loss]] = {
+    "mean": (
+        lambda h, w, **k: linear(h, w, LABELS, chunk_rows=2, **OPTIONS, **k),
+        lambda h, w, **k: dense(h @ w, LABELS, **OPTIONS, **k),
+    ),
+    "none": (
+        lambda h, w, **k: jnp.sum(linear(h, w, LABELS, chunk_rows=2, reduction="none", **k) ** 2),
+        lambda h, w, **k: jnp.sum(dense(h @ w, LABELS, reduction="none", **k) ** 2),
+    ),
+}
+
+
+def norm2(tree: Any) -> jax.Array:
+    return sum((jnp.sum(x**2) for x in jax.tree.leaves(tree)), jnp.zeros(()))
+
+
+def both(f: Loss) -> Any:
+    return jax.grad(f, argnums=(0, 1))
+
+
+def stacked(x: Any) -> jax.Array:
+    return jnp.stack([jnp.asarray(x), 0.5 * x, -x])
+
+
+TRANSFORMS: dict[str, Callable[..., Any]] = {
+    "value": lambda f, h, w: f(h, w),
+    "value_and_grad": lambda f, h, w: jax.value_and_grad(f, argnums=(0, 1))(h, w),
+    "jvp": lambda f, h, w: jax.jvp(f, (h, w), (w.sum() * h, w + 1)),
+    "hessian": lambda f, h, w: jax.hessian(f, argnums=(0, 1))(h, w),
+    "grad of grad": lambda f, h, w: both(lambda h, w: norm2(both(f)(h, w)))(h, w),
+    "third order": lambda f, h, w: jax.jvp(
+        lambda w: jax.jvp(lambda w: jax.grad(f, argnums=1)(h, w), (w,), (w + 1,))[1], (w,), (w - 1,)
+    ),
+    "grad of vmap": lambda f, h, w: both(lambda h, w: norm2(jax.vmap(f, (0, None))(stacked(h), w)))(h, w),
+    "vmap of grad": lambda f, h, w: jax.vmap(both(f))(stacked(h), stacked(w)),
+    "by weights": lambda f, h, w: jax.grad(lambda k: f(h, w, weights=k))(WEIGHTS),
+    "with weights": lambda f, h, w: both(lambda h, w: f(h, w, weights=WEIGHTS))(h, w),
+    # A weight of 0 that is learnt through a step of the parameters (Ren et al., 2018).
+    "by the weights of a gradient": lambda f, h, w: jax.grad(
+        lambda k: norm2(w - jax.grad(lambda w: f(h, w, weights=k))(w))
+    )(WEIGHTS),
+}
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_transforms(loss: str, transform: str, rng: np.random.Generator):
+    h, w = rng.normal(size=(7, 2)), rng.normal(size=(2, 3))
+    got, want = (jax.jit(functools.partial(TRANSFORMS[transform], f))(h, w) for f in LOSSES[loss])
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("chunk_rows", [256, 512, 4])
+@pytest.mark.parametrize("kept", [0, 1, 31, 256, 257, 300, 420, 513, 599, 600])
+def test_the_loop_takes_as_many_chunks_as_the_rows_fill(chunk_rows: int, kept: int, rng: np.random.Generator):
+    """Every row that counts once, the others never, and little more work than they are."""
+    chunking = Chunking(600, chunk_rows, strided=False)
+    mask = jnp.asarray(rng.permutation(np.arange(600) < kept))
+    numbers = jnp.arange(600, dtype=jnp.int32)
+
+    def step(carry: Any, rows: jax.Array, valid: jax.Array | None) -> Any:
+        seen, work = carry
+        assert valid is not None
+        return (seen.at[rows].add(valid.astype(jnp.int32)), work + len(rows)), (rows, rows.astype(jnp.float32))
+
+    start = jnp.zeros(600, jnp.int32), jnp.zeros((), jnp.int32)
+    (seen, work), (integers, floats) = jax.jit(lambda kept: chunking.loop(step, start, numbers, kept))(mask)
+    np.testing.assert_array_equal(seen, mask)
+    np.testing.assert_array_equal(integers, np.where(mask, numbers, -1))
+    np.testing.assert_array_equal(floats, np.where(mask, numbers, 0))
+    assert kept <= int(work) < kept + max(0.5 * chunk_rows, 4), work
+
+
+def heads(rng: np.random.Generator, dropped: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Hidden states, kernel and labels, where the hidden states of dropped rows are nan."""
+    h, w = rng.normal(size=(len(dropped), 3)).astype(np.float32), rng.normal(size=(3, 8)).astype(np.float32)
+    return np.where(dropped[:, None], np.nan, h).astype(np.float32), w, rng.integers(0, 8, len(dropped))
+
+
+# Calls of (hidden, kernel, labels, where) with per-row results first, and of hidden and kernel with sums.
+CALLS: dict[str, Callable[..., Any]] = {
+    "mean": lambda h, w, y, where: linear(h, w, y, where=where, chunk_rows=4),
+    "none": lambda h, w, y, where: linear(h, w, y, where=where, chunk_rows=4, reduction="none"),
+    "divergence": lambda h, w, y, where: jaxent.linear_kl_divergence(h, w, 2 * h, w, where=where, chunk_rows=4),
+    "norms": lambda h, w, y, where: jaxent.linear_gradient_norms(h, w, y, where=where, chunk_rows=4),
+    "gauss-newton": lambda h, w, y, where: jaxent.linear_ggn_vector_product(
+        h, w, (None, jnp.ones_like(w)), targets=y, where=where, chunk_rows=4
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_dropped_rows_have_no_influence(call: str, rng: np.random.Generator):
+    dropped = np.arange(13) % 3 != 0
+    h, w, y = heads(rng, dropped)
+
+    def total(h: Any, w: Any, y: Any, where: Any) -> Any:
+        out = CALLS[call](h, w, y, where)
+        return sum((jnp.sum(x * jnp.cos(x)) for x in jax.tree.leaves(out)), jnp.zeros(())), out
+
+    f = jax.jit(jax.value_and_grad(total, argnums=(0, 1), has_aux=True))
+    (_, got), (by_hidden, by_kernel) = f(h, w, y, ~dropped)
+    (_, want), (hidden_want, kernel_want) = f(h[~dropped], w, y[~dropped], np.ones(5, bool))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        if a.shape != b.shape:
+            np.testing.assert_array_equal(a[dropped], 0)
+            a = a[~dropped]
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(by_hidden[dropped], 0)
+    np.testing.assert_allclose(by_hidden[~dropped], hidden_want, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(by_kernel, kernel_want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["explicit", "manual"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_each_device_skips_its_own_rows(reduction: str, kind: str, rng: np.random.Generator):
+    """One device has no row that counts, the other all; the peers of the vocabulary axis agree."""
+    where = np.arange(16) >= 8
+    where[9] = False
+    h, w, y = heads(rng, ~where)
+    mesh = jax.make_mesh((2, 2), ("data", "vocab"), devices=jax.devices()[:4])
+
+    def loss(h: Any, w: Any, y: Any, where: Any, vocab_axis: str | None = None) -> Any:
+        kind = "none" if reduction == "none" else "sum_and_weight"
+        out = linear(h, w, y, where=where, chunk_rows=2, vocab_axis=vocab_axis, reduction=kind)
+        out = jnp.sum(out**2) if reduction == "none" else out
+        out = out if vocab_axis is None else jax.lax.psum(out, "data")
+        return out if reduction == "none" else out.mean()
+
+    want = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(h, w, y, where)
+    specs = (P("data"), P(None, "vocab"), P("data"), P("data"))
+    args = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip((h, w, y, where), specs, strict=True)]
+    with jax.set_mesh(mesh):
+        run: Any = loss
+        if kind == "manual":
+            run = jax.shard_map(functools.partial(loss, vocab_axis="vocab"), in_specs=specs, out_specs=P())
+        got = jax.jit(jax.value_and_grad(run, argnums=(0, 1)))(*args)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
