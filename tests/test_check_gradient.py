@@ -394,5 +394,7 @@ def test_bad_arguments():
         check_gradient(softmax_cross_entropy, z, np.array([0, 1]), reduction="none")
     with pytest.raises(TypeError, match="`loss_fn` must return a floating scalar"):
         check_gradient(lambda z: jnp.sum(z > 0), z)
-    with pytest.raises(ValueError, match=r"`oracle` must give .* shape \(2, 3\) by args\[0\], got float64\[3\]"):
+    with pytest.raises(
+        ValueError, match=r"`oracle` must give .* shape \(2, 3\) with respect to args\[0\], got float64\[3\]"
+    ):
         check_gradient(jnp.sum, z, oracle=np.zeros(3))

@@ -74,7 +74,7 @@ class FlatArguments:
         return self.structure.unflatten(leaves)
 
     def gradient(self, given: Any, argument: str) -> Gradient:
-        """What was given by the first argument with floating leaves, or a tuple of one for each."""
+        """What was given with respect to the first argument with floating leaves, or a tuple of one for each."""
         marks = self.structure.unflatten([i if i in self.at else None for i in range(len(self.leaves))])
         places = [places for mark in marks if (places := jax.tree.leaves(mark))]
         parts = given if isinstance(given, tuple) and len(places) > 1 else (given,)
@@ -83,7 +83,7 @@ class FlatArguments:
         for part, at in zip(parts, places, strict=False):
             for i, leaf in zip(at, jax.tree.leaves(part), strict=True):
                 if np.shape(leaf) != self.leaves[i].shape:
-                    expected = f"give a gradient of shape {self.leaves[i].shape} by {self.names[self.at.index(i)]}"
+                    expected = f"give a gradient of shape {self.leaves[i].shape} with respect to {self.names[self.at.index(i)]}"
                     raise arrays.shape_error(self.name, argument, expected, np.asarray(leaf))
                 leaves[self.at.index(i)] = leaf
                 known[self.at.index(i)][...] = True

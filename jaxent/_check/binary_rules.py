@@ -38,7 +38,7 @@ def binary_rule_matches(r: BinaryRows, probabilities: bool) -> Iterator[RuleMatc
             "logits of nan",
             r.counted & xp.isnan(x),
             "{value}",
-            "Loss and gradient are nan there: look for where it starts (jax.debug_nans), or leave it out by `where`.",
+            "Loss and gradient are nan there: look for where it starts (jax.debug_nans), or leave it out with `where`.",
             {"value": x},
         )
     yield r.match(
@@ -46,7 +46,7 @@ def binary_rule_matches(r: BinaryRows, probabilities: bool) -> Iterator[RuleMatc
         "binary targets outside [0, 1]",
         r.counted & ~((t >= 0) & (t <= 1)),
         "target {value:.6g}",
-        "The loss is nan there: divide a mask of 0 and 255 by 255, and leave what is missing, like -1, out by `where`.",
+        "The loss is nan there: divide a mask of 0 and 255 by 255, and leave what is missing, like -1, out with `where`.",
         {"value": t},
     )
     if r.weights is not None:

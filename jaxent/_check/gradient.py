@@ -27,14 +27,18 @@ VALUE, GRAD, DIFFERENCES = "value", "jax.grad", "central differences"
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """The worst entry of one way to the derivative by one argument."""
+    """The worst entry of one way to the derivative with respect to one argument."""
 
     way: str
+    """`"value"`, `"closed form"`, `"jax.grad"`, `"jax.jvp"` or `"central differences"`."""
     argument: str
+    """The argument and the path in it, such as `args[0]['w']`; `loss` for the value."""
     index: tuple[int, ...]
     """Where in the argument; empty for a scalar, and for what is no entry."""
     got: float
+    """What this way gives."""
     want: float
+    """The reference: that of float64, or the oracle's."""
     ulp: float
     """The error in units of the dtype's epsilon, relative to the entry or to what rounding moves it by."""
     allowed: float
@@ -42,10 +46,12 @@ class Comparison:
 
     @property
     def ok(self) -> bool:
+        """Whether the error is in bounds."""
         return self.ulp <= self.allowed
 
     @property
     def place(self) -> str:
+        """The argument with the index, as it would be written."""
         return self.argument + (f"[{', '.join(map(str, self.index))}]" if self.index else "")
 
     @property
@@ -133,7 +139,7 @@ def check_gradient(
 
     - `loss_fn`: `loss_fn(*args, **options)`, a real scalar, traceable by `jax.jit`.
     - `args`: pytrees; their floating leaves are differentiated, the others and `options` are not.
-    - `closed_form`: a function of the same arguments that gives the gradient by the first argument with floating
+    - `closed_form`: a function of the same arguments that gives the gradient with respect to the first argument with floating
       leaves, or a tuple with one for each. Known for `softmax_cross_entropy`.
     - `oracle`: the exact gradient in the form of `closed_form`'s, or a function that gives it, called with the
       arguments of `loss_fn`, the floating leaves as float64 NumPy arrays.
