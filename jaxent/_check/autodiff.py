@@ -83,7 +83,8 @@ class FlatArguments:
         for part, at in zip(parts, places, strict=False):
             for i, leaf in zip(at, jax.tree.leaves(part), strict=True):
                 if np.shape(leaf) != self.leaves[i].shape:
-                    expected = f"give a gradient of shape {self.leaves[i].shape} with respect to {self.names[self.at.index(i)]}"
+                    of = self.names[self.at.index(i)]
+                    expected = f"give a gradient of shape {self.leaves[i].shape} with respect to {of}"
                     raise arrays.shape_error(self.name, argument, expected, np.asarray(leaf))
                 leaves[self.at.index(i)] = leaf
                 known[self.at.index(i)][...] = True

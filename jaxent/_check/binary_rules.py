@@ -46,7 +46,7 @@ def binary_rule_matches(r: BinaryRows, probabilities: bool) -> Iterator[RuleMatc
         "binary targets outside [0, 1]",
         r.counted & ~((t >= 0) & (t <= 1)),
         "target {value:.6g}",
-        "The loss is nan there: divide a mask of 0 and 255 by 255, and leave what is missing, like -1, out with `where`.",
+        "The loss is nan there: divide a mask of 0 and 255 by 255, and drop what is missing, such as -1, with `where`.",
         {"value": t},
     )
     if r.weights is not None:

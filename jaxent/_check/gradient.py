@@ -139,8 +139,8 @@ def check_gradient(
 
     - `loss_fn`: `loss_fn(*args, **options)`, a real scalar, traceable by `jax.jit`.
     - `args`: pytrees; their floating leaves are differentiated, the others and `options` are not.
-    - `closed_form`: a function of the same arguments that gives the gradient with respect to the first argument with floating
-      leaves, or a tuple with one for each. Known for `softmax_cross_entropy`.
+    - `closed_form`: a function of the same arguments that gives the gradient with respect to the first argument with
+      floating leaves, or a tuple with one for each. Known for `softmax_cross_entropy`.
     - `oracle`: the exact gradient in the form of `closed_form`'s, or a function that gives it, called with the
       arguments of `loss_fn`, the floating leaves as float64 NumPy arrays.
     - `tolerance`: the largest error in ulp; None allows $\epsilon^{-1/2}$, half of the digits of the dtype.

@@ -209,7 +209,7 @@ def not_finite(r: Counted, x: Any, bad: Any, what: str) -> RuleMatch:
         f"{what} with nan or inf",
         r.counted & r.xp.any(bad, axis=-1),
         "{value} at {at}",
-        "Loss and gradient are nan there: look for where it starts (jax.debug_nans), or leave padding out with `where`.",
+        "Loss and gradient are nan there: look for where it starts (jax.debug_nans), or drop padding with `where`.",
         r.first(bad, x),
     )
 
@@ -224,7 +224,7 @@ def _logits(r: Rows, what: str) -> Iterator[RuleMatch]:
         "rows in which every class is masked",
         r.counted & (xp.isneginf(top) | same),
         "all {top}",
-        "Such a row has no softmax (a uniform one, if the mask is finite): leave it out with `where`.",
+        "Such a row has no softmax (a uniform one, if the mask is finite): drop it with `where`.",
         {"top": top},
     )
     asked = r.target_classes
@@ -284,7 +284,7 @@ def _weights(r: Rows) -> Iterator[RuleMatch]:
             "zero_class_weights",
             "class weights of zero for classes in use",
             c == 0,
-            "Such a class is never learnt: give it a weight, or leave its rows out with `where` if that is meant.",
+            "Such a class is never learnt: give it a weight, or drop its rows with `where` if that is meant.",
         ),
     ):
         used = r.target_classes & wrong
@@ -300,7 +300,7 @@ def row_weights(r: Counted, weights: Any) -> Iterator[RuleMatch]:
         "row weights of nan",
         r.counted & r.xp.isnan(weights),
         "weight {value}",
-        "The loss is nan there: leave the row out with `where`, or give it a weight of 0.",
+        "The loss is nan there: drop the row with `where`, or give it a weight of 0.",
         value,
     )
     yield r.match(
