@@ -16,6 +16,7 @@ from jaxent._arguments.targets import (
     check_softmax_call,
     row_targets,
 )
+from jaxent._errors import ArgumentValueError, public
 from jaxent._math import softmax
 from jaxent._math.quadratic_forms import Fisher, GaussNewton, QuadraticForm
 from jaxent._mesh.apply import map_rows
@@ -29,6 +30,7 @@ Pytree = Any
 # By the logits
 
 
+@public
 def logit_hessian(logits: ArrayLike, *, axis: int = -1) -> jax.Array:
     r"""Second derivative of `-log p_y` by the logits, in nats per squared unit of logit, whatever the label `y`.
 
@@ -50,7 +52,7 @@ def logit_hessian(logits: ArrayLike, *, axis: int = -1) -> jax.Array:
     Array([[ 0.1875, -0.1875],
            [-0.1875,  0.1875]], dtype=float32)
     """
-    z, axis = check_logits("logit_hessian", "logits", logits, axis)
+    z, axis = check_logits("logits", logits, axis)
     return _logit_hessian(jnp.moveaxis(z, axis, -1))
 
 
@@ -64,6 +66,7 @@ def _logit_hessian(logits: jax.Array) -> jax.Array:
     return jnp.where(same, diagonal[..., None], -p[..., :, None] * p[..., None, :])
 
 
+@public
 def logit_hessian_product(logits: ArrayLike, v: ArrayLike, *, axis: int = -1) -> jax.Array:
     r"""`logit_hessian(logits) @ v` for each row, without the matrix, in nats per unit of logit.
 
@@ -80,10 +83,9 @@ def logit_hessian_product(logits: ArrayLike, v: ArrayLike, *, axis: int = -1) ->
     >>> logit_hessian_product(jnp.log(jnp.array([0.25, 0.75])), jnp.array([1.0, 0.0])).round(4)
     Array([ 0.1875, -0.1875], dtype=float32)
     """
-    name = "logit_hessian_product"
-    z, axis = check_logits(name, "logits", logits, axis)
-    step = arrays.floating(name, "v", v)
-    arrays.check_shape(name, "v", step, z.shape, "that of the logits")
+    z, axis = check_logits("logits", logits, axis)
+    step = arrays.floating("v", v)
+    arrays.check_shape("v", step, z.shape, "that of the logits")
     return _logit_hessian_product(z, step, classes=ClassAxis(axis))
 
 
@@ -97,6 +99,7 @@ def _logit_hessian_product(logits: jax.Array, v: jax.Array, *, classes: ClassAxi
 # Through any model
 
 
+@public
 def ggn_vector_product(
     logits_fn: Callable[[Any], jax.Array],
     params: Pytree,
@@ -153,7 +156,6 @@ def ggn_vector_product(
            [ 0.   ,  0.   ]], dtype=float32)
     """
     return _product(
-        "ggn_vector_product",
         GaussNewton,
         logits_fn,
         params,
@@ -172,6 +174,7 @@ def ggn_vector_product(
     )
 
 
+@public
 def fisher_vector_product(
     logits_fn: Callable[[Any], jax.Array],
     params: Pytree,
@@ -218,7 +221,6 @@ def fisher_vector_product(
            [ 0.   ,  0.   ]], dtype=float32)
     """
     return _product(
-        "fisher_vector_product",
         Fisher,
         logits_fn,
         params,
@@ -238,7 +240,6 @@ def fisher_vector_product(
 
 
 def _product(
-    function: str,
     form: Callable[[ClassAxis], QuadraticForm],
     logits_fn: Callable[[Any], jax.Array],
     params: Pytree,
@@ -248,17 +249,15 @@ def _product(
     axis: int,
     **options: Any,
 ) -> Pytree:
-    check_matrix_reduction(function, options["reduction"])
-    params = _floating_leaves(function, "params", params)
-    v = _check_tangents(function, v, params)
+    check_matrix_reduction(options["reduction"])
+    params = _floating_leaves("params", params)
+    v = _check_tangents(v, params)
     logits, push = jax.linearize(logits_fn, params)
     if not (isinstance(logits, jax.Array) and jnp.issubdtype(logits.dtype, jnp.floating)):
-        raise arrays.dtype_error(function, "logits_fn", "return floating logits", logits)
-    logits, axis = check_logits(function, "logits_fn(params)", logits, axis)
-    check_vocab_axis(function, options["vocab_axis"])
-    traced, static = check_softmax_call(
-        function, logits, targets, axis=axis, targets_required=form is Fisher, **options
-    )
+        raise arrays.dtype_error("logits_fn", "return floating logits", logits)
+    logits, axis = check_logits("logits_fn(params)", logits, axis)
+    check_vocab_axis(options["vocab_axis"])
+    traced, static = check_softmax_call(logits, targets, axis=axis, targets_required=form is Fisher, **options)
 
     def half_form(v: Pytree) -> jax.Array:
         step = push(jax.tree.map(lambda x, p: x.astype(p.dtype), v, params))
@@ -289,19 +288,17 @@ def _half_form(
     return total
 
 
-def _floating_leaves(function: str, argument: str, tree: Pytree) -> Pytree:
+def _floating_leaves(argument: str, tree: Pytree) -> Pytree:
     return jax.tree_util.tree_map_with_path(
-        lambda path, x: arrays.floating(function, argument + jax.tree_util.keystr(path), x), tree
+        lambda path, x: arrays.floating(argument + jax.tree_util.keystr(path), x), tree
     )
 
 
-def _check_tangents(function: str, v: Pytree, params: Pytree) -> Pytree:
+def _check_tangents(v: Pytree, params: Pytree) -> Pytree:
     structure = jax.tree.structure(params)
     if jax.tree.structure(v) != structure:
-        raise ValueError(
-            f"jaxent.{function}: `v` must have the structure of `params`, {structure}, got {jax.tree.structure(v)}"
-        )
-    v = _floating_leaves(function, "v", v)
+        raise ArgumentValueError(f"`v` must have the structure of `params`, {structure}, got {jax.tree.structure(v)}")
+    v = _floating_leaves("v", v)
     for (path, x), p in zip(jax.tree_util.tree_leaves_with_path(v), jax.tree.leaves(params), strict=True):
-        arrays.check_shape(function, "v" + jax.tree_util.keystr(path), x, p.shape, "that of the parameter")
+        arrays.check_shape("v" + jax.tree_util.keystr(path), x, p.shape, "that of the parameter")
     return v

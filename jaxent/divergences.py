@@ -8,10 +8,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxent._arguments.distributions import Axes, check_order, of_distributions
+from jaxent._errors import public
 from jaxent._math import renyi, safe
 from jaxent._mesh.class_axis import row_sum
 
 
+@public
 def kl_divergence(
     p: ArrayLike, q: ArrayLike, *, axis: int = -1, base: ArrayLike | None = None, where: ArrayLike | None = None
 ) -> jax.Array:
@@ -35,9 +37,10 @@ def kl_divergence(
     >>> kl_divergence(jnp.array([0.0, 1.0]), jnp.array([0.75, 0.25]), base=2)
     Array(2., dtype=float32)
     """
-    return of_distributions("kl_divergence", _kl_divergence, {"p": p, "q": q}, axis=axis, where=where, base=base)
+    return of_distributions(_kl_divergence, {"p": p, "q": q}, axis=axis, where=where, base=base)
 
 
+@public
 def jensen_shannon_divergence(
     p: ArrayLike, q: ArrayLike, *, axis: int = -1, base: ArrayLike | None = None, where: ArrayLike | None = None
 ) -> jax.Array:
@@ -58,11 +61,10 @@ def jensen_shannon_divergence(
     >>> jensen_shannon_divergence(jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]), base=2)
     Array(1., dtype=float32)
     """
-    return of_distributions(
-        "jensen_shannon_divergence", _jensen_shannon, {"p": p, "q": q}, axis=axis, where=where, base=base
-    )
+    return of_distributions(_jensen_shannon, {"p": p, "q": q}, axis=axis, where=where, base=base)
 
 
+@public
 def renyi_divergence(
     p: ArrayLike,
     q: ArrayLike,
@@ -93,10 +95,8 @@ def renyi_divergence(
     >>> renyi_divergence(jnp.array([1.0, 0.0]), jnp.array([0.25, 0.75]), float("inf"), base=2)
     Array(2., dtype=float32)
     """
-    order = check_order("renyi_divergence", order, np.inf)
-    return of_distributions(
-        "renyi_divergence", renyi.divergence, {"p": p, "q": q}, axis=axis, where=where, base=base, order=order
-    )
+    order = check_order(order, np.inf)
+    return of_distributions(renyi.divergence, {"p": p, "q": q}, axis=axis, where=where, base=base, order=order)
 
 
 def _kl_divergence(p: jax.Array, q: jax.Array, *, axes: Axes) -> jax.Array:

@@ -9,9 +9,11 @@ from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.targets import check_row_arguments
+from jaxent._errors import ArgumentValueError, public
 from jaxent._math.label_loss import INVALID, encode_labels
 
 
+@public
 def empirical_distribution(labels: ArrayLike, num_classes: int, *, weights: ArrayLike | None = None) -> jax.Array:
     r"""The distribution of labels in the data: relative frequencies.
 
@@ -31,13 +33,12 @@ def empirical_distribution(labels: ArrayLike, num_classes: int, *, weights: Arra
     >>> empirical_distribution(jnp.array([0, 2, 2, 1]), 3)
     Array([0.25, 0.25, 0.5 ], dtype=float32)
     """
-    name = "empirical_distribution"
-    labels = arrays.integer(name, "labels", labels)
+    labels = arrays.integer("labels", labels)
     if isinstance(num_classes, bool) or not isinstance(num_classes, (int, np.integer)):
-        raise arrays.dtype_error(name, "num_classes", "be an int", num_classes)
+        raise arrays.dtype_error("num_classes", "be an int", num_classes)
     if num_classes < 1:
-        raise ValueError(f"jaxent.{name}: `num_classes` must be at least 1, got {num_classes}")
-    _, weights = check_row_arguments(name, labels.shape, None, weights)
+        raise ArgumentValueError(f"`num_classes` must be at least 1, got {num_classes}")
+    _, weights = check_row_arguments(labels.shape, None, weights)
     return _empirical_distribution(labels, weights, count=int(num_classes))
 
 

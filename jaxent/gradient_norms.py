@@ -30,6 +30,7 @@ from jaxent._engine.linear_head import (
     matrix_products,
 )
 from jaxent._engine.streaming import Head, Logits, MatrixProducts, stream_rows
+from jaxent._errors import public
 from jaxent._math.row_losses import LossOptions, RowTargets, ignore_zero_weight_rows, softmax_loss_gradient
 from jaxent._mesh.class_axis import ClassAxis
 from jaxent._serialization import exportable
@@ -49,6 +50,7 @@ class GradientNorms(NamedTuple):
     """By the bias, whether there is one or not: by the logits before soft cap and temperature."""
 
 
+@public
 def linear_gradient_norms(
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -93,11 +95,9 @@ def linear_gradient_norms(
     >>> norms.residual, norms.kernel
     (Array([0.70710677], dtype=float32), Array([0.70710677], dtype=float32))
     """
-    name = "linear_gradient_norms"
-    head, batch = check_head(name, hidden, kernel, bias)
-    check_vocab_axis_of_rows(name, vocab_axis, targets, hidden=head.hidden, where=where, weights=weights)
+    head, batch = check_head(hidden, kernel, bias)
+    check_vocab_axis_of_rows(vocab_axis, targets, hidden=head.hidden, where=where, weights=weights)
     arguments = check_softmax_arguments(
-        name,
         (*batch, head.kernel.shape[1]),
         -1,
         targets,
@@ -107,14 +107,14 @@ def linear_gradient_norms(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
-    check_class_axis_of_rows(name, vocab_axis, {"kernel": (head.kernel, 1)}, arguments)
+    check_class_axis_of_rows(vocab_axis, {"kernel": (head.kernel, 1)}, arguments)
     norms = _linear_gradient_norms(
         head,
         flat_rows(arguments, batch),
-        check_logit_transform(name, soft_cap, temperature),
+        check_logit_transform(soft_cap, temperature),
         classes=ClassAxis(-1, vocab_axis),
-        ignore_index=check_ignore_index(name, ignore_index),
-        chunking=chunking_for(name, chunk_rows, head),
+        ignore_index=check_ignore_index(ignore_index),
+        chunking=chunking_for(chunk_rows, head),
         products=matrix_products(precision, head),
     )
     return jax.tree.map(batch.unflatten, norms)
@@ -195,6 +195,7 @@ class GradientNoise(NamedTuple):
     """The squared norm of the true gradient, the mean over all data."""
 
 
+@public
 def gradient_noise_scale(
     norms: ArrayLike, mean_norm: ArrayLike, *, where: ArrayLike | None = None, weights: ArrayLike | None = None
 ) -> GradientNoise:
@@ -226,11 +227,10 @@ def gradient_noise_scale(
     >>> [round(float(x), 4) for x in (noise.trace, noise.squared_norm, noise.scale)]
     [5.5, 3.5, 1.5714]
     """
-    name = "gradient_noise_scale"
-    singles = arrays.real(name, "norms", norms)
-    mean = arrays.real(name, "mean_norm", mean_norm)
-    arrays.check_shape(name, "mean_norm", mean, (), "a scalar")
-    where, weights = check_row_arguments(name, singles.shape, where, weights)
+    singles = arrays.real("norms", norms)
+    mean = arrays.real("mean_norm", mean_norm)
+    arrays.check_shape("mean_norm", mean, (), "a scalar")
+    where, weights = check_row_arguments(singles.shape, where, weights)
     return _gradient_noise_scale(singles, mean, where, weights)
 
 

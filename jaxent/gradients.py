@@ -9,11 +9,13 @@ from jax.typing import ArrayLike
 from jaxent._arguments import arrays
 from jaxent._arguments.reduction import Reduction, WeightedSum
 from jaxent._arguments.targets import SoftmaxArguments, check_softmax_call, row_targets
+from jaxent._errors import public
 from jaxent._math.row_losses import ignore_zero_weight_rows, softmax_loss_gradient
 from jaxent._mesh.apply import map_rows
 from jaxent._mesh.class_axis import ClassAxis
 
 
+@public
 def softmax_cross_entropy_gradient(
     logits: ArrayLike,
     targets: ArrayLike,
@@ -58,7 +60,6 @@ def softmax_cross_entropy_gradient(
     Array([ 0.25,  0.25, -0.5 ], dtype=float32)
     """
     traced, static = check_softmax_call(
-        "softmax_cross_entropy_gradient",
         logits,
         targets,
         axis=axis,

@@ -10,10 +10,12 @@ from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.distributions import Axes, check_order, evaluate, of_distributions
+from jaxent._errors import public
 from jaxent._math import renyi, safe
 from jaxent._mesh.class_axis import row_sum
 
 
+@public
 def self_information(p: ArrayLike, *, base: ArrayLike | None = None) -> jax.Array:
     r"""Self-information of events with probability `p`, in nats (or in units of log `base`; 2 gives bits).
 
@@ -30,11 +32,11 @@ def self_information(p: ArrayLike, *, base: ArrayLike | None = None) -> jax.Arra
     >>> self_information(jnp.array([1.0, 0.5, 0.25]), base=2)
     Array([0., 1., 2.], dtype=float32)
     """
-    name = "self_information"
-    p = arrays.floating(name, "p", p)
-    return evaluate(_self_information, (p,), None, arrays.log_base(name, base), axes=())
+    p = arrays.floating("p", p)
+    return evaluate(_self_information, (p,), None, arrays.log_base(base), axes=())
 
 
+@public
 def entropy(
     p: ArrayLike, *, axis: int = -1, base: ArrayLike | None = None, where: ArrayLike | None = None
 ) -> jax.Array:
@@ -59,9 +61,10 @@ def entropy(
     >>> entropy(jnp.array([0.5, 0.25, 0.25]), base=2)
     Array(1.5, dtype=float32)
     """
-    return of_distributions("entropy", _entropy, {"p": p}, axis=axis, where=where, base=base)
+    return of_distributions(_entropy, {"p": p}, axis=axis, where=where, base=base)
 
 
+@public
 def perplexity(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> jax.Array:
     r"""Perplexity of distributions: the number of equally likely classes with the same entropy.
 
@@ -78,9 +81,10 @@ def perplexity(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) 
     >>> perplexity(jnp.array([0.5, 0.5, 0.0]))
     Array(2., dtype=float32)
     """
-    return jnp.exp(of_distributions("perplexity", _entropy, {"p": p}, axis=axis, where=where))
+    return jnp.exp(of_distributions(_entropy, {"p": p}, axis=axis, where=where))
 
 
+@public
 def renyi_entropy(
     p: ArrayLike,
     order: float,
@@ -108,10 +112,11 @@ def renyi_entropy(
     >>> renyi_entropy(jnp.array([0.5, 0.5, 0.0]), 2, base=2)
     Array(1., dtype=float32)
     """
-    order = check_order("renyi_entropy", order, np.inf)
-    return of_distributions("renyi_entropy", renyi.entropy, {"p": p}, axis=axis, where=where, base=base, order=order)
+    order = check_order(order, np.inf)
+    return of_distributions(renyi.entropy, {"p": p}, axis=axis, where=where, base=base, order=order)
 
 
+@public
 def tsallis_entropy(p: ArrayLike, order: float, *, axis: int = -1, where: ArrayLike | None = None) -> jax.Array:
     r"""Tsallis entropy of distributions, a pure number (nats at order 1).
 
@@ -130,10 +135,11 @@ def tsallis_entropy(p: ArrayLike, order: float, *, axis: int = -1, where: ArrayL
     >>> tsallis_entropy(jnp.array([0.5, 0.5]), 2)
     Array(0.5, dtype=float32)
     """
-    order = check_order("tsallis_entropy", order, float(np.finfo(np.float32).max))
-    return of_distributions("tsallis_entropy", _tsallis_entropy, {"p": p}, axis=axis, where=where, order=order)
+    order = check_order(order, float(np.finfo(np.float32).max))
+    return of_distributions(_tsallis_entropy, {"p": p}, axis=axis, where=where, order=order)
 
 
+@public
 def cross_entropy(
     p: ArrayLike, q: ArrayLike, *, axis: int = -1, base: ArrayLike | None = None, where: ArrayLike | None = None
 ) -> jax.Array:
@@ -159,7 +165,7 @@ def cross_entropy(
     >>> cross_entropy(jnp.array([0.0, 0.0, 1.0]), jnp.array([0.3, 0.3, 0.4]))
     Array(0.9162907, dtype=float32)
     """
-    return of_distributions("cross_entropy", _cross_entropy, {"p": p, "q": q}, axis=axis, where=where, base=base)
+    return of_distributions(_cross_entropy, {"p": p, "q": q}, axis=axis, where=where, base=base)
 
 
 def _self_information(p: jax.Array, *, axes: Axes) -> jax.Array:

@@ -4,11 +4,13 @@ import jax
 from jax.typing import ArrayLike
 
 from jaxent._arguments.distributions import of_logits
+from jaxent._errors import public
 from jaxent._math import softmax
 from jaxent._math.divergences import cross_entropy_rows, kl_rows
 from jaxent._mesh.class_axis import ClassAxis
 
 
+@public
 def self_information_with_logits(
     logits: ArrayLike, *, axis: int = -1, base: ArrayLike | None = None, where: ArrayLike | None = None
 ) -> jax.Array:
@@ -30,11 +32,10 @@ def self_information_with_logits(
     Array([1., 1.], dtype=float32)
     """
     values = {"logits": logits}
-    return of_logits(
-        "self_information_with_logits", _self_information, values, axis=axis, where=where, base=base, per_class=True
-    )
+    return of_logits(_self_information, values, axis=axis, where=where, base=base, per_class=True)
 
 
+@public
 def entropy_with_logits(
     logits: ArrayLike, *, axis: int = -1, base: ArrayLike | None = None, where: ArrayLike | None = None
 ) -> jax.Array:
@@ -54,9 +55,10 @@ def entropy_with_logits(
     >>> entropy_with_logits(jnp.zeros(4), base=2)
     Array(2., dtype=float32)
     """
-    return of_logits("entropy_with_logits", softmax.entropy, {"logits": logits}, axis=axis, where=where, base=base)
+    return of_logits(softmax.entropy, {"logits": logits}, axis=axis, where=where, base=base)
 
 
+@public
 def cross_entropy_with_logits(
     p_logits: ArrayLike,
     q_logits: ArrayLike,
@@ -83,11 +85,11 @@ def cross_entropy_with_logits(
     >>> cross_entropy_with_logits(jnp.zeros(4), jnp.ones(4), base=2)
     Array(2., dtype=float32)
     """
-    name = "cross_entropy_with_logits"
     values = {"p_logits": p_logits, "q_logits": q_logits}
-    return of_logits(name, cross_entropy_rows, values, axis=axis, where=where, base=base)
+    return of_logits(cross_entropy_rows, values, axis=axis, where=where, base=base)
 
 
+@public
 def kl_divergence_with_logits(
     p_logits: ArrayLike,
     q_logits: ArrayLike,
@@ -115,9 +117,8 @@ def kl_divergence_with_logits(
     >>> f"{divergence:.4e}"
     '1.2500e-09'
     """
-    name = "kl_divergence_with_logits"
     values = {"p_logits": p_logits, "q_logits": q_logits}
-    return of_logits(name, kl_rows, values, axis=axis, where=where, base=base)
+    return of_logits(kl_rows, values, axis=axis, where=where, base=base)
 
 
 def _self_information(z: jax.Array, classes: ClassAxis) -> jax.Array:

@@ -8,9 +8,11 @@ from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.distributions import Measure, check_joint, evaluate
+from jaxent._errors import ArgumentValueError, public
 from jaxent._math import joint
 
 
+@public
 def joint_entropy(pxy: ArrayLike, *, base: ArrayLike | None = None) -> jax.Array:
     r"""Entropy of a pair of variables, in nats (or in units of log `base`; 2 gives bits).
 
@@ -27,9 +29,10 @@ def joint_entropy(pxy: ArrayLike, *, base: ArrayLike | None = None) -> jax.Array
     >>> joint_entropy(jnp.array([[0.25, 0.25], [0.25, 0.25]]), base=2)
     Array(2., dtype=float32)
     """
-    return _of_table("joint_entropy", joint.entropy, pxy, base)
+    return _of_table(joint.entropy, pxy, base)
 
 
+@public
 def conditional_entropy(pxy: ArrayLike, *, axis: int = -1, base: ArrayLike | None = None) -> jax.Array:
     r"""Entropy of one variable of a pair given the other, in nats (or in units of log `base`; 2 gives bits).
 
@@ -49,14 +52,14 @@ def conditional_entropy(pxy: ArrayLike, *, axis: int = -1, base: ArrayLike | Non
     >>> conditional_entropy(jnp.array([[0.25, 0.25], [0.5, 0.0]]), axis=-2, base=2)  # H(Y | X)
     Array(0.5, dtype=float32)
     """
-    name = "conditional_entropy"
-    p = check_joint(name, "pxy", pxy, 2)
-    axis = arrays.canonical_axis(name, axis, p.ndim)
+    p = check_joint("pxy", pxy, 2)
+    axis = arrays.canonical_axis(axis, p.ndim)
     if axis < -2:
-        raise ValueError(f"jaxent.{name}: `axis` must be one of the last two of {p.ndim}, got {axis}")
-    return _of_table(name, joint.entropy_of_x if axis == -1 else joint.entropy_of_y, p, base)
+        raise ArgumentValueError(f"`axis` must be one of the last two of {p.ndim}, got {axis}")
+    return _of_table(joint.entropy_of_x if axis == -1 else joint.entropy_of_y, p, base)
 
 
+@public
 def mutual_information(pxy: ArrayLike, *, base: ArrayLike | None = None) -> jax.Array:
     r"""Mutual information of a pair of variables, in nats (or in units of log `base`; 2 gives bits).
 
@@ -76,9 +79,9 @@ def mutual_information(pxy: ArrayLike, *, base: ArrayLike | None = None) -> jax.
     >>> mutual_information(jnp.array([[0.5, 0.0], [0.0, 0.5]]), base=2)
     Array(1., dtype=float32)
     """
-    return _of_table("mutual_information", joint.mutual_information, pxy, base)
+    return _of_table(joint.mutual_information, pxy, base)
 
 
-def _of_table(function: str, measure: Measure, pxy: ArrayLike, base: ArrayLike | None) -> jax.Array:
-    p = check_joint(function, "pxy", pxy, 2)
-    return evaluate(measure, (p,), None, arrays.log_base(function, base), axes=(-2, -1))
+def _of_table(measure: Measure, pxy: ArrayLike, base: ArrayLike | None) -> jax.Array:
+    p = check_joint("pxy", pxy, 2)
+    return evaluate(measure, (p,), None, arrays.log_base(base), axes=(-2, -1))

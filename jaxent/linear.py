@@ -36,6 +36,7 @@ from jaxent._engine.linear_head import (
     stream_reduced,
 )
 from jaxent._engine.streaming import Counted, Head, Logits, MatrixProducts, stream_sum
+from jaxent._errors import public
 from jaxent._math.row_losses import LossOptions, RowTargets, ignore_zero_weight_rows, softmax_loss
 from jaxent._mesh.class_axis import ClassAxis
 
@@ -58,6 +59,7 @@ def linear_softmax_cross_entropy(
     reduction: Literal["mean", "sum", "none"] = "mean",
     **options: Unpack[LinearOptions],
 ) -> jax.Array: ...
+@public
 def linear_softmax_cross_entropy(
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -112,14 +114,12 @@ def linear_softmax_cross_entropy(
     >>> linear_softmax_cross_entropy(hidden, kernel, jnp.array([0, 4]))
     Array(1.609438, dtype=float32)
     """
-    name = "linear_softmax_cross_entropy"
-    head, batch = check_head(name, hidden, kernel, bias)
+    head, batch = check_head(hidden, kernel, bias)
     logits_shape = (*batch, head.kernel.shape[1])
     # Hidden states that were gathered over the axis are typed as differing along it, as split ones are. Split ones have
     # another shape than targets.
-    check_vocab_axis_of_rows(name, vocab_axis, targets, where=where, weights=weights)
+    check_vocab_axis_of_rows(vocab_axis, targets, where=where, weights=weights)
     arguments = check_softmax_arguments(
-        name,
         logits_shape,
         -1,
         targets,
@@ -129,17 +129,17 @@ def linear_softmax_cross_entropy(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
     )
-    divisor = check_reduction(name, reduction, denominator)
-    check_class_axis_of_rows(name, vocab_axis, {"kernel": (head.kernel, 1)}, arguments)
+    divisor = check_reduction(reduction, denominator)
+    check_class_axis_of_rows(vocab_axis, {"kernel": (head.kernel, 1)}, arguments)
     losses = _linear_softmax_cross_entropy(
         head,
         flat_rows(arguments, batch),
-        check_logit_transform(name, soft_cap, temperature),
+        check_logit_transform(soft_cap, temperature),
         divisor,
         classes=ClassAxis(-1, vocab_axis),
-        ignore_index=check_ignore_index(name, ignore_index),
+        ignore_index=check_ignore_index(ignore_index),
         reduction=reduction,
-        chunking=chunking_for(name, chunk_rows, head),
+        chunking=chunking_for(chunk_rows, head),
         products=matrix_products(precision, head),
     )
     return batch.unflatten(losses) if reduction == "none" else losses
@@ -192,6 +192,7 @@ def _linear_softmax_cross_entropy(
     )[0]
 
 
+@public
 def linear_loss(
     row_loss: Callable[..., jax.Array],
     hidden: ArrayLike,
@@ -241,11 +242,10 @@ def linear_loss(
     >>> clip(jnp.eye(3), jnp.eye(3), jnp.array(0.5))
     Array(0.23954478, dtype=float32)
     """
-    name = "linear_loss"
-    head, batch = check_head(name, hidden, kernel, bias)
-    row_args = jax.tree.map(lambda x: check_row_argument(name, x, batch), row_args)
+    head, batch = check_head(hidden, kernel, bias)
+    row_args = jax.tree.map(lambda x: check_row_argument(x, batch), row_args)
     params = jax.tree.map(jnp.asarray, params)
-    chunking = chunking_for(name, chunk_rows, head)
+    chunking = chunking_for(chunk_rows, head)
     row_fn = UserRowLoss(row_loss, _takes_params(row_loss, len(row_args), params))
     block = jax.tree.map(lambda x: jax.ShapeDtypeStruct((chunking.chunk_rows, *x.shape[1:]), x.dtype), row_args)
     logits = jax.ShapeDtypeStruct((chunking.chunk_rows, head.kernel.shape[1]), logits_like(head).dtype)
@@ -268,9 +268,9 @@ class UserRowLoss:
         rows = logits[0].shape[0]
         if getattr(losses, "shape", None) != (rows,):
             expected = f"return one loss for each row of its block, shape ({rows},)"
-            raise arrays.shape_error("linear_loss", "row_loss", expected, losses)
+            raise arrays.shape_error("row_loss", expected, losses)
         if not jnp.issubdtype(losses.dtype, jnp.floating):
-            raise arrays.dtype_error("linear_loss", "row_loss", "return floating losses", losses)
+            raise arrays.dtype_error("row_loss", "return floating losses", losses)
         return losses.astype(logits[0].dtype), None
 
 

@@ -33,11 +33,13 @@ from jaxent._engine.linear_head import (
     stream_reduced,
 )
 from jaxent._engine.streaming import Head, Logits, MatrixProducts
+from jaxent._errors import ArgumentValueError, public
 from jaxent._math.quadratic_forms import Fisher, GaussNewton, QuadraticForm
 from jaxent._math.row_losses import LossOptions, RowTargets
 from jaxent._mesh.class_axis import ClassAxis
 
 
+@public
 def linear_ggn_vector_product(
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -88,7 +90,6 @@ def linear_ggn_vector_product(
            [ 0.   ,  0.   ]], dtype=float32)
     """
     return _linear_product(
-        "linear_ggn_vector_product",
         GaussNewton,
         hidden,
         kernel,
@@ -111,6 +112,7 @@ def linear_ggn_vector_product(
     )
 
 
+@public
 def linear_fisher_vector_product(
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -149,7 +151,6 @@ def linear_fisher_vector_product(
            [ 0.   ,  0.   ]], dtype=float32)
     """
     return _linear_product(
-        "linear_fisher_vector_product",
         Fisher,
         hidden,
         kernel,
@@ -173,7 +174,6 @@ def linear_fisher_vector_product(
 
 
 def _linear_product(
-    function: str,
     form: Callable[[ClassAxis], QuadraticForm],
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -191,27 +191,27 @@ def _linear_product(
     vocab_axis: str | None,
     **options: Any,
 ) -> tuple[jax.Array | None, ...]:
-    check_matrix_reduction(function, reduction)
-    head, batch = check_head(function, hidden, kernel, bias)
+    check_matrix_reduction(reduction)
+    head, batch = check_head(hidden, kernel, bias)
     rows = {"where": options["where"], "weights": options["weights"]}
-    check_vocab_axis_of_rows(function, vocab_axis, targets, hidden=head.hidden, **rows)
-    steps = _check_steps(function, v, (hidden, kernel, bias))
+    check_vocab_axis_of_rows(vocab_axis, targets, hidden=head.hidden, **rows)
+    steps = _check_steps(v, (hidden, kernel, bias))
     shape = (*batch, head.kernel.shape[1])
-    arguments = check_softmax_arguments(function, shape, -1, targets, targets_required=form is Fisher, **options)
-    divisor = check_reduction(function, reduction, denominator)
-    check_class_axis_of_rows(function, vocab_axis, {"kernel": (head.kernel, 1)}, arguments)
+    arguments = check_softmax_arguments(shape, -1, targets, targets_required=form is Fisher, **options)
+    divisor = check_reduction(reduction, denominator)
+    check_class_axis_of_rows(vocab_axis, {"kernel": (head.kernel, 1)}, arguments)
     by_hidden, *by_layer = steps
     by_hidden, *by_layer = _linear_curvature(
         head,
         (None if by_hidden is None else batch.flatten(by_hidden), *by_layer),
         flat_rows(arguments, batch),
-        check_logit_transform(function, soft_cap, temperature),
+        check_logit_transform(soft_cap, temperature),
         divisor,
         row_fn=_StreamedForm(form(ClassAxis(-1, vocab_axis))),
-        ignore_index=check_ignore_index(function, ignore_index),
+        ignore_index=check_ignore_index(ignore_index),
         reduction=reduction,
         # Two blocks at a time: the logits, and their step or its derivative.
-        chunking=chunking_for(function, chunk_rows, head, head),
+        chunking=chunking_for(chunk_rows, head, head),
         products=matrix_products(precision, head),
     )
     return (None if by_hidden is None else batch.unflatten(by_hidden), *by_layer)[: len(v)]
@@ -276,17 +276,17 @@ def _linear_curvature(
 
 
 def _check_steps(
-    function: str, v: Any, operands: tuple[ArrayLike | None, ...]
+    v: Any, operands: tuple[ArrayLike | None, ...]
 ) -> tuple[jax.Array | None, jax.Array | None, jax.Array | None]:
     """The steps of hidden states, kernel and bias; None is held fixed."""
     if not isinstance(v, tuple) or len(v) not in (2, 3):
-        raise arrays.dtype_error(function, "v", "be a tuple (v_hidden, v_kernel) or (v_hidden, v_kernel, v_bias)", v)
+        raise arrays.dtype_error("v", "be a tuple (v_hidden, v_kernel) or (v_hidden, v_kernel, v_bias)", v)
     steps = []
     for name, step, operand in zip(("hidden", "kernel", "bias"), (*v, None)[:3], operands, strict=True):
         if step is not None:
-            step = arrays.floating(function, f"v_{name}", step)
+            step = arrays.floating(f"v_{name}", step)
             if operand is None:
-                raise ValueError(f"jaxent.{function}: `v_{name}` must be None, since there is no `{name}`")
-            arrays.check_shape(function, f"v_{name}", step, jnp.shape(operand), f"that of `{name}`")
+                raise ArgumentValueError(f"`v_{name}` must be None, since there is no `{name}`")
+            arrays.check_shape(f"v_{name}", step, jnp.shape(operand), f"that of `{name}`")
         steps.append(step)
     return steps[0], steps[1], steps[2]

@@ -30,6 +30,7 @@ from jaxent._engine.linear_head import (
     stream_reduced,
 )
 from jaxent._engine.streaming import Head, Logits, MatrixProducts
+from jaxent._errors import ArgumentValueError, public
 from jaxent._math.divergences import jensen_shannon_rows, kl_rows
 from jaxent._math.row_losses import RowTargets, ignore_zero_weight_rows, weighted
 from jaxent._mesh.check import check_class_axis, check_same_split, check_vocab_axis
@@ -60,6 +61,7 @@ def linear_kl_divergence(
 ) -> jax.Array: ...
 
 
+@public
 def linear_kl_divergence(
     hidden_p: ArrayLike,
     kernel_p: ArrayLike,
@@ -108,36 +110,33 @@ def linear_kl_divergence(
     >>> linear_kl_divergence(hidden, kernel, hidden, 2 * kernel)
     Array(0., dtype=float32)
     """
-    name = "linear_kl_divergence"
-    head_p, batch = check_head(name, hidden_p, kernel_p, bias_p, "_p")
-    head_q, batch_q = check_head(name, hidden_q, kernel_q, bias_q, "_q")
+    head_p, batch = check_head(hidden_p, kernel_p, bias_p, "_p")
+    head_q, batch_q = check_head(hidden_q, kernel_q, bias_q, "_q")
     if batch_q != batch:
-        raise arrays.shape_error(name, "hidden_q", f"have the batch shape {batch} of `hidden_p`", hidden_q)
+        raise arrays.shape_error("hidden_q", f"have the batch shape {batch} of `hidden_p`", hidden_q)
     hiddens = {"hidden_p": head_p.hidden, "hidden_q": head_q.hidden}
-    check_same_split(name, hiddens, 0)
-    check_same_split(name, {"kernel_p": head_p.kernel, "kernel_q": head_q.kernel}, 1)
+    check_same_split(hiddens, 0)
+    check_same_split({"kernel_p": head_p.kernel, "kernel_q": head_q.kernel}, 1)
     if head_q.kernel.shape[1] != head_p.kernel.shape[1]:
         expected = f"have {head_p.kernel.shape[1]} classes, as `kernel_p` has"
-        raise arrays.shape_error(name, "kernel_q", expected, head_q.kernel)
+        raise arrays.shape_error("kernel_q", expected, head_q.kernel)
     if divergence not in get_args(Divergence):
-        raise ValueError(
-            f"jaxent.{name}: `divergence` must be 'forward', 'reverse' or 'jensen_shannon', got {divergence!r}"
-        )
-    check_vocab_axis(name, vocab_axis, {"where": where, "weights": weights, **hiddens})
-    where, weights = check_row_arguments(name, batch, where, weights)
-    divisor = check_reduction(name, reduction, denominator)
+        raise ArgumentValueError(f"`divergence` must be 'forward', 'reverse' or 'jensen_shannon', got {divergence!r}")
+    check_vocab_axis(vocab_axis, {"where": where, "weights": weights, **hiddens})
+    where, weights = check_row_arguments(batch, where, weights)
+    divisor = check_reduction(reduction, denominator)
     kernels = {"kernel_p": (head_p.kernel, 1), "kernel_q": (head_q.kernel, 1)}
-    check_class_axis(name, vocab_axis, kernels, {"where": where, "weights": weights})
+    check_class_axis(vocab_axis, kernels, {"where": where, "weights": weights})
     losses = _linear_kl_divergence(
         (head_p, head_q),
         flat_rows(SoftmaxArguments(None, where, weights), batch),
-        check_logit_transform(name, soft_cap_p, temperature),
-        check_logit_transform(name, soft_cap_q, temperature),
-        arrays.scalar(name, "mixture", mixture, low=0.0, high=1.0),
+        check_logit_transform(soft_cap_p, temperature),
+        check_logit_transform(soft_cap_q, temperature),
+        arrays.scalar("mixture", mixture, low=0.0, high=1.0),
         divisor,
         row_fn=DivergenceRowLoss(ClassAxis(-1, vocab_axis), divergence),
         reduction=reduction,
-        chunking=chunking_for(name, chunk_rows, head_p, head_q),
+        chunking=chunking_for(chunk_rows, head_p, head_q),
         products=matrix_products(precision, head_p),
     )
     return batch.unflatten(losses) if reduction == "none" else losses

@@ -22,6 +22,7 @@ from jaxent._arguments.targets import (
     row_targets,
     rows_shape,
 )
+from jaxent._errors import public
 from jaxent._math.row_losses import (
     binary_nll,
     ignore_zero_weight_rows,
@@ -45,6 +46,7 @@ def softmax_cross_entropy(
     reduction: Literal["mean", "sum", "none"] = "mean",
     **options: Unpack[SoftmaxOptions],
 ) -> jax.Array: ...
+@public
 def softmax_cross_entropy(
     logits: ArrayLike,
     targets: ArrayLike,
@@ -99,7 +101,6 @@ def softmax_cross_entropy(
     Array(0.5514, dtype=float32)
     """
     traced, static = check_softmax_call(
-        "softmax_cross_entropy",
         logits,
         targets,
         axis=axis,
@@ -148,6 +149,7 @@ def nll_loss(
     reduction: Literal["mean", "sum", "none"] = "mean",
     **options: Unpack[LabelOptions],
 ) -> jax.Array: ...
+@public
 def nll_loss(
     log_probs: ArrayLike,
     labels: ArrayLike,
@@ -178,19 +180,18 @@ def nll_loss(
     >>> nll_loss(jnp.log(jnp.array([[0.3, 0.3, 0.4]])), jnp.array([2]))
     Array(0.9162907, dtype=float32)
     """
-    name = "nll_loss"
-    log_p, axis = check_logits(name, "log_probs", log_probs, axis)
+    log_p, axis = check_logits("log_probs", log_probs, axis)
     shape = rows_shape(log_p.shape, axis)
-    where, weights = check_row_arguments(name, shape, where, weights)
+    where, weights = check_row_arguments(shape, where, weights)
     arguments = SoftmaxArguments(
-        check_labels(name, "labels", labels, shape),
+        check_labels("labels", labels, shape),
         where,
         weights,
-        check_class_weights(name, class_weights, log_p.shape[axis]),
+        check_class_weights(class_weights, log_p.shape[axis]),
     )
-    divisor = check_reduction(name, reduction, denominator)
-    check_class_axis_of_rows(name, None, {"log_probs": (log_p, axis)}, arguments, "labels")
-    ignore_index = check_ignore_index(name, ignore_index)
+    divisor = check_reduction(reduction, denominator)
+    check_class_axis_of_rows(None, {"log_probs": (log_p, axis)}, arguments, "labels")
+    ignore_index = check_ignore_index(ignore_index)
     return _nll_loss(log_p, arguments, divisor, classes=ClassAxis(axis), ignore_index=ignore_index, reduction=reduction)
 
 
@@ -226,6 +227,7 @@ def sigmoid_cross_entropy(
     reduction: Literal["mean", "sum", "none"] = "mean",
     **options: Unpack[BinaryOptions],
 ) -> jax.Array: ...
+@public
 def sigmoid_cross_entropy(
     logits: ArrayLike,
     targets: ArrayLike,
@@ -259,15 +261,14 @@ def sigmoid_cross_entropy(
     >>> sigmoid_cross_entropy(jnp.array([0.0]), jnp.array([1.0]))
     Array(0.6931472, dtype=float32)
     """
-    name = "sigmoid_cross_entropy"
-    z = arrays.floating(name, "logits", logits)
-    t = arrays.probability_or_flag(name, "targets", targets)
-    arrays.check_shape(name, "targets", t, z.shape, "one for each logit")
-    where, weights = check_row_arguments(name, z.shape, where, weights)
+    z = arrays.floating("logits", logits)
+    t = arrays.probability_or_flag("targets", targets)
+    arrays.check_shape("targets", t, z.shape, "one for each logit")
+    where, weights = check_row_arguments(z.shape, where, weights)
     if pos_weight is not None:
-        pos_weight = arrays.real(name, "pos_weight", pos_weight)
-        arrays.check_broadcast(name, "pos_weight", pos_weight, z.shape, "the logits")
-    divisor = check_reduction(name, reduction, denominator)
+        pos_weight = arrays.real("pos_weight", pos_weight)
+        arrays.check_broadcast("pos_weight", pos_weight, z.shape, "the logits")
+    divisor = check_reduction(reduction, denominator)
     return _sigmoid_cross_entropy(z, t, where, weights, pos_weight, divisor, reduction=reduction)
 
 

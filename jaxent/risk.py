@@ -11,6 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.reduction import WeightedSum
+from jaxent._errors import public
 from jaxent._serialization import exportable
 
 
@@ -83,14 +84,14 @@ def _count(n: int = 0) -> _TwoFloat:
     return _TwoFloat(jnp.asarray(hi), jnp.asarray(np.float32(n - int(hi))))
 
 
-def _two_float(function: str, argument: str, value: ArrayLike) -> _TwoFloat:
+def _two_float(argument: str, value: ArrayLike) -> _TwoFloat:
     """A scalar; an integer that comes from the host, such as a number of bytes, keeps 48 bits."""
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
     if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
         return _count(int(value))
-    (x,) = arrays.accumulated(arrays.real(function, argument, value))
-    arrays.check_shape(function, argument, x, (), "a scalar")
+    (x,) = arrays.accumulated(arrays.real(argument, value))
+    arrays.check_shape(argument, x, (), "a scalar")
     return _TwoFloat(x, jnp.zeros_like(x))
 
 
@@ -126,6 +127,7 @@ class EmpiricalRisk:
         """The sum of the weights, rounded to float32."""
         return self._weight.hi + self._weight.lo
 
+    @public
     def update(self, losses: ArrayLike, weights: ArrayLike | None = None) -> "EmpiricalRisk":
         """With the losses of one batch added.
 
@@ -133,12 +135,12 @@ class EmpiricalRisk:
         bool. A weight of 0 silences its loss, even nan or inf; the derivative with respect to such a weight is that of
         any other, or 0 where the loss is not finite.
         """
-        x = arrays.floating("EmpiricalRisk.update", "losses", losses)
+        x = arrays.floating("losses", losses)
         if weights is None:
             (x,) = arrays.accumulated(x)
             return self._plus(_two_float_sum(x), _count(x.size))
-        w = arrays.probability_or_flag("EmpiricalRisk.update", "weights", weights)
-        arrays.check_shape("EmpiricalRisk.update", "weights", w, x.shape, "one for each loss")
+        w = arrays.probability_or_flag("weights", weights)
+        arrays.check_shape("weights", w, x.shape, "one for each loss")
         x, w = arrays.accumulated(x, w)
         # Only a loss that is not finite is taken out: with 0 in place of every silenced loss, the derivative with
         # respect to a weight of 0 would lose its term.
@@ -146,13 +148,13 @@ class EmpiricalRisk:
         x, w = jnp.where(silenced, 0, x), jnp.where(silenced, 0, w)
         return self._plus(_two_float_sum(x * w), _two_float_sum(w))
 
+    @public
     def merge(self, other: "EmpiricalRisk | WeightedSum") -> "EmpiricalRisk":
         """With another part's sums added; the order of the parts does not matter."""
         if isinstance(other, WeightedSum):
-            name = "EmpiricalRisk.merge"
-            return self._plus(_two_float(name, "total", other.total), _two_float(name, "weight", other.weight))
+            return self._plus(_two_float("total", other.total), _two_float("weight", other.weight))
         if not isinstance(other, EmpiricalRisk):
-            raise arrays.dtype_error("EmpiricalRisk.merge", "other", "be an EmpiricalRisk or a WeightedSum", other)
+            raise arrays.dtype_error("other", "be an EmpiricalRisk or a WeightedSum", other)
         return self._plus(other._total, other._weight)
 
     def _plus(self, total: _TwoFloat, weight: _TwoFloat) -> "EmpiricalRisk":
@@ -172,12 +174,13 @@ class EmpiricalRisk:
 
         return EmpiricalRisk(over_devices(self._total), over_devices(self._weight))
 
+    @public
     def mean(self, base: ArrayLike | None = None) -> jax.Array:
         """The empirical risk, in nats or in units of log `base` (2 = bits).
 
         It is 0, with derivative 0, when the weights sum to 0.
         """
-        log_base = arrays.log_base("EmpiricalRisk.mean", base)
+        log_base = arrays.log_base(base)
         nats = self._total.over(self._weight)
         return nats if log_base is None else nats / log_base.astype(nats.dtype)
 
@@ -185,7 +188,8 @@ class EmpiricalRisk:
         """`exp` of the mean: how many equally likely outcomes would be as hard to predict."""
         return jnp.exp(self.mean())
 
+    @public
     def bits_per(self, count: ArrayLike) -> jax.Array:
         """The total in bits, divided by how many bytes or words it encodes; 0 for a count of 0."""
-        units = _two_float("EmpiricalRisk.bits_per", "count", count).astype(self._total.hi.dtype)
+        units = _two_float("count", count).astype(self._total.hi.dtype)
         return self._total.over(units) / float(np.log(2))

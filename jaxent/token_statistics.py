@@ -18,6 +18,7 @@ from jaxent._engine.linear_head import (
     matrix_products,
 )
 from jaxent._engine.streaming import Counted, Head, Logits, MatrixProducts, stream_rows
+from jaxent._errors import public
 from jaxent._math.row_losses import RowTargets
 from jaxent._math.statistics import TokenStatistics, row_statistics
 from jaxent._mesh.apply import map_rows
@@ -25,6 +26,7 @@ from jaxent._mesh.check import check_class_axis, check_vocab_axis
 from jaxent._mesh.class_axis import ClassAxis
 
 
+@public
 def token_statistics(
     logits: ArrayLike,
     labels: ArrayLike | None = None,
@@ -55,14 +57,13 @@ def token_statistics(
     >>> int(stats.argmax), int(stats.rank)
     (2, 1)
     """
-    name = "token_statistics"
-    z, axis = check_logits(name, "logits", logits, axis)
-    check_vocab_axis(name, vocab_axis, {"labels": labels})
+    z, axis = check_logits("logits", logits, axis)
+    check_vocab_axis(vocab_axis, {"labels": labels})
     if labels is not None:
-        labels = check_labels(name, "labels", labels, rows_shape(z.shape, axis))
-    check_class_axis(name, vocab_axis, {"logits": (z, axis)}, {"labels": labels})
+        labels = check_labels("labels", labels, rows_shape(z.shape, axis))
+    check_class_axis(vocab_axis, {"logits": (z, axis)}, {"labels": labels})
     classes = ClassAxis(axis, vocab_axis)
-    return _token_statistics(z, labels, classes=classes, top_k=check_top_k(name, top_k, classes.size(z)))
+    return _token_statistics(z, labels, classes=classes, top_k=check_top_k(top_k, classes.size(z)))
 
 
 @functools.partial(jax.jit, static_argnames=("classes", "top_k"), inline=True)
@@ -77,6 +78,7 @@ def _token_statistics(
     return map_rows(statistics, logits, labels, without=classes.axis)
 
 
+@public
 def linear_token_statistics(
     hidden: ArrayLike,
     kernel: ArrayLike,
@@ -107,20 +109,19 @@ def linear_token_statistics(
     >>> stats.entropy
     Array([1.3862944, 1.3862944], dtype=float32)
     """
-    name = "linear_token_statistics"
-    head, batch = check_head(name, hidden, kernel, bias)
-    check_vocab_axis(name, vocab_axis, {"hidden": head.hidden} if labels is None else {"labels": labels})
+    head, batch = check_head(hidden, kernel, bias)
+    check_vocab_axis(vocab_axis, {"hidden": head.hidden} if labels is None else {"labels": labels})
     if labels is not None:
-        labels = check_labels(name, "labels", labels, batch)
-    check_class_axis(name, vocab_axis, {"kernel": (head.kernel, 1)}, {"labels": labels})
+        labels = check_labels("labels", labels, batch)
+    check_class_axis(vocab_axis, {"kernel": (head.kernel, 1)}, {"labels": labels})
     classes = ClassAxis(-1, vocab_axis)
     statistics = _linear_token_statistics(
         head,
         None if labels is None else batch.flatten(labels),
-        check_logit_transform(name, soft_cap, temperature),
+        check_logit_transform(soft_cap, temperature),
         classes=classes,
-        top_k=check_top_k(name, top_k, classes.size(head.kernel)),
-        chunking=chunking_for(name, chunk_rows, head),
+        top_k=check_top_k(top_k, classes.size(head.kernel)),
+        chunking=chunking_for(chunk_rows, head),
         products=matrix_products(precision, head),
     )
     return jax.tree.map(batch.unflatten, statistics)

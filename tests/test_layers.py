@@ -1,14 +1,18 @@
 """Data flows one way through the package: no module imports one of a wing above its own."""
 
 import ast
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
+
+import jaxent
+import jaxent.torch_compat
 
 PACKAGE = Path(__file__).parents[1] / "jaxent"
 # The wings from the ground up; the public modules are the files of the package's own folder.
 GROUND_UP = "_mesh", "_math", "_arguments", "_engine", "public", "torch_compat _check", "__init__", "cli"
 LEVEL = {wing: level for level, wings in enumerate(GROUND_UP) for wing in wings.split()}
-GROUND = "_serialization"  # imports nothing of the package, and any module may import it
+GROUND = "_serialization", "_errors"  # import nothing of the package, and any module may import them
 
 
 def wing(path: Path) -> str:
@@ -56,7 +60,7 @@ def test_nothing_is_imported_upwards():
         f"{path.relative_to(PACKAGE)} imports {other.relative_to(PACKAGE)}"
         for path in MODULES
         for other in imported(path)
-        if other.stem != GROUND and LEVEL[wing(other)] > LEVEL[wing(path)]
+        if other.stem not in GROUND and LEVEL[wing(other)] > LEVEL[wing(path)]
     ]
     assert not upwards
 
@@ -89,3 +93,19 @@ def is_module(parts: list[str]) -> bool:
 def test_modules_are_short():
     long = {str(path.relative_to(PACKAGE)): n for path in MODULES if (n := len(path.read_text().splitlines())) > 400}
     assert not long
+
+
+def test_a_function_is_named_in_its_errors_where_it_is_called():
+    """Errors are raised without the name of the public function, which `_errors.public` adds."""
+    for scope in (jaxent, jaxent.torch_compat):
+        for name, function in vars(scope).items():
+            if inspect.isfunction(function) and not name.startswith("_"):
+                assert function.__code__.co_filename == jaxent._errors.__file__, f"{name} lacks @public"
+    threaded = [
+        f"{path.relative_to(PACKAGE)}: {node.name}"
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef)
+        and any(a.arg == "function" and a.annotation and ast.unparse(a.annotation) == "str" for a in node.args.args)
+    ]
+    assert not threaded

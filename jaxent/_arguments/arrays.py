@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxent._errors import ArgumentTypeError, ArgumentValueError
+
 
 def describe(value: Any) -> str:
     """`float32[8,3]` for an array, the type's name for anything else."""
@@ -15,15 +17,15 @@ def describe(value: Any) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
-def shape_error(function: str, argument: str, expected: str, got: Any) -> ValueError:
-    return ValueError(f"jaxent.{function}: `{argument}` must {expected}, got {describe(got)}")
+def shape_error(argument: str, expected: str, got: Any) -> ValueError:
+    return ArgumentValueError(f"`{argument}` must {expected}, got {describe(got)}")
 
 
-def dtype_error(function: str, argument: str, expected: str, got: Any) -> TypeError:
-    return TypeError(f"jaxent.{function}: `{argument}` must {expected}, got {describe(got)}")
+def dtype_error(argument: str, expected: str, got: Any) -> TypeError:
+    return ArgumentTypeError(f"`{argument}` must {expected}, got {describe(got)}")
 
 
-def _as_array(function: str, argument: str, value: ArrayLike) -> jax.Array | np.ndarray:
+def _as_array(argument: str, value: ArrayLike) -> jax.Array | np.ndarray:
     if isinstance(value, jax.Array):
         return value
     if hasattr(value, "__jax_array__"):  # such as a parameter of flax: an array, or a tracer, in a box
@@ -31,52 +33,48 @@ def _as_array(function: str, argument: str, value: ArrayLike) -> jax.Array | np.
     try:
         array = np.asarray(value, dtype=getattr(value, "dtype", None))
     except (TypeError, ValueError) as error:
-        raise dtype_error(function, argument, "be array-like", value) from error
+        raise dtype_error(argument, "be array-like", value) from error
     if array.dtype == object:
-        raise dtype_error(function, argument, "be array-like", value)
+        raise dtype_error(argument, "be array-like", value)
     return array
 
 
-def floating(function: str, argument: str, value: ArrayLike) -> jax.Array:
+def floating(argument: str, value: ArrayLike) -> jax.Array:
     """A floating array in the dtype that JAX gives it."""
-    array = _as_array(function, argument, value)
+    array = _as_array(argument, value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise dtype_error(function, argument, "have a floating dtype", array)
+        raise dtype_error(argument, "have a floating dtype", array)
     return _typed(array)
 
 
-def real(function: str, argument: str, value: ArrayLike) -> jax.Array:
+def real(argument: str, value: ArrayLike) -> jax.Array:
     """A floating array; integers, which are exact weights and counts, are converted."""
-    array = _as_array(function, argument, value)
+    array = _as_array(argument, value)
     if jnp.issubdtype(array.dtype, jnp.integer):
         # On the host: JAX would wrap 64 bits to 32.
         array = array.astype(np.float64) if isinstance(array, np.ndarray) else array
         return jnp.asarray(array).astype(jnp.result_type(float))
-    return floating(function, argument, array)
+    return floating(argument, array)
 
 
-def probability_or_flag(function: str, argument: str, value: ArrayLike) -> jax.Array:
+def probability_or_flag(argument: str, value: ArrayLike) -> jax.Array:
     """Probabilities of the positive class, or bool or integer flags, as a floating array."""
-    array = _as_array(function, argument, value)
-    return (
-        jnp.asarray(array).astype(jnp.result_type(float))
-        if array.dtype == np.bool_
-        else real(function, argument, array)
-    )
+    array = _as_array(argument, value)
+    return jnp.asarray(array).astype(jnp.result_type(float)) if array.dtype == np.bool_ else real(argument, array)
 
 
-def boolean(function: str, argument: str, value: ArrayLike) -> jax.Array:
-    array = _as_array(function, argument, value)
+def boolean(argument: str, value: ArrayLike) -> jax.Array:
+    array = _as_array(argument, value)
     if array.dtype != np.bool_:
-        raise dtype_error(function, argument, "have dtype bool", array)
+        raise dtype_error(argument, "have dtype bool", array)
     return jnp.asarray(array)
 
 
-def integer(function: str, argument: str, value: ArrayLike) -> jax.Array:
+def integer(argument: str, value: ArrayLike) -> jax.Array:
     """An integer array of any width; a 64-bit host array saturates where JAX would wrap it to 32 bits."""
-    array = _as_array(function, argument, value)
+    array = _as_array(argument, value)
     if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise dtype_error(function, argument, "have an integer dtype", array)
+        raise dtype_error(argument, "have an integer dtype", array)
     if isinstance(array, np.ndarray):
         bounds = jnp.iinfo(jax.dtypes.canonicalize_dtype(array.dtype))
         array = np.clip(array, bounds.min, bounds.max)
@@ -99,33 +97,30 @@ def accumulated(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(a.astype(dtype) for a in arrays)
 
 
-def canonical_axis(function: str, axis: Any, ndim: int, argument: str = "axis") -> int:
+def canonical_axis(axis: Any, ndim: int, argument: str = "axis") -> int:
     """The axis counted from the end (-1 is the last)."""
     if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
-        raise dtype_error(function, argument, "be an int", axis)
+        raise dtype_error(argument, "be an int", axis)
     if not -ndim <= axis < ndim:
-        raise ValueError(
-            f"jaxent.{function}: `{argument}` must lie in [{-ndim}, {ndim}) for {ndim} dimensions, got {axis}"
-        )
+        raise ArgumentValueError(f"`{argument}` must lie in [{-ndim}, {ndim}) for {ndim} dimensions, got {axis}")
     return int(axis) % ndim - ndim
 
 
-def check_shape(function: str, argument: str, array: jax.Array, shape: tuple[int, ...], meaning: str) -> None:
+def check_shape(argument: str, array: jax.Array, shape: tuple[int, ...], meaning: str) -> None:
     if array.shape != shape:
-        raise shape_error(function, argument, f"have shape {shape} ({meaning})", array)
+        raise shape_error(argument, f"have shape {shape} ({meaning})", array)
 
 
-def check_broadcast(function: str, argument: str, array: jax.Array, shape: tuple[int, ...], meaning: str) -> None:
+def check_broadcast(argument: str, array: jax.Array, shape: tuple[int, ...], meaning: str) -> None:
     try:
         fits = np.broadcast_shapes(array.shape, shape) == shape
     except ValueError:
         fits = False
     if not fits:
-        raise shape_error(function, argument, f"broadcast to shape {shape}, that of {meaning}", array)
+        raise shape_error(argument, f"broadcast to shape {shape}, that of {meaning}", array)
 
 
 def scalar(
-    function: str,
     argument: str,
     value: ArrayLike,
     *,
@@ -138,9 +133,9 @@ def scalar(
 
     A value that is known now is checked now; a traced one becomes nan when it is out of range.
     """
-    array = real(function, argument, value)
+    array = real(argument, value)
     if array.shape != ():
-        raise shape_error(function, argument, "be a scalar", array)
+        raise shape_error(argument, "be a scalar", array)
     try:
         # Of the argument, not of `array`: while jit traces, jnp turns even a Python float into a tracer.
         known = float(np.asarray(value))
@@ -149,19 +144,19 @@ def scalar(
         return jnp.where(inside, array, jnp.nan)
     if not ((known > low if open_low else known >= low) and known <= high):
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if high == np.inf else ']'}"
-        raise ValueError(f"jaxent.{function}: `{argument}` must lie in {interval}, got {value}")
+        raise ArgumentValueError(f"`{argument}` must lie in {interval}, got {value}")
     if neutral is not None and not isinstance(value, jax.Array) and known == neutral:
         return None
     return array
 
 
-def log_base(function: str, base: ArrayLike | None) -> jax.Array | None:
+def log_base(base: ArrayLike | None) -> jax.Array | None:
     """The natural logarithm of a base; nan for a traced base out of range, and None for None."""
     if base is None:
         return None
-    array = real(function, "base", base)
+    array = real("base", base)
     if array.shape != ():
-        raise shape_error(function, "base", "be a scalar", array)
+        raise shape_error("base", "be a scalar", array)
     try:
         # Of the argument, not of `array`: while jit traces, jnp turns even a Python number into a tracer.
         known = float(np.asarray(base).astype(np.float64))
@@ -169,5 +164,5 @@ def log_base(function: str, base: ArrayLike | None) -> jax.Array | None:
         (array,) = accumulated(array)
         return jnp.log(jnp.where((array > 0) & (array != 1) & jnp.isfinite(array), array, jnp.nan))
     if not (known > 0 and known != 1 and np.isfinite(known)):
-        raise ValueError(f"jaxent.{function}: `base` must be positive, finite and not 1, got {base}")
+        raise ArgumentValueError(f"`base` must be positive, finite and not 1, got {base}")
     return jnp.asarray(np.log(known), dtype=jnp.result_type(float))

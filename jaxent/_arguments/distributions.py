@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.targets import check_classes
+from jaxent._errors import ArgumentValueError
 from jaxent._math import safe
 from jaxent._mesh.class_axis import ClassAxis
 
@@ -21,7 +22,6 @@ Measure = Callable[..., jax.Array]
 
 
 def of_distributions(
-    function: str,
     measure: Measure,
     values: Mapping[str, ArrayLike],
     *,
@@ -30,12 +30,11 @@ def of_distributions(
     base: ArrayLike | None = None,
     order: float | None = None,
 ) -> jax.Array:
-    operands, axes, where = check_operands(function, values, axis, where)
-    return evaluate(measure, operands, where, arrays.log_base(function, base), axes=axes, order=order)
+    operands, axes, where = check_operands(values, axis, where)
+    return evaluate(measure, operands, where, arrays.log_base(base), axes=axes, order=order)
 
 
 def of_logits(
-    function: str,
     measure: Callable[..., jax.Array],
     values: Mapping[str, ArrayLike],
     *,
@@ -45,8 +44,8 @@ def of_logits(
     per_class: bool = False,
 ) -> jax.Array:
     """`measure` takes rows of logits and their `ClassAxis`; `per_class` says that it keeps all classes."""
-    operands, axes, where = check_operands(function, values, axis, where)
-    return _evaluate_logits(measure, operands, where, arrays.log_base(function, base), axes=axes, per_class=per_class)
+    operands, axes, where = check_operands(values, axis, where)
+    return _evaluate_logits(measure, operands, where, arrays.log_base(base), axes=axes, per_class=per_class)
 
 
 @functools.partial(jax.jit, static_argnames=("measure", "axes", "order"), inline=True)
@@ -95,45 +94,45 @@ def in_base(value: jax.Array, log_base: jax.Array | None) -> jax.Array:
 
 
 def check_operands(
-    function: str, values: Mapping[str, ArrayLike], axis: int, where: ArrayLike | None
+    values: Mapping[str, ArrayLike], axis: int, where: ArrayLike | None
 ) -> tuple[tuple[jax.Array, ...], Axes, jax.Array | None]:
     """The operands and `where`, broadcast to one shape, and the axes of the classes in it."""
-    operands = {name: arrays.floating(function, name, value) for name, value in values.items()}
-    axis = arrays.canonical_axis(function, axis, max(*(x.ndim for x in operands.values()), 1))
+    operands = {name: arrays.floating(name, value) for name, value in values.items()}
+    axis = arrays.canonical_axis(axis, max(*(x.ndim for x in operands.values()), 1))
     first, *_ = operands
     for name, x in operands.items():
         if x.ndim < -axis:
-            raise arrays.shape_error(function, name, f"have a class axis at {axis}", x)
-        check_classes(function, name, x.shape, axis)
+            raise arrays.shape_error(name, f"have a class axis at {axis}", x)
+        check_classes(name, x.shape, axis)
         count = operands[first].shape[axis]
         if x.shape[axis] != count:
-            raise arrays.shape_error(function, name, f"have {count} classes at axis {axis}, as `{first}` has", x)
+            raise arrays.shape_error(name, f"have {count} classes at axis {axis}, as `{first}` has", x)
     try:
         shape = np.broadcast_shapes(*(x.shape for x in operands.values()))
     except ValueError as error:
         *_, (last, x) = operands.items()
         expected = f"broadcast against `{first}`, {arrays.describe(operands[first])}"
-        raise arrays.shape_error(function, last, expected, x) from error
+        raise arrays.shape_error(last, expected, x) from error
     if where is not None:
-        where = arrays.boolean(function, "where", where)
-        arrays.check_broadcast(function, "where", where, shape, " and ".join(f"`{name}`" for name in operands))
+        where = arrays.boolean("where", where)
+        arrays.check_broadcast("where", where, shape, " and ".join(f"`{name}`" for name in operands))
         where = jnp.broadcast_to(where, shape)
     return tuple(jnp.broadcast_to(x, shape) for x in operands.values()), (axis,), where
 
 
-def check_joint(function: str, name: str, value: ArrayLike, variables: int) -> jax.Array:
+def check_joint(name: str, value: ArrayLike, variables: int) -> jax.Array:
     """A table of joint probabilities on the last axes, one for each variable."""
-    p = arrays.floating(function, name, value)
+    p = arrays.floating(name, value)
     if p.ndim < variables:
-        raise arrays.shape_error(function, name, f"have {('two', 'three')[variables - 2]} class axes", p)
+        raise arrays.shape_error(name, f"have {('two', 'three')[variables - 2]} class axes", p)
     for axis in range(-variables, 0):
-        check_classes(function, name, p.shape, axis)
+        check_classes(name, p.shape, axis)
     return p
 
 
-def check_order(function: str, order: Any, high: float) -> float:
+def check_order(order: Any, high: float) -> float:
     if isinstance(order, bool) or not isinstance(order, (int, float, np.integer, np.floating)):
-        raise arrays.dtype_error(function, "order", "be a Python number, known when the function is traced", order)
+        raise arrays.dtype_error("order", "be a Python number, known when the function is traced", order)
     if not 0 <= order <= high:
-        raise ValueError(f"jaxent.{function}: `order` must lie in [0, inf{']' if high == np.inf else ')'}, got {order}")
+        raise ArgumentValueError(f"`order` must lie in [0, inf{']' if high == np.inf else ')'}, got {order}")
     return float(order)

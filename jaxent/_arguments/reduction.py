@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
+from jaxent._errors import ArgumentValueError
 from jaxent._serialization import exportable
 
 Reduction = Literal["mean", "sum", "none", "sum_and_weight"]
@@ -61,7 +62,7 @@ def _array(x: ArrayLike) -> jax.Array:
     """A number of the host, such as a count of 64 bits, becomes floating."""
     if isinstance(x, jax.Array):
         return x
-    return arrays.real("WeightedSum", "total or weight", float(x) if isinstance(x, int) else x)
+    return arrays.real("total or weight", float(x) if isinstance(x, int) else x)
 
 
 def _add(a: ArrayLike, b: ArrayLike) -> jax.Array:
@@ -70,17 +71,15 @@ def _add(a: ArrayLike, b: ArrayLike) -> jax.Array:
     return a + b if a.dtype == b.dtype else operator.add(*arrays.accumulated(a, b))
 
 
-def check_reduction(function: str, reduction: Any, denominator: ArrayLike | None) -> jax.Array | None:
+def check_reduction(reduction: Any, denominator: ArrayLike | None) -> jax.Array | None:
     """The divisor as a scalar array, if one was given."""
     if reduction not in ("mean", "sum", "none", "sum_and_weight"):
-        raise ValueError(
-            f"jaxent.{function}: `reduction` must be 'mean', 'sum', 'none' or 'sum_and_weight', got {reduction!r}"
-        )
+        raise ArgumentValueError(f"`reduction` must be 'mean', 'sum', 'none' or 'sum_and_weight', got {reduction!r}")
     if denominator is None:
         return None
     if reduction != "mean":
-        raise ValueError(f"jaxent.{function}: `denominator` goes with reduction='mean', got reduction={reduction!r}")
-    return arrays.scalar(function, "denominator", denominator, low=0.0)
+        raise ArgumentValueError(f"`denominator` goes with reduction='mean', got reduction={reduction!r}")
+    return arrays.scalar("denominator", denominator, low=0.0)
 
 
 def reduce_losses(
@@ -102,6 +101,6 @@ def reduce_sum(summed: WeightedSum, reduction: Reduction, denominator: jax.Array
     return WeightedSum(summed.total, denominator.astype(summed.total.dtype)).mean()
 
 
-def check_matrix_reduction(function: str, reduction: Any) -> None:
+def check_matrix_reduction(reduction: Any) -> None:
     if reduction not in ("mean", "sum"):
-        raise ValueError(f"jaxent.{function}: `reduction` must be 'mean' or 'sum', got {reduction!r}")
+        raise ArgumentValueError(f"`reduction` must be 'mean' or 'sum', got {reduction!r}")

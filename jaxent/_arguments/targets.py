@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.reduction import Reduction, check_reduction
+from jaxent._errors import ArgumentValueError
 from jaxent._math.label_loss import INVALID, encode_labels, has_label
 from jaxent._math.row_losses import LossOptions, RowTargets
 from jaxent._mesh.check import check_class_axis, check_vocab_axis
@@ -28,7 +29,6 @@ class SoftmaxArguments(NamedTuple):
 
 
 def check_softmax_arguments(
-    function: str,
     shape: tuple[int, ...],
     axis: int,
     targets: Any,
@@ -42,31 +42,28 @@ def check_softmax_arguments(
 ) -> SoftmaxArguments:
     """`shape` is that of the logits, with the classes at `axis` (negative)."""
     rows = rows_shape(shape, axis)
-    where, weights = check_row_arguments(function, rows, where, weights)
+    where, weights = check_row_arguments(rows, where, weights)
     if targets is not None or targets_required:
-        targets = check_targets(function, targets, shape, axis)
+        targets = check_targets(targets, shape, axis)
     elif class_weights is not None:
-        raise ValueError(f"jaxent.{function}: `class_weights` goes with `targets`, got no targets")
+        raise ArgumentValueError("`class_weights` goes with `targets`, got no targets")
     return SoftmaxArguments(
         targets,
         where,
         weights,
-        check_class_weights(function, class_weights, shape[axis]),
-        arrays.scalar(function, "label_smoothing", label_smoothing, low=0.0, high=1.0, neutral=0.0),
-        arrays.scalar(function, "z_loss", z_loss, low=0.0, neutral=0.0),
+        check_class_weights(class_weights, shape[axis]),
+        arrays.scalar("label_smoothing", label_smoothing, low=0.0, high=1.0, neutral=0.0),
+        arrays.scalar("z_loss", z_loss, low=0.0, neutral=0.0),
     )
 
 
-def check_vocab_axis_of_rows(
-    function: str, vocab_axis: str | None, targets: ArrayLike | None, **rows: ArrayLike | None
-) -> None:
+def check_vocab_axis_of_rows(vocab_axis: str | None, targets: ArrayLike | None, **rows: ArrayLike | None) -> None:
     """The axis, and that labels and rows are not split over it, before their shapes are looked at."""
     with_classes = isinstance(targets, jax.Array) and jnp.issubdtype(targets.dtype, jnp.floating)
-    check_vocab_axis(function, vocab_axis, rows if with_classes else {"targets": targets, **rows})
+    check_vocab_axis(vocab_axis, rows if with_classes else {"targets": targets, **rows})
 
 
 def check_class_axis_of_rows(
-    function: str,
     vocab_axis: str | None,
     split: dict[str, tuple[jax.Array, int]],
     arguments: SoftmaxArguments,
@@ -76,7 +73,7 @@ def check_class_axis_of_rows(
     whole = {"where": arguments.where, "weights": arguments.weights}
     if arguments.targets is not None and jnp.issubdtype(arguments.targets.dtype, jnp.integer):
         whole[targets] = arguments.targets
-    check_class_axis(function, vocab_axis, split, whole, {"class_weights": (arguments.class_weights, 0)})
+    check_class_axis(vocab_axis, split, whole, {"class_weights": (arguments.class_weights, 0)})
 
 
 def rows_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
@@ -85,63 +82,62 @@ def rows_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     return shape[:at] + shape[at + 1 :]
 
 
-def check_classes(function: str, argument: str, shape: tuple[int, ...], axis: int) -> None:
+def check_classes(argument: str, shape: tuple[int, ...], axis: int) -> None:
     if shape[axis] == 0:
-        raise ValueError(f"jaxent.{function}: `{argument}` must have at least one class, got shape {shape}")
+        raise ArgumentValueError(f"`{argument}` must have at least one class, got shape {shape}")
 
 
 def check_row_arguments(
-    function: str, rows: tuple[int, ...], where: ArrayLike | None, weights: ArrayLike | None
+    rows: tuple[int, ...], where: ArrayLike | None, weights: ArrayLike | None
 ) -> tuple[jax.Array | None, jax.Array | None]:
     """`where` as bool, `weights` as a floating array that is nan where it is negative."""
     if where is not None:
-        where = arrays.boolean(function, "where", where)
-        arrays.check_shape(function, "where", where, rows, "one entry for each row")
+        where = arrays.boolean("where", where)
+        arrays.check_shape("where", where, rows, "one entry for each row")
     if weights is not None:
-        weights = arrays.real(function, "weights", weights)
-        arrays.check_shape(function, "weights", weights, rows, "one entry for each row")
+        weights = arrays.real("weights", weights)
+        arrays.check_shape("weights", weights, rows, "one entry for each row")
         weights = jnp.where(weights < 0, jnp.nan, weights)
     return where, weights
 
 
-def check_targets(function: str, targets: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
+def check_targets(targets: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
     """Class indices of any integer dtype, or class probabilities."""
     kind = getattr(targets, "dtype", None) or np.asarray(targets).dtype
     if jnp.issubdtype(kind, jnp.integer):
         note = "one class index for each row; one-hot targets and probabilities are floating"
-        return check_labels(function, "targets", targets, rows_shape(shape, axis), note)
+        return check_labels("targets", targets, rows_shape(shape, axis), note)
     if not jnp.issubdtype(kind, jnp.floating):
         expected = "be integer class indices or floating class probabilities"
-        raise arrays.dtype_error(function, "targets", expected, targets)
-    probabilities = arrays.floating(function, "targets", targets)
+        raise arrays.dtype_error("targets", expected, targets)
+    probabilities = arrays.floating("targets", targets)
     note = "class probabilities are shaped like the logits; class indices are integers"
-    arrays.check_shape(function, "targets", probabilities, shape, note)
+    arrays.check_shape("targets", probabilities, shape, note)
     return probabilities
 
 
 def check_labels(
-    function: str,
     argument: str,
     labels: ArrayLike,
     rows: tuple[int, ...],
     note: str = "one class index for each row",
 ) -> jax.Array:
-    labels = arrays.integer(function, argument, labels)
-    arrays.check_shape(function, argument, labels, rows, note)
+    labels = arrays.integer(argument, labels)
+    arrays.check_shape(argument, labels, rows, note)
     return labels
 
 
-def check_class_weights(function: str, class_weights: ArrayLike | None, count: int) -> jax.Array | None:
+def check_class_weights(class_weights: ArrayLike | None, count: int) -> jax.Array | None:
     if class_weights is None:
         return None
-    class_weights = arrays.real(function, "class_weights", class_weights)
-    arrays.check_shape(function, "class_weights", class_weights, (count,), "one weight for each class")
+    class_weights = arrays.real("class_weights", class_weights)
+    arrays.check_shape("class_weights", class_weights, (count,), "one weight for each class")
     return class_weights
 
 
-def check_ignore_index(function: str, ignore_index: Any) -> int | None:
+def check_ignore_index(ignore_index: Any) -> int | None:
     if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, np.integer))):
-        raise arrays.dtype_error(function, "ignore_index", "be an int or None", ignore_index)
+        raise arrays.dtype_error("ignore_index", "be an int or None", ignore_index)
     return None if ignore_index is None else int(ignore_index)
 
 
@@ -180,7 +176,6 @@ def row_targets(
 
 
 def check_softmax_call(
-    function: str,
     logits: ArrayLike,
     targets: ArrayLike | None,
     *,
@@ -192,28 +187,28 @@ def check_softmax_call(
     **options: Any,
 ) -> tuple[tuple[jax.Array, SoftmaxArguments, jax.Array | None], dict[str, Any]]:
     """The checked arguments of a softmax loss, traced ones and static ones, for the loss and for its gradient."""
-    z, axis = check_logits(function, "logits", logits, axis)
-    check_vocab_axis_of_rows(function, vocab_axis, targets, where=options["where"], weights=options["weights"])
-    arguments = check_softmax_arguments(function, z.shape, axis, targets, **options)
-    divisor = check_reduction(function, reduction, denominator)
-    check_class_axis_of_rows(function, vocab_axis, {"logits": (z, axis)}, arguments)
-    ignore_index = check_ignore_index(function, ignore_index)
+    z, axis = check_logits("logits", logits, axis)
+    check_vocab_axis_of_rows(vocab_axis, targets, where=options["where"], weights=options["weights"])
+    arguments = check_softmax_arguments(z.shape, axis, targets, **options)
+    divisor = check_reduction(reduction, denominator)
+    check_class_axis_of_rows(vocab_axis, {"logits": (z, axis)}, arguments)
+    ignore_index = check_ignore_index(ignore_index)
     static = {"classes": ClassAxis(axis, vocab_axis), "ignore_index": ignore_index, "reduction": reduction}
     return (z, arguments, divisor), static
 
 
-def check_top_k(function: str, top_k: int, count: int) -> int:
+def check_top_k(top_k: int, count: int) -> int:
     if isinstance(top_k, bool) or not isinstance(top_k, int):
-        raise arrays.dtype_error(function, "top_k", "be an int", top_k)
+        raise arrays.dtype_error("top_k", "be an int", top_k)
     if not 0 <= top_k <= count:
-        raise ValueError(f"jaxent.{function}: `top_k` must lie in [0, {count}], the number of classes, got {top_k}")
+        raise ArgumentValueError(f"`top_k` must lie in [0, {count}], the number of classes, got {top_k}")
     return top_k
 
 
-def check_logits(function: str, argument: str, logits: ArrayLike, axis: int) -> tuple[jax.Array, int]:
-    z = arrays.floating(function, argument, logits)
+def check_logits(argument: str, logits: ArrayLike, axis: int) -> tuple[jax.Array, int]:
+    z = arrays.floating(argument, logits)
     if z.ndim == 0:
-        raise arrays.shape_error(function, argument, "have a class axis", z)
-    axis = arrays.canonical_axis(function, axis, z.ndim)
-    check_classes(function, argument, z.shape, axis)
+        raise arrays.shape_error(argument, "have a class axis", z)
+    axis = arrays.canonical_axis(axis, z.ndim)
+    check_classes(argument, z.shape, axis)
     return z, axis

@@ -16,6 +16,7 @@ import numpy as np
 from jax import lax
 
 from jaxent._arguments import arrays
+from jaxent._errors import ArgumentTypeError, ArgumentValueError
 
 # So many entries are differentiated one at a time. Of more, so many are drawn, and a random direction takes them all.
 MAX_ENTRIES = 256
@@ -28,13 +29,13 @@ Gradient = tuple[np.ndarray, np.ndarray]
 class FlatArguments:
     """The floating leaves of `args` as one vector, and the loss as a function of it."""
 
-    def __init__(self, name: str, loss_fn: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]):
-        self.name, self.loss_fn, self.options = name, loss_fn, options
+    def __init__(self, loss_fn: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]):
+        self.loss_fn, self.options = loss_fn, options
         paths, self.structure = jax.tree_util.tree_flatten_with_path(args)
         self.leaves = [_leaf(leaf) for _, leaf in paths]
         self.at = [i for i, leaf in enumerate(self.leaves) if _is_floating(leaf)]
         if not self.at:
-            raise TypeError(f"jaxent.{name}: `args` must hold something floating, got {', '.join(map(repr, args))}")
+            raise ArgumentTypeError(f"`args` must hold something floating, got {', '.join(map(repr, args))}")
         self.names = [f"args{jax.tree_util.keystr(paths[i][0])}" for i in self.at]
         self.shapes = [self.leaves[i].shape for i in self.at]
         self.dtypes = [self.leaves[i].dtype for i in self.at]
@@ -42,7 +43,7 @@ class FlatArguments:
         self.bounds = [0, *np.cumsum(self.sizes).tolist()]
         self.count = self.bounds[-1]
         if self.count == 0:
-            raise ValueError(f"jaxent.{name}: `args` must hold at least one floating entry, got shapes {self.shapes}")
+            raise ArgumentValueError(f"`args` must hold at least one floating entry, got shapes {self.shapes}")
         self.epsilon = self._each(lambda d: float(ml_dtypes.finfo(d).eps))
         self.floor = self._each(_least)
         self.x = self.flat([self.leaves[i] for i in self.at])
@@ -50,9 +51,9 @@ class FlatArguments:
         self.drawn = np.sort(drawn).astype(np.int32)
         out = jax.eval_shape(self, [self.leaves[i] for i in self.at])
         if getattr(out, "shape", None) != ():
-            raise arrays.shape_error(name, "loss_fn", "return a scalar (take the sum, or reduction='sum')", out)
+            raise arrays.shape_error("loss_fn", "return a scalar (take the sum, or reduction='sum')", out)
         if not jnp.issubdtype(out.dtype, jnp.floating):
-            raise arrays.dtype_error(name, "loss_fn", "return a floating scalar", out)
+            raise arrays.dtype_error("loss_fn", "return a floating scalar", out)
 
     def _each(self, of: Callable[[Any], float]) -> np.ndarray:
         return np.repeat([of(dtype) for dtype in self.dtypes], self.sizes)
@@ -85,7 +86,7 @@ class FlatArguments:
                 if np.shape(leaf) != self.leaves[i].shape:
                     of = self.names[self.at.index(i)]
                     expected = f"give a gradient of shape {self.leaves[i].shape} with respect to {of}"
-                    raise arrays.shape_error(self.name, argument, expected, np.asarray(leaf))
+                    raise arrays.shape_error(argument, expected, np.asarray(leaf))
                 leaves[self.at.index(i)] = leaf
                 known[self.at.index(i)][...] = True
         return self.flat(leaves), self.flat(known) > 0

@@ -25,34 +25,32 @@ Matches = tuple[tuple[int, ...], Iterator[RuleMatch]]
 TABLES = {"pxy": 2, "pxyz": 3}
 
 
-def read_inputs(function: str, xp: Any, signature: LossSignature, arguments: dict[str, Any]) -> Iterator[Matches]:
+def read_inputs(xp: Any, signature: LossSignature, arguments: dict[str, Any]) -> Iterator[Matches]:
     """`xp` is `numpy` or `jax.numpy`."""
     data = signature.data(arguments)
     if signature.kind == "measure":
-        yield from _measure(function, xp, signature, data, arguments)
+        yield from _measure(xp, signature, data, arguments)
     elif list(data.values())[-1] is None and signature.name.endswith("token_statistics"):
         if signature.kind == "logits":
-            yield from _measure(function, xp, signature, data, arguments)
+            yield from _measure(xp, signature, data, arguments)
     elif signature.kind == "kl_div":
-        yield from _divergence_terms(function, xp, data, arguments)
+        yield from _divergence_terms(xp, data, arguments)
     elif signature.kind in ("binary", "binary_probabilities"):
-        yield _binary(function, xp, signature, data, arguments)
+        yield _binary(xp, signature, data, arguments)
     else:
-        yield _classes(function, xp, signature, data, arguments)
+        yield _classes(xp, signature, data, arguments)
 
 
-def _classes(
-    function: str, xp: Any, signature: LossSignature, data: dict[str, Any], arguments: dict[str, Any]
-) -> Matches:
+def _classes(xp: Any, signature: LossSignature, data: dict[str, Any], arguments: dict[str, Any]) -> Matches:
     names, values = list(data), list(data.values())
     linear = signature.kind == "hidden"
-    inputs = lax.stop_gradient(arrays.floating(function, names[0], values[0]))
+    inputs = lax.stop_gradient(arrays.floating(names[0], values[0]))
     targets = values[2 if linear else 1]
     if inputs.ndim == 0:
-        raise arrays.shape_error(function, names[0], "have a class axis", inputs)
+        raise arrays.shape_error(names[0], "have a class axis", inputs)
     if not linear:
-        axis = signature.class_axis(function, arguments, inputs.ndim)
-        check_classes(function, names[0], inputs.shape, axis)
+        axis = signature.class_axis(arguments, inputs.ndim)
+        check_classes(names[0], inputs.shape, axis)
         shape = inputs.shape
     elif signature.pytorch:
         # (C, d_1, ..., d_K, D): a linear layer for each place.
@@ -64,7 +62,6 @@ def _classes(
     else:
         shape, axis = (*inputs.shape[:-1], values[1].shape[1]), -1
     given = check_softmax_arguments(
-        function,
         shape,
         axis,
         targets,
@@ -75,52 +72,48 @@ def _classes(
         z_loss=arguments.get("z_loss", 0.0),
     )
     if arguments.get("weights") is not None:
-        given = given._replace(weights=arrays.real(function, "weights", arguments["weights"]))
+        given = given._replace(weights=arrays.real("weights", arguments["weights"]))
     given = jax.tree.map(lax.stop_gradient, given)
-    ignore_index = check_ignore_index(function, arguments.get("ignore_index", -100))
+    ignore_index = check_ignore_index(arguments.get("ignore_index", -100))
     if signature.pytorch and linear and ignore_index is None:
         ignore_index = -100
     rows = Rows(xp, inputs, -1 if linear else axis, shape[axis], given, ignore_index)
     return rows_shape(shape, axis), rule_matches(rows, signature.kind)
 
 
-def _binary(
-    function: str, xp: Any, signature: LossSignature, data: dict[str, Any], arguments: dict[str, Any]
-) -> Matches:
+def _binary(xp: Any, signature: LossSignature, data: dict[str, Any], arguments: dict[str, Any]) -> Matches:
     (name, inputs), (target_name, targets) = list(data.items())[:2]
-    inputs = lax.stop_gradient(arrays.floating(function, name, inputs))
-    targets = lax.stop_gradient(arrays.probability_or_flag(function, target_name, targets))
-    arrays.check_shape(function, target_name, targets, inputs.shape, f"that of `{name}`")
+    inputs = lax.stop_gradient(arrays.floating(name, inputs))
+    targets = lax.stop_gradient(arrays.probability_or_flag(target_name, targets))
+    arrays.check_shape(target_name, targets, inputs.shape, f"that of `{name}`")
     where, weights = arguments.get("where"), arguments.get("weights")
     if where is not None:
-        where = arrays.boolean(function, "where", where)
-        arrays.check_broadcast(function, "where", where, inputs.shape, f"`{name}`")
+        where = arrays.boolean("where", where)
+        arrays.check_broadcast("where", where, inputs.shape, f"`{name}`")
     if weights is not None:
-        weights = lax.stop_gradient(arrays.probability_or_flag(function, "weights", weights))
-        arrays.check_broadcast(function, "weights", weights, inputs.shape, f"`{name}`")
+        weights = lax.stop_gradient(arrays.probability_or_flag("weights", weights))
+        arrays.check_broadcast("weights", weights, inputs.shape, f"`{name}`")
     rows = BinaryRows(xp, inputs, targets, where, weights)
     return inputs.shape, binary_rule_matches(rows, signature.kind == "binary_probabilities")
 
 
-def _divergence_terms(function: str, xp: Any, data: dict[str, Any], arguments: dict[str, Any]) -> Iterator[Matches]:
+def _divergence_terms(xp: Any, data: dict[str, Any], arguments: dict[str, Any]) -> Iterator[Matches]:
     """PyTorch's `kl_div`, which knows no class axis: each entry is looked at alone."""
     (name, log_q), (target_name, p) = list(data.items())[:2]
-    log_q = lax.stop_gradient(arrays.floating(function, name, log_q))
-    p = lax.stop_gradient(arrays.floating(function, target_name, p))
+    log_q = lax.stop_gradient(arrays.floating(name, log_q))
+    p = lax.stop_gradient(arrays.floating(target_name, p))
     if arguments.get("log_target"):
         p = jnp.exp(p)
     for argument, x in ((name, jnp.exp(log_q)), (target_name, p)):
         yield x.shape, probability_rule_matches(Distribution(xp, argument, x, (), None), normalized=False)
 
 
-def _measure(
-    function: str, xp: Any, signature: LossSignature, data: dict[str, Any], arguments: dict[str, Any]
-) -> Iterator[Matches]:
+def _measure(xp: Any, signature: LossSignature, data: dict[str, Any], arguments: dict[str, Any]) -> Iterator[Matches]:
     names = [name for name in data if name in (*TABLES, "p", "q", "distributions", "probabilities", "targets")]
     of_logits = [name for name in data if name in ("logits", "p_logits", "q_logits")]
     operands: list[Distribution] = []
     for name in names or of_logits:
-        x = lax.stop_gradient(_operand(function, name, data[name]))
+        x = lax.stop_gradient(_operand(name, data[name]))
         if name == "targets" and jnp.issubdtype(x.dtype, jnp.integer):
             continue  # the labels of a score
         if name in TABLES:
@@ -130,13 +123,12 @@ def _measure(
         else:
             given = arguments["axis"]
             axes = tuple(
-                arrays.canonical_axis(function, axis, x.ndim)
-                for axis in (given if isinstance(given, tuple) else (given,))
+                arrays.canonical_axis(axis, x.ndim) for axis in (given if isinstance(given, tuple) else (given,))
             )
         where = None if signature.name == "brier_score" else arguments.get("where")
         if where is not None:
-            where = arrays.boolean(function, "where", where)
-            arrays.check_broadcast(function, "where", where, x.shape, f"`{name}`")
+            where = arrays.boolean("where", where)
+            arrays.check_broadcast("where", where, x.shape, f"`{name}`")
         operands.append(Distribution(xp, name, x, axes, where))
     for operand in operands:
         matches = logit_rule_matches(operand) if of_logits else probability_rule_matches(operand, bool(operand.axes))
@@ -147,12 +139,12 @@ def _measure(
             yield p.batch, iter([infinite_rule_match(p, q)])
 
 
-def _operand(function: str, name: str, value: Any) -> jax.Array:
+def _operand(name: str, value: Any) -> jax.Array:
     """Integers are wrong, and there is a rule that says so."""
     try:
-        return arrays.floating(function, name, value)
+        return arrays.floating(name, value)
     except TypeError as error:
         try:
-            return arrays.integer(function, name, value)
+            return arrays.integer(name, value)
         except TypeError:
             raise error from None

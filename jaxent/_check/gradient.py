@@ -16,6 +16,7 @@ from jaxent._check.autodiff import (
     draws_other_bits_in_float64,
 )
 from jaxent._check.finite_differences import Float64Reference, evaluate, evaluate_in_float32
+from jaxent._errors import ArgumentValueError, public
 from jaxent.gradients import softmax_cross_entropy_gradient
 from jaxent.losses import softmax_cross_entropy
 
@@ -82,13 +83,14 @@ class GradientReport:
         return self.compared and all(c.ok for c in self.comparisons)
 
     @property
+    @public
     def worst(self) -> Comparison:
         """The comparison that is furthest out of its bounds, or nearest to them.
 
         **Raises:** `ValueError` if there is none.
         """
         if not self.comparisons:
-            raise ValueError(f"jaxent.GradientReport.worst: nothing was compared: {'; '.join(self.notes)}")
+            raise ArgumentValueError(f"nothing was compared: {'; '.join(self.notes)}")
         return max(self.comparisons, key=lambda c: c.share)
 
     @property
@@ -114,6 +116,7 @@ def table(lines: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
+@public
 def check_gradient(
     loss_fn: Callable[..., Any],
     *args: Any,
@@ -164,11 +167,11 @@ def check_gradient(
     (False, 0.0, '-2.1e-09')
     """
     if second_order and not (closed_form is None and oracle is None):
-        raise ValueError("jaxent.check_gradient: `closed_form` and `oracle` go with second_order=False")
+        raise ArgumentValueError("`closed_form` and `oracle` go with second_order=False")
     if second_order:
-        flat = DirectionalDerivative("check_gradient", loss_fn, args, options)
+        flat = DirectionalDerivative(loss_fn, args, options)
     else:
-        flat = FlatArguments("check_gradient", loss_fn, args, options)
+        flat = FlatArguments(loss_fn, args, options)
         closed_form = closed_form or _known_closed_form(loss_fn)
     (float64,) = evaluate([flat])
     (estimates,) = autodiff_gradients([(flat, closed_form)])

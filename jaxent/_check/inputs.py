@@ -19,6 +19,7 @@ from jaxent._arguments import arrays
 from jaxent._check.call_inputs import read_inputs
 from jaxent._check.input_rules import RuleMatch
 from jaxent._check.loss_calls import LossSignature, read_signature
+from jaxent._errors import ArgumentTypeError, ArgumentValueError, named, public
 from jaxent.losses import sigmoid_cross_entropy, softmax_cross_entropy
 
 
@@ -50,6 +51,7 @@ def _sentence(what: str, count: Any, total: Any, first: tuple[Any, ...], example
     return f"{what}: {count} of {total} rows, {where} ({example}). {advice}"
 
 
+@public
 def diagnose(
     logits: ArrayLike,
     targets: ArrayLike | None = None,
@@ -104,25 +106,24 @@ def diagnose(
     >>> [finding.kind for finding in diagnose(jnp.array([3.0, 5.0, 2.0]), loss=entropy)]
     ['labels_as_probabilities']
     """
-    name = "diagnose"
     options = {"where": where, "weights": weights, "class_weights": class_weights, "ignore_index": ignore_index}
     options |= {"label_smoothing": label_smoothing, "z_loss": z_loss, "axis": axis}
     for argument, value in {"logits": logits, "targets": targets, **options}.items():
-        _check_concrete(name, argument, value)
+        _check_concrete(argument, value)
     if loss is None:
         loss = sigmoid_cross_entropy if _are_flags(logits, targets) else softmax_cross_entropy
-    signature = read_signature(name, loss)
+    signature = read_signature(loss)
     if signature.kind == "hidden":
-        raise arrays.dtype_error(name, "loss", "be one of logits or distributions (see jaxent.checked)", loss)
+        raise arrays.dtype_error("loss", "be one of logits or distributions (see jaxent.checked)", loss)
     given = {k: v for k, v in options.items() if not _is_default(k, v)}
     for option in given:
         if not signature.takes(option):
-            raise TypeError(f"jaxent.{name}: `{option}` must be an option of `loss`, and {signature.name} has none")
+            raise ArgumentTypeError(f"`{option}` must be an option of `loss`, and {signature.name} has none")
     arguments = signature.bind(logits, *([] if targets is None else [targets]), **given)
     with np.errstate(all="ignore"):
         return [
             finding
-            for batch, matches in read_inputs(name, np, signature, arguments)
+            for batch, matches in read_inputs(np, signature, arguments)
             for match in matches
             if (finding := _finding(match, batch)) is not None
         ]
@@ -155,6 +156,7 @@ def _finding(match: RuleMatch, batch: tuple[int, ...]) -> Finding | None:
     return Finding(match.kind, match.what, count, int(match.total), first, example, match.advice)
 
 
+@public
 def checked(loss: Callable[..., Any]) -> Callable[..., Any]:
     """The same loss, with the findings of `diagnose` as errors of `jax.experimental.checkify`.
 
@@ -179,7 +181,7 @@ def checked(loss: Callable[..., Any]) -> Callable[..., Any]:
     >>> print(error.get().split(".")[0])
     labels out of range: 1 of 2 rows, the first at [1] (label 7 of classes 0 to 2)
     """
-    signature = read_signature("checked", loss)
+    signature = read_signature(loss)
 
     def checked_loss(*args: Any, **options: Any) -> Any:
         _check_values(signature, signature.bind(*args, **options))
@@ -188,11 +190,12 @@ def checked(loss: Callable[..., Any]) -> Callable[..., Any]:
     return functools.update_wrapper(checked_loss, loss, updated=())
 
 
+@named("checked")
 def _check_values(signature: LossSignature, arguments: dict[str, Any]) -> None:
     """One `checkify.check` for each rule."""
     if arguments.get("vocab_axis") is not None:
-        raise ValueError("jaxent.checked: `vocab_axis` must be None: the findings need whole rows of classes")
-    for batch, matches in read_inputs("checked", jnp, signature, arguments):
+        raise ArgumentValueError("`vocab_axis` must be None: the findings need whole rows of classes")
+    for batch, matches in read_inputs(jnp, signature, arguments):
         if 0 in batch:
             continue
         for match in matches:
@@ -212,11 +215,11 @@ def _check_values(signature: LossSignature, arguments: dict[str, Any]) -> None:
             )
 
 
-def _check_concrete(function: str, argument: str, value: Any) -> None:
+def _check_concrete(argument: str, value: Any) -> None:
     try:
         np.asarray(value)
     except jax.errors.TracerArrayConversionError as error:
         expected = "be a concrete array (inside jit, grad or vmap use jaxent.checked)"
-        raise arrays.dtype_error(function, argument, expected, value) from error
+        raise arrays.dtype_error(argument, expected, value) from error
     except (TypeError, ValueError):
         pass  # no array at all: the loss's own checks say so

@@ -71,17 +71,17 @@ class LossSignature:
         parameters = self.signature.parameters
         return option in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
-    def class_axis(self, function: str, arguments: dict[str, Any], ndim: int) -> int:
+    def class_axis(self, arguments: dict[str, Any], ndim: int) -> int:
         """Counted from the end; PyTorch's is 1, or 0 of a single row."""
         if not self.pytorch:
-            return arrays.canonical_axis(function, arguments.get("axis", -1), ndim)
+            return arrays.canonical_axis(arguments.get("axis", -1), ndim)
         return (0 if ndim == 1 else 1) - ndim
 
 
-def read_signature(function: str, loss: Any) -> LossSignature:
+def read_signature(loss: Any) -> LossSignature:
     """The loss's own, or a `TypeError`."""
     if not callable(loss):
-        raise arrays.dtype_error(function, "loss", "be a function", loss)
+        raise arrays.dtype_error("loss", "be a function", loss)
     signature, named = inspect.signature(loss), _inner(loss)
     kept = {}
     if dataclasses.is_dataclass(named) and not isinstance(named, type):
@@ -89,7 +89,7 @@ def read_signature(function: str, loss: Any) -> LossSignature:
     data = [p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
     expected = "be a loss of logits, probabilities or hidden states and targets, or a measure of distributions"
     if not data or data[0] in NO_TARGETS:
-        raise arrays.dtype_error(function, "loss", expected, loss)
+        raise arrays.dtype_error("loss", expected, loss)
     pytorch = data[0] == "input"
     name = getattr(named, "__name__", type(named).__name__)
     if "kernel" in data or "linear_weight" in data:
@@ -103,7 +103,7 @@ def read_signature(function: str, loss: Any) -> LossSignature:
     else:
         kind = KINDS.get(data[0], "logits")
     if kind != "measure" and len(data) < 2:
-        raise arrays.dtype_error(function, "loss", expected, loss)
+        raise arrays.dtype_error("loss", expected, loss)
     return LossSignature(kind, name, signature, kept, pytorch)
 
 

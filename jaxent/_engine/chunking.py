@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from jaxent._arguments import arrays
+from jaxent._errors import ArgumentValueError
 from jaxent._mesh.types import pcast_like
 
 # Logits held at a time, in elements. An accelerator needs thousands of rows to fill its matrix units (heuristic: 1 GiB
@@ -285,7 +286,6 @@ def _default_chunk_rows(features: int, num_classes: int) -> int:
 
 
 def chunking_of(
-    function: str,
     rows: int,
     features: int,
     num_classes: int,
@@ -301,9 +301,9 @@ def chunking_of(
     if chunk_rows is None:
         chunk_rows = max(1, devices * _default_chunk_rows(features, num_classes))
     elif isinstance(chunk_rows, bool) or not isinstance(chunk_rows, (int, np.integer)):
-        raise arrays.dtype_error(function, "chunk_rows", "be an int or None", chunk_rows)
+        raise arrays.dtype_error("chunk_rows", "be an int or None", chunk_rows)
     elif chunk_rows < 1:
-        raise ValueError(f"jaxent.{function}: `chunk_rows` must be at least 1, got {chunk_rows}")
+        raise ArgumentValueError(f"`chunk_rows` must be at least 1, got {chunk_rows}")
     chunk_rows = int(chunk_rows)
     if not isinstance(rows, int):  # a symbol of `jax.export`
         return Chunking(rows, chunk_rows, 1, strided)

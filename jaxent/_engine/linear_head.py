@@ -33,43 +33,39 @@ class LogitTransform(NamedTuple):
         return z if self.temperature is None else z / self.temperature.astype(z.dtype)
 
 
-def check_head(
-    function: str, hidden: ArrayLike, kernel: ArrayLike, bias: ArrayLike | None, suffix: str = ""
-) -> tuple[Head, Batch]:
+def check_head(hidden: ArrayLike, kernel: ArrayLike, bias: ArrayLike | None, suffix: str = "") -> tuple[Head, Batch]:
     """The head with its rows in one dimension, operands in one dtype, and the batch."""
-    h = arrays.floating(function, f"hidden{suffix}", hidden)
-    w = arrays.floating(function, f"kernel{suffix}", kernel)
+    h = arrays.floating(f"hidden{suffix}", hidden)
+    w = arrays.floating(f"kernel{suffix}", kernel)
     if h.ndim == 0:
-        raise arrays.shape_error(function, f"hidden{suffix}", "have shape (*batch, features)", h)
+        raise arrays.shape_error(f"hidden{suffix}", "have shape (*batch, features)", h)
     if w.ndim != 2 or w.shape[0] != h.shape[-1]:
         expected = (
             f"have shape (features, classes) with {h.shape[-1]} features, as `hidden{suffix}` has; "
             "a (classes, features) embedding goes in as `embedding.T`"
         )
-        raise arrays.shape_error(function, f"kernel{suffix}", expected, w)
-    check_classes(function, f"kernel{suffix}", w.shape, -1)
+        raise arrays.shape_error(f"kernel{suffix}", expected, w)
+    check_classes(f"kernel{suffix}", w.shape, -1)
     if bias is not None:
-        bias = arrays.floating(function, f"bias{suffix}", bias)
-        arrays.check_shape(function, f"bias{suffix}", bias, (w.shape[1],), "one for each class")
+        bias = arrays.floating(f"bias{suffix}", bias)
+        arrays.check_shape(f"bias{suffix}", bias, (w.shape[1],), "one for each class")
     if h.dtype != w.dtype:
         h, w = arrays.accumulated(h, w)
-    check_linear_layer(function, h, w, suffix)
+    check_linear_layer(h, w, suffix)
     batch = Batch.of(h, h.ndim - 1)
     return Head(batch.flatten(h), w, bias), batch
 
 
-def check_logit_transform(function: str, soft_cap: ArrayLike | None, temperature: ArrayLike) -> LogitTransform:
+def check_logit_transform(soft_cap: ArrayLike | None, temperature: ArrayLike) -> LogitTransform:
     if soft_cap is not None:
-        soft_cap = arrays.scalar(function, "soft_cap", soft_cap, low=0.0, open_low=True)
-    return LogitTransform(
-        soft_cap, arrays.scalar(function, "temperature", temperature, low=0.0, open_low=True, neutral=1.0)
-    )
+        soft_cap = arrays.scalar("soft_cap", soft_cap, low=0.0, open_low=True)
+    return LogitTransform(soft_cap, arrays.scalar("temperature", temperature, low=0.0, open_low=True, neutral=1.0))
 
 
-def check_row_argument(function: str, x: ArrayLike, batch: Batch) -> jax.Array:
+def check_row_argument(x: ArrayLike, batch: Batch) -> jax.Array:
     x = jnp.asarray(x)
     if x.shape[: len(batch)] != batch:
-        raise arrays.shape_error(function, "row_args", f"have shapes that start with {batch}, the batch of `hidden`", x)
+        raise arrays.shape_error("row_args", f"have shapes that start with {batch}, the batch of `hidden`", x)
     return batch.flatten(x)
 
 
@@ -83,14 +79,14 @@ def flat_rows(arguments: SoftmaxArguments, batch: Batch) -> SoftmaxArguments:
     return arguments._replace(**flat)
 
 
-def chunking_for(function: str, chunk_rows: int | None, *heads: Head) -> Chunking:
+def chunking_for(chunk_rows: int | None, *heads: Head) -> Chunking:
     """How the rows of a device are cut; the logits of all heads are held at a time."""
     rows, _ = local_shape(heads[0].hidden)
     classes = max(1, sum(local_shape(head.kernel)[1] for head in heads))
     devices = max(automatic_devices(x) for head in heads for x in (head.hidden, head.kernel))
     features = max(local_shape(head.hidden)[1] for head in heads)
     strided = any(may_be_split_by_xla(head.hidden) for head in heads)
-    return chunking_of(function, rows, features, classes, chunk_rows, devices, strided)
+    return chunking_of(rows, features, classes, chunk_rows, devices, strided)
 
 
 def logits_like(*heads: Head) -> jax.ShapeDtypeStruct:

@@ -9,6 +9,7 @@ from jax.typing import DTypeLike
 from jaxent._arguments import arrays
 from jaxent._arguments.reduction import Reduction, check_reduction
 from jaxent._engine.chunking import chunking_of
+from jaxent._errors import ArgumentValueError, public
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Plan:
         )
 
 
+@public
 def plan(
     num_rows: int,
     features: int,
@@ -66,13 +68,13 @@ def plan(
     sizes = (("num_rows", num_rows, 0), ("features", features, 1), ("num_classes", num_classes, 1))
     for argument, size, least in sizes:
         if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
-            raise arrays.dtype_error("plan", argument, "be an int", size)
+            raise arrays.dtype_error(argument, "be an int", size)
         if size < least:
-            raise ValueError(f"jaxent.plan: `{argument}` must be at least {least}, got {size}")
-    check_reduction("plan", reduction, None)
+            raise ArgumentValueError(f"`{argument}` must be at least {least}, got {size}")
+    check_reduction(reduction, None)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise arrays.dtype_error("plan", "dtype", "be floating", np.dtype(dtype).name)
-    chunking = chunking_of("plan", num_rows, features, num_classes, chunk_rows)
+        raise arrays.dtype_error("dtype", "be floating", np.dtype(dtype).name)
+    chunking = chunking_of(num_rows, features, num_classes, chunk_rows)
     narrow = np.dtype(dtype).itemsize
     wide = max(4, narrow)
     copies = wide + (narrow if narrow < wide else 0)

@@ -84,7 +84,7 @@ def run(chosen: Sequence[Case], dtypes: Sequence[str], products: "Products") -> 
 
 
 def _entries(case: Case, dtype: str) -> FlatArguments:
-    return FlatArguments("check", case.function, tuple(jnp.asarray(x, dtype=dtype) for x in case.args), {})
+    return FlatArguments(case.function, tuple(jnp.asarray(x, dtype=dtype) for x in case.args), {})
 
 
 def _wides(group: Sequence[Case]) -> list[Float64Reference]:

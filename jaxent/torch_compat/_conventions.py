@@ -12,6 +12,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxent._arguments import arrays, targets
 from jaxent._arguments.targets import SoftmaxArguments, check_labels, rows_shape
+from jaxent._errors import ArgumentValueError
 from jaxent._math.label_loss import has_label
 from jaxent._math.row_losses import RowTargets
 from jaxent._mesh.class_axis import ClassAxis
@@ -36,7 +37,6 @@ def legacy_reduction(size_average: bool | None, reduce: bool | None, stacklevel:
 
 
 def check_reduction(
-    function: str,
     reduction: str,
     size_average: bool | None = None,
     reduce: bool | None = None,
@@ -45,14 +45,14 @@ def check_reduction(
 ) -> str:
     """One of `allowed`; the deprecated flags, if there are any, override `reduction`. Called by the public function."""
     if size_average is not None or reduce is not None:
-        return legacy_reduction(size_average, reduce, stacklevel=3)
+        return legacy_reduction(size_average, reduce, stacklevel=4)
     if reduction == "elementwise_mean":
         message = "reduction='elementwise_mean' is deprecated: pass reduction='mean' instead"
-        warnings.warn(message, DeprecationWarning, stacklevel=3)
+        warnings.warn(message, DeprecationWarning, stacklevel=4)
         return "mean"
     if reduction not in allowed:
         expected = ", ".join(map(repr, allowed))
-        raise ValueError(f"jaxent.{function}: `reduction` must be one of {expected}, got {reduction!r}")
+        raise ArgumentValueError(f"`reduction` must be one of {expected}, got {reduction!r}")
     return reduction
 
 
@@ -126,33 +126,31 @@ def class_loss_dtype(z: jax.Array, target: jax.Array, weight: jax.Array | None) 
     return z.dtype if jnp.issubdtype(target.dtype, jnp.integer) else promoted_dtype(z, target, weight)
 
 
-def check_target(function: str, target: ArrayLike, shape: tuple[int, ...], axis: int) -> jax.Array:
+def check_target(target: ArrayLike, shape: tuple[int, ...], axis: int) -> jax.Array:
     """Class indices or class probabilities for logits of `shape`; PyTorch tells them apart by their shape, which for
     every valid target is what their type says.
     """
     kind = getattr(target, "dtype", None) or np.asarray(target).dtype
     if jnp.issubdtype(kind, jnp.integer):
-        return check_labels(function, "target", target, rows_shape(shape, axis))
-    target = arrays.floating(function, "target", target)
-    arrays.check_shape(function, "target", target, shape, "class probabilities are shaped like the logits")
+        return check_labels("target", target, rows_shape(shape, axis))
+    target = arrays.floating("target", target)
+    arrays.check_shape("target", target, shape, "class probabilities are shaped like the logits")
     return target
 
 
-def check_class_weight(function: str, weight: ArrayLike | None, count: int) -> jax.Array | None:
+def check_class_weight(weight: ArrayLike | None, count: int) -> jax.Array | None:
     if weight is None:
         return None
-    weight = arrays.real(function, "weight", weight)
-    arrays.check_shape(function, "weight", weight, (count,), "one weight for each class")
+    weight = arrays.real("weight", weight)
+    arrays.check_shape("weight", weight, (count,), "one weight for each class")
     return weight
 
 
-def check_entry_weight(
-    function: str, argument: str, weight: ArrayLike | None, shape: tuple[int, ...]
-) -> jax.Array | None:
+def check_entry_weight(argument: str, weight: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
     if weight is None:
         return None
-    weight = arrays.probability_or_flag(function, argument, weight)
-    arrays.check_broadcast(function, argument, weight, shape, "`input`")
+    weight = arrays.probability_or_flag(argument, weight)
+    arrays.check_broadcast(argument, weight, shape, "`input`")
     return weight
 
 
@@ -161,12 +159,12 @@ def class_axis(z: jax.Array) -> int:
     return (0 if z.ndim == 1 else 1) - z.ndim
 
 
-def cast(function: str, x: ArrayLike, dtype: DTypeLike | None) -> jax.Array:
+def cast(x: ArrayLike, dtype: DTypeLike | None) -> jax.Array:
     """`x` in `dtype`, which must be floating, as `x` must without one."""
     if dtype is None:
-        return arrays.floating(function, "input", x)
+        return arrays.floating("input", x)
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise arrays.dtype_error(function, "dtype", "be floating", np.dtype(dtype).name)
+        raise arrays.dtype_error("dtype", "be floating", np.dtype(dtype).name)
     return jnp.asarray(x).astype(jax.dtypes.canonicalize_dtype(dtype))
 
 

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 
 from jaxent import losses
 from jaxent._arguments import arrays
+from jaxent._errors import public
 from jaxent._math import safe
 from jaxent.torch_compat._conventions import (
     check_entry_weight,
@@ -24,6 +25,7 @@ from jaxent.torch_compat._conventions import (
 )
 
 
+@public
 def kl_div(
     input: ArrayLike,
     target: ArrayLike,
@@ -52,21 +54,20 @@ def kl_div(
     >>> kl_div(jnp.log(jnp.array([[0.25, 0.25, 0.5]])), jnp.array([[0.5, 0.25, 0.25]]), reduction="batchmean")
     Array(0.1732868, dtype=float32)
     """
-    name = "torch_compat.kl_div"
-    given = check_reduction(name, reduction, size_average, reduce, allowed=("batchmean", "mean", "sum", "none"))
+    given = check_reduction(reduction, size_average, reduce, allowed=("batchmean", "mean", "sum", "none"))
     if size_average is None and reduce is None and given == "mean":
         warnings.warn(
             "kl_div: reduction='mean' divides by the number of entries, which is not the mean divergence; "
             "'batchmean' divides by the batch size",
             UserWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    x, t = arrays.floating(name, "input", input), arrays.floating(name, "target", target)
+    x, t = arrays.floating("input", input), arrays.floating("target", target)
     try:
         shape = np.broadcast_shapes(x.shape, t.shape)
     except ValueError:
         expected = f"broadcast with shape {x.shape}, that of `input`"
-        raise arrays.shape_error(name, "target", expected, t) from None
+        raise arrays.shape_error("target", expected, t) from None
     # As in PyTorch, the deprecated flags override the sum of "batchmean", but not its division.
     return _kl_div(
         x,
@@ -95,6 +96,7 @@ def _kl_div(
     return result.astype(promoted_dtype(x, t))
 
 
+@public
 def binary_cross_entropy(
     input: ArrayLike,
     target: ArrayLike,
@@ -121,17 +123,16 @@ def binary_cross_entropy(
     >>> binary_cross_entropy(jnp.array([0.25, 0.0]), jnp.array([1.0, 1.0]), reduction="none")
     Array([  1.3862944, 100.       ], dtype=float32)
     """
-    name = "torch_compat.binary_cross_entropy"
-    reduction = check_reduction(name, reduction, size_average, reduce)
-    x, t = _entries(name, input, target)
-    weight = check_entry_weight(name, "weight", weight, x.shape)
+    reduction = check_reduction(reduction, size_average, reduce)
+    x, t = _entries(input, target)
+    weight = check_entry_weight("weight", weight, x.shape)
     return _binary_cross_entropy(x, t, weight, reduction=reduction)
 
 
-def _entries(function: str, input: ArrayLike, target: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    x = arrays.floating(function, "input", input)
-    t = arrays.probability_or_flag(function, "target", target)
-    arrays.check_shape(function, "target", t, x.shape, "that of `input`")
+def _entries(input: ArrayLike, target: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    x = arrays.floating("input", input)
+    t = arrays.probability_or_flag("target", target)
+    arrays.check_shape("target", t, x.shape, "that of `input`")
     return x, t
 
 
@@ -146,6 +147,7 @@ def _binary_cross_entropy(x: jax.Array, t: jax.Array, weight: jax.Array | None, 
     return reduce_entries(_weighted_entries(terms, weight), reduction, x.dtype)
 
 
+@public
 def binary_cross_entropy_with_logits(
     input: ArrayLike,
     target: ArrayLike,
@@ -170,12 +172,11 @@ def binary_cross_entropy_with_logits(
     >>> binary_cross_entropy_with_logits(jnp.array([0.0]), jnp.array([1.0]), pos_weight=jnp.array([2.0]))
     Array(1.3862944, dtype=float32)
     """
-    name = "torch_compat.binary_cross_entropy_with_logits"
-    reduction = check_reduction(name, reduction, size_average, reduce)
-    z, t = _entries(name, input, target)
+    reduction = check_reduction(reduction, size_average, reduce)
+    z, t = _entries(input, target)
     dtype = t.dtype if jnp.issubdtype(getattr(target, "dtype", z.dtype), jnp.floating) else z.dtype
-    weight = check_entry_weight(name, "weight", weight, z.shape)
-    pos_weight = check_entry_weight(name, "pos_weight", pos_weight, z.shape)
+    weight = check_entry_weight("weight", weight, z.shape)
+    pos_weight = check_entry_weight("pos_weight", pos_weight, z.shape)
     return _binary_cross_entropy_with_logits(z, t, weight, pos_weight, reduction=reduction, dtype=dtype)
 
 

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxent import losses
 from jaxent._arguments import arrays
 from jaxent._arguments.targets import check_labels, rows_shape
+from jaxent._errors import ArgumentValueError, public
 from jaxent._math.softmax import log_softmax as log_softmax_of_rows
 from jaxent._math.softmax import softmax as softmax_of_rows
 from jaxent._mesh.class_axis import ClassAxis
@@ -31,6 +32,7 @@ from jaxent.torch_compat._conventions import (
 # Softmax
 
 
+@public
 def softmax(
     input: ArrayLike, dim: int | None = None, _stacklevel: int = 3, dtype: DTypeLike | None = None
 ) -> jax.Array:
@@ -51,6 +53,7 @@ def softmax(
     return _along_dim("softmax", softmax_of_rows, input, dim, _stacklevel, dtype)
 
 
+@public
 def log_softmax(
     input: ArrayLike, dim: int | None = None, _stacklevel: int = 3, dtype: DTypeLike | None = None
 ) -> jax.Array:
@@ -78,13 +81,12 @@ def _along_dim(
     stacklevel: int,
     dtype: DTypeLike | None,
 ) -> jax.Array:
-    function = f"torch_compat.{name}"
-    x = cast(function, input, dtype)
+    x = cast(input, dtype)
     if dim is None:
         message = f"Implicit dimension choice for {name} has been deprecated: pass dim=X"
-        warnings.warn(message, UserWarning, stacklevel=stacklevel)
+        warnings.warn(message, UserWarning, stacklevel=stacklevel + 1)  # `public` is one more
         dim = 0 if x.ndim in (0, 1, 3) else 1
-    axis = arrays.canonical_axis(function, dim, max(x.ndim, 1), "dim")
+    axis = arrays.canonical_axis(dim, max(x.ndim, 1), "dim")
     return _softmax_rows(x, rows_function=rows_function, classes=ClassAxis(axis)) if x.size else x
 
 
@@ -100,6 +102,7 @@ def _softmax_rows(
 # Losses of classes
 
 
+@public
 def cross_entropy(
     input: ArrayLike,
     target: ArrayLike,
@@ -134,27 +137,26 @@ def cross_entropy(
     >>> cross_entropy(jnp.array([[0.0, 0.0, 1.0], [2.0, 0.0, 0.0]]), jnp.array([2, -100]))
     Array(0.5514447, dtype=float32)
     """
-    name = "torch_compat.cross_entropy"
-    reduction = check_reduction(name, reduction, size_average, reduce)
-    z = _class_scores(name, input)
+    reduction = check_reduction(reduction, size_average, reduce)
+    z = _class_scores(input)
     axis = class_axis(z)
-    target = check_target(name, target, z.shape, axis)
+    target = check_target(target, z.shape, axis)
     if jnp.issubdtype(target.dtype, jnp.floating) and ignore_index >= 0:
-        raise ValueError(f"jaxent.{name}: `ignore_index` goes with class indices, got {ignore_index} and probabilities")
+        raise ArgumentValueError(f"`ignore_index` goes with class indices, got {ignore_index} and probabilities")
     return _cross_entropy(
         z,
         target,
-        check_class_weight(name, weight, z.shape[axis]),
-        arrays.scalar(name, "label_smoothing", label_smoothing, low=0.0, high=1.0, neutral=0.0),
+        check_class_weight(weight, z.shape[axis]),
+        arrays.scalar("label_smoothing", label_smoothing, low=0.0, high=1.0, neutral=0.0),
         ignore_index=ignore_index,
         reduction=reduction,
     )
 
 
-def _class_scores(function: str, input: ArrayLike) -> jax.Array:
-    z = arrays.floating(function, "input", input)
+def _class_scores(input: ArrayLike) -> jax.Array:
+    z = arrays.floating("input", input)
     if z.ndim == 0:
-        raise arrays.shape_error(function, "input", "have shape (C,), (N, C) or (N, C, d_1, ..., d_K)", z)
+        raise arrays.shape_error("input", "have shape (C,), (N, C) or (N, C, d_1, ..., d_K)", z)
     return z
 
 
@@ -187,6 +189,7 @@ def _cross_entropy(
     return reduce_rows(loss, rows, lost, classes, reduction, dtype)
 
 
+@public
 def nll_loss(
     input: ArrayLike,
     target: ArrayLike,
@@ -210,12 +213,11 @@ def nll_loss(
     >>> nll_loss(jnp.log(jnp.array([[0.3, 0.3, 0.4]])), jnp.array([2]))
     Array(0.9162907, dtype=float32)
     """
-    name = "torch_compat.nll_loss"
-    reduction = check_reduction(name, reduction, size_average, reduce)
-    log_p = _class_scores(name, input)
+    reduction = check_reduction(reduction, size_average, reduce)
+    log_p = _class_scores(input)
     axis = class_axis(log_p)
-    labels = check_labels(name, "target", target, rows_shape(log_p.shape, axis))
-    weight = check_class_weight(name, weight, log_p.shape[axis])
+    labels = check_labels("target", target, rows_shape(log_p.shape, axis))
+    weight = check_class_weight(weight, log_p.shape[axis])
     return _nll_loss(log_p, labels, weight, ignore_index=ignore_index, reduction=reduction)
 
 

@@ -14,6 +14,7 @@ from jaxent._arguments import arrays
 from jaxent._arguments.reduction import WeightedSum
 from jaxent._engine.linear_head import chunking_for, matrix_products
 from jaxent._engine.streaming import Head, Logits, stream_rows, stream_sum
+from jaxent._errors import ArgumentValueError, named, public
 from jaxent._math.row_losses import RowTargets
 from jaxent._mesh.class_axis import ClassAxis
 from jaxent.torch_compat._conventions import (
@@ -26,6 +27,8 @@ from jaxent.torch_compat._conventions import (
     reduce_rows,
     row_targets,
 )
+
+_OPTIONS = "torch_compat.LinearCrossEntropyOptions"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,17 +52,19 @@ class LinearCrossEntropyOptions:
     acc_policy: str = "auto"
     acc_dtype: Any = None
 
+    @named(_OPTIONS)
     def __post_init__(self) -> None:
         size, method = self.batch_chunk_size, self.chunking_method
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ValueError(f"{_OPTIONS}: `batch_chunk_size` must be a positive int or None, got {size!r}")
+            raise ArgumentValueError(f"`batch_chunk_size` must be a positive int or None, got {size!r}")
         if method is not None and method != "auto" and _aspect_factor(method) is None:
             expected = "'auto', 'aspect_ratio', 'aspect_ratio:N' or None"
-            raise ValueError(f"{_OPTIONS}: `chunking_method` must be {expected}, got {method!r}")
+            raise ArgumentValueError(f"`chunking_method` must be {expected}, got {method!r}")
         if self.acc_policy not in ("auto", "accurate", "balanced", "compact"):
             expected = "'auto', 'accurate', 'balanced' or 'compact'"
-            raise ValueError(f"{_OPTIONS}: `acc_policy` must be {expected}, got {self.acc_policy!r}")
+            raise ArgumentValueError(f"`acc_policy` must be {expected}, got {self.acc_policy!r}")
 
+    @named(_OPTIONS)
     def chunk_rows(self, rows: int, in_features: int, num_classes: int) -> int | None:
         """The `chunk_rows` of `jaxent.linear_softmax_cross_entropy`."""
         size = None if self.batch_chunk_size is None else max(1, min(self.batch_chunk_size, rows))
@@ -72,11 +77,8 @@ class LinearCrossEntropyOptions:
         by_method = max(1, min((1 << max(0, share - 1).bit_length()) // factor, rows))
         if size is not None and size != by_method:
             expected = f"agree: {self.chunking_method!r} gives {by_method} rows"
-            raise ValueError(f"{_OPTIONS}: `batch_chunk_size` and `chunking_method` must {expected}, not {size}")
+            raise ArgumentValueError(f"`batch_chunk_size` and `chunking_method` must {expected}, not {size}")
         return by_method
-
-
-_OPTIONS = "jaxent.torch_compat.LinearCrossEntropyOptions"
 
 
 def _aspect_factor(method: str) -> int | None:
@@ -86,6 +88,7 @@ def _aspect_factor(method: str) -> int | None:
     return int(factor) if name == "aspect_ratio" and factor.isdecimal() and int(factor) > 0 else None
 
 
+@public
 def linear_cross_entropy(
     input: ArrayLike,
     linear_weight: ArrayLike,
@@ -121,20 +124,19 @@ def linear_cross_entropy(
     >>> linear_cross_entropy(hidden, linear_weight, jnp.array([0, 4]))
     Array(1.609438, dtype=float32)
     """
-    name = "torch_compat.linear_cross_entropy"
-    h = arrays.floating(name, "input", input)
-    w = arrays.floating(name, "linear_weight", linear_weight)
+    h = arrays.floating("input", input)
+    w = arrays.floating("linear_weight", linear_weight)
     if h.ndim not in (1, 2):
-        raise arrays.shape_error(name, "input", "have shape (D,) or (N, D)", h)
+        raise arrays.shape_error("input", "have shape (D,) or (N, D)", h)
     if w.ndim < 2 or w.shape[-1] != h.shape[-1] or (w.ndim > 2 and h.ndim == 1):
         expected = f"have shape (C, {h.shape[-1]}), or, for an input of rows, (C, d_1, ..., d_K, {h.shape[-1]})"
-        raise arrays.shape_error(name, "linear_weight", expected, w)
+        raise arrays.shape_error("linear_weight", expected, w)
     if linear_bias is not None:
-        linear_bias = arrays.floating(name, "linear_bias", linear_bias)
-        arrays.check_shape(name, "linear_bias", linear_bias, w.shape[:-1], "one for each row of `linear_weight`")
-    target = check_target(name, target, (*h.shape[:-1], *w.shape[:-1]), 1 - w.ndim)
+        linear_bias = arrays.floating("linear_bias", linear_bias)
+        arrays.check_shape("linear_bias", linear_bias, w.shape[:-1], "one for each row of `linear_weight`")
+    target = check_target(target, (*h.shape[:-1], *w.shape[:-1]), 1 - w.ndim)
     if jnp.issubdtype(target.dtype, jnp.floating) and ignore_index is not None:
-        raise ValueError(f"jaxent.{name}: `ignore_index` goes with class indices, got {ignore_index} and probabilities")
+        raise ArgumentValueError(f"`ignore_index` goes with class indices, got {ignore_index} and probabilities")
     chunking = LinearCrossEntropyOptions() if options is None else options
     if not isinstance(chunking, LinearCrossEntropyOptions):  # PyTorch's own
         chunking = LinearCrossEntropyOptions(
@@ -145,9 +147,9 @@ def linear_cross_entropy(
         w,
         linear_bias,
         target,
-        check_class_weight(name, weight, w.shape[0]),
-        arrays.scalar(name, "label_smoothing", label_smoothing, low=0.0, high=1.0, neutral=0.0),
-        reduction=check_reduction(name, reduction),
+        check_class_weight(weight, w.shape[0]),
+        arrays.scalar("label_smoothing", label_smoothing, low=0.0, high=1.0, neutral=0.0),
+        reduction=check_reduction(reduction),
         ignore_index=-100 if ignore_index is None else ignore_index,
         chunk_rows=chunking.chunk_rows(math.prod(h.shape[:-1]), w.shape[-1], math.prod(w.shape[:-1])),
     )
@@ -217,7 +219,7 @@ def _loss_of_places(
     # In the dtype of the sums: a gradient by bf16 probabilities would be rounded before it is divided by the weight.
     target = target if rows.probabilities is None else rows.probabilities
     target = target.reshape(*target.shape[: target.ndim + 2 - w.ndim], places)
-    chunking = chunking_for("torch_compat.linear_cross_entropy", chunk_rows, head)
+    chunking = chunking_for(chunk_rows, head)
     row_fn = PlacesRowLoss(count, places, ignore_index, reduction != "none")
     stream = stream_rows if reduction == "none" else stream_sum
     losses = stream(row_fn, (head,), target, shared, chunking, matrix_products(None, head))
