@@ -30,9 +30,9 @@ def named(name: str) -> Callable[[Function], Function]:
             try:
                 return function(*args, **options)
             except ArgumentTypeError as error:
-                raise ArgumentTypeError(f"{error}") from error.__cause__
+                raise TypeError(f"jaxent.{name}: {error}") from error.__cause__
             except ArgumentValueError as error:
-                raise ArgumentValueError(f"{error}") from error.__cause__
+                raise ValueError(f"jaxent.{name}: {error}") from error.__cause__
 
         wrapped: Any = call
         return wrapped
