@@ -247,6 +247,30 @@ def test_a_label_out_of_range_is_nan_where_pytorch_raises():
     assert np.isnan(nn.binary_cross_entropy(np.float32(0.5), np.float32(1.25)))
 
 
+def test_no_ignore_index_ignores_nothing():
+    z, labels = np.log(PROBABILITIES), np.array([1, -100])
+    for function in (nn.cross_entropy, nn.nll_loss):
+        np.testing.assert_array_equal(np.isnan(function(z, labels, ignore_index=None, reduction="none")), [False, True])
+    want = nn.cross_entropy(z, PROBABILITIES)
+    assert_close(nn.cross_entropy(z, PROBABILITIES, ignore_index=None), want, ulp=1, dtype=np.float32)
+    assert_close(nn.CrossEntropyLoss(ignore_index=None)(z, PROBABILITIES), want, ulp=1, dtype=np.float32)
+
+
+def test_a_binary_target_out_of_range_goes_into_pytorchs_formula():
+    z, t = np.array([1.0, -2.0, 0.5], np.float32), np.array([255.0, -1.0, 1.5], np.float32)
+    wide = z.astype(np.float64)
+    want = np.logaddexp(0, wide) - t * wide
+    assert_close(nn.binary_cross_entropy_with_logits(z, t, reduction="none"), want, ulp=4, dtype=np.float32, size=300)
+
+
+@pytest.mark.parametrize(("z", "t"), [(20.0, 0.0), (15.0, 1.0), (-25.0, 0.5), (1.0, 2.0)])
+def test_higher_derivatives_of_the_binary_loss_far_out(z: float, t: float):
+    p, q = 1 / (1 + np.exp(-z)), 1 / (1 + np.exp(z))
+    third = jax.grad(jax.hessian(nn.binary_cross_entropy_with_logits))
+    got = jax.jit(lambda z: (jax.hessian(nn.binary_cross_entropy_with_logits)(z, t), third(z, t)))(z)
+    np.testing.assert_allclose(got, [p * q, p * q * (q - p)], rtol=1e-5)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The classes
 
@@ -433,6 +457,35 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "cross_entropy: `label_smoothing` must lie",
     ),
     (lambda: nn.cross_entropy(ONES, LABELS, reduction="batchmean"), ValueError, "cross_entropy: `reduction` must be"),
+    (
+        lambda: nn.cross_entropy(ONES, LABELS, ignore_index="7"),
+        TypeError,
+        "cross_entropy: `ignore_index` must be an int",
+    ),
+    (lambda: nn.CrossEntropyLoss(ignore_index=True)(ONES, LABELS), TypeError, "`ignore_index` must be an int or None"),
+    (lambda: nn.nll_loss(ONES, LABELS, ignore_index=7.0), TypeError, "nll_loss: `ignore_index` must be an int or None"),
+    (
+        lambda: nn.linear_cross_entropy(ONES, ONES, LABELS, ignore_index=1.5),
+        TypeError,
+        "linear_cross_entropy: `ignore_index` must be an int or None",
+    ),
+    (
+        lambda: nn.cross_entropy(np.ones((2, 1, 5, 3), np.float32), np.zeros((2, 1, 5), int)),
+        ValueError,
+        r"`target` must have shape \(2, 5, 3\) .* the 1 classes lie on axis 1 .* jnp.moveaxis\(input, -1, 1\)",
+    ),
+    (
+        lambda: nn.nll_loss(np.ones((2, 4, 3), np.float32), np.zeros((2, 4), int)),
+        ValueError,
+        r"`target` must have shape \(2, 3\) .* axis 1 of shape \(2, 4, 3\)",
+    ),
+    (
+        lambda: nn.cross_entropy(np.ones((2, 4, 3), np.float32), np.ones((2, 3, 4), np.float32)),
+        ValueError,
+        "`target` must have shape .* axis 1",
+    ),
+    (lambda: nn.softmax(ONES, 1, dtype="bf16"), TypeError, "softmax: `dtype` must be a floating dtype, got 'bf16'"),
+    (lambda: nn.log_softmax(ONES, 1, dtype=7), TypeError, "log_softmax: `dtype` must be a floating dtype, got 7"),
     (lambda: nn.nll_loss(ONES, ONES), TypeError, "nll_loss: `target` must have an integer"),
     (lambda: nn.kl_div(ONES, ONES[:, :2], reduction="sum"), ValueError, "kl_div: `target` must broadcast"),
     (lambda: nn.kl_div(ONES, LABELS, reduction="sum"), TypeError, "kl_div: `target` must have a floating"),
@@ -444,7 +497,7 @@ ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "with_logits: `pos_weight` must broadcast",
     ),
     (lambda: nn.softmax(np.ones(3, np.int32), 0), TypeError, "softmax: `input` must have a floating"),
-    (lambda: nn.softmax(ONES, 0, dtype=jnp.int32), TypeError, "softmax: `dtype` must be floating"),
+    (lambda: nn.softmax(ONES, 0, dtype=jnp.int32), TypeError, "softmax: `dtype` must be a floating dtype"),
     (lambda: nn.log_softmax(ONES, 2), ValueError, "log_softmax: `dim` must lie"),
     (lambda: nn.linear_cross_entropy(ONES[None], ONES, LABELS), ValueError, "`input` must have shape"),
     (lambda: nn.linear_cross_entropy(ONES, ONES[:, :2], LABELS), ValueError, "`linear_weight` must have shape"),

@@ -12,8 +12,8 @@ and so is a class whose share in the loss is 0 and whose log-probability is -inf
 What differs:
 
 1. No value raises: a label out of range gives nan, and so does a probability outside [0, 1] in `binary_cross_entropy`.
-2. More is accepted: labels of any integer type, inputs of several types, derivatives of any order and by every
-   argument, weights included.
+2. More is accepted: labels of any integer type, inputs of several types, `ignore_index=None` for no ignored rows,
+   derivatives of any order and with respect to every argument, weights included.
 3. Sums are float32 or wider whatever the inputs, and a loss keeps its relative accuracy however small it is.
 4. Derivatives at nan and infinite inputs are those of the table "At the edges" in the README: an ignored row has
    derivative 0 whatever it holds, and in `kl_div`, where PyTorch's is nan, so has a target of 0.
@@ -100,7 +100,7 @@ class CrossEntropyLoss(_Loss):
 
     weight: ArrayLike | None = None
     size_average: InitVar[bool | None] = None
-    ignore_index: int = _static(-100)
+    ignore_index: int | None = _static(-100)
     reduce: InitVar[bool | None] = None
     reduction: str = _static("mean")
     label_smoothing: float = _static(0.0)
@@ -127,7 +127,7 @@ class NLLLoss(_Loss):
 
     weight: ArrayLike | None = None
     size_average: InitVar[bool | None] = None
-    ignore_index: int = _static(-100)
+    ignore_index: int | None = _static(-100)
     reduce: InitVar[bool | None] = None
     reduction: str = _static("mean")
 

@@ -91,7 +91,7 @@ def loss_of_no_classes(
     target: jax.Array,
     smoothing: jax.Array | None,
     classes: ClassAxis,
-    ignore_index: int,
+    ignore_index: int | None,
     reduction: str,
     dtype: np.dtype,
 ) -> jax.Array:
@@ -132,10 +132,21 @@ def check_target(target: ArrayLike, shape: tuple[int, ...], axis: int) -> jax.Ar
     """
     kind = getattr(target, "dtype", None) or np.asarray(target).dtype
     if jnp.issubdtype(kind, jnp.integer):
-        return check_labels("target", target, rows_shape(shape, axis))
+        return check_class_indices(target, shape, axis)
     target = arrays.floating("target", target)
-    arrays.check_shape("target", target, shape, "class probabilities are shaped like the logits")
+    arrays.check_shape("target", target, shape, f"class probabilities are shaped like the logits{_where(shape, axis)}")
     return target
+
+
+def check_class_indices(target: ArrayLike, shape: tuple[int, ...], axis: int) -> jax.Array:
+    note = f"one class index for each row{_where(shape, axis)}"
+    if len(shape) > 2 and np.shape(target) == shape[:-1]:
+        note += "; if they lie on the last one, pass jnp.moveaxis(input, -1, 1)"
+    return check_labels("target", target, rows_shape(shape, axis), note)
+
+
+def _where(shape: tuple[int, ...], axis: int) -> str:
+    return f"; the {shape[axis]} classes lie on axis {len(shape) + axis} of shape {shape}, as in PyTorch"
 
 
 def check_class_weight(weight: ArrayLike | None, count: int) -> jax.Array | None:
@@ -163,8 +174,12 @@ def cast(x: ArrayLike, dtype: DTypeLike | None) -> jax.Array:
     """`x` in `dtype`, which must be floating, as `x` must without one."""
     if dtype is None:
         return arrays.floating("input", x)
+    try:
+        name = np.dtype(dtype).name
+    except TypeError:
+        raise arrays.dtype_error("dtype", "be a floating dtype", dtype) from None
     if not jnp.issubdtype(dtype, jnp.floating):
-        raise arrays.dtype_error("dtype", "be floating", np.dtype(dtype).name)
+        raise arrays.dtype_error("dtype", "be a floating dtype", name)
     return jnp.asarray(x).astype(jax.dtypes.canonicalize_dtype(dtype))
 
 
@@ -177,7 +192,7 @@ def row_targets(
     target: jax.Array,
     weight: jax.Array | None,
     classes: ClassAxis,
-    ignore_index: int,
+    ignore_index: int | None,
 ) -> RowTargets:
     return targets.row_targets(SoftmaxArguments(target, class_weights=weight), z, classes, ignore_index)[0]
 
@@ -226,7 +241,8 @@ def lost_logits(z: jax.Array, t: jax.Array, pos_weight: jax.Array | None) -> jax
 def clamped_binary_nll(x: jax.Array, t: jax.Array) -> jax.Array:
     """`-t log x - (1 - t) log(1 - x)` with logarithms of at least -100; nan for an operand outside [0, 1].
 
-    The derivatives are PyTorch's: by `x` with a divisor of at least 1e-12, by `t` without the bound on the logarithms.
+    The derivatives are PyTorch's: with respect to `x` with a divisor of at least 1e-12, with respect to `t` without the
+    bound on the logarithms.
     """
     inside = (x >= 0) & (x <= 1) & (t >= 0) & (t <= 1)
     value = (t - 1) * jnp.maximum(jnp.log1p(-x), -100) - t * jnp.maximum(jnp.log(x), -100)
@@ -242,7 +258,7 @@ def _clamped_binary_nll_jvp(primals, tangents):
     (x, t), (dx, dt) = primals, tangents
     value = clamped_binary_nll(x, t)
     by_x = (x - t) / jnp.maximum((1 - x) * x, _LEAST_VARIANCE)
-    # At the ends the derivative by `t` is infinite; as in `safe.pole`, so that a tangent of 0 stays 0.
+    # At the ends the derivative with respect to `t` is infinite; as in `safe.pole`, so that a tangent of 0 stays 0.
     end = (x == 0) | (x == 1)
     between = jnp.where(end, 0.5, x)
     by_t = jnp.log1p(-between) - jnp.log(between)

@@ -2,7 +2,6 @@
 
 import functools
 import warnings
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +9,10 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from jaxent import losses
 from jaxent._arguments import arrays
 from jaxent._errors import public
 from jaxent._math import safe
+from jaxent._math.row_losses import binary_nll
 from jaxent.torch_compat._conventions import (
     check_entry_weight,
     check_reduction,
@@ -46,8 +45,8 @@ def kl_div(
     length of the first axis of `input`, which gives the mean divergence; `"mean"` divides by the number of entries and
     warns, because it does not; `"sum"`; `"none"`. `size_average`, `reduce`: deprecated, and override it.
 
-    **Returns:** the common type of `input` and `target`. A target of 0 adds 0, with derivative 0 by that target; with
-    an `input` of -inf it is nan.
+    **Returns:** the common type of `input` and `target`. A target of 0 adds 0, with derivative 0 with respect to that
+    target; with an `input` of -inf it is nan.
 
     **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or option.
 
@@ -87,7 +86,7 @@ def _kl_div(
     if log_target:
         terms = jnp.exp(wide_t) * (wide_t - wide_x)
     else:
-        # By a target of 0 the derivative is 0, that of either part.
+        # The derivative with respect to a target of 0 is 0, in either part.
         factor = jnp.where(wide_t == 0, lax.stop_gradient(wide_t), wide_t)
         terms = -safe.entropy_term(wide_t) - factor * wide_x
     result = reduce_entries(terms, reduction, terms.dtype)
@@ -115,8 +114,8 @@ def binary_cross_entropy(
     broadcasts to that shape. `reduction`: `"mean"` divides by the number of entries; `"sum"`; `"none"`. `size_average`,
     `reduce`: deprecated, and override it.
 
-    **Returns:** the type of `input`. An `input` or `target` outside [0, 1] gives nan. The derivative by `input` is
-    PyTorch's `(x - t) / max(x (1 - x), 1e-12)`.
+    **Returns:** the type of `input`. An `input` or `target` outside [0, 1] gives nan. The derivative with respect to
+    `input` is PyTorch's `(x - t) / max(x (1 - x), 1e-12)`.
 
     **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or option.
 
@@ -165,7 +164,9 @@ def binary_cross_entropy_with_logits(
     `weight`, `pos_weight` (`c`): broadcast to that shape. The others as in `binary_cross_entropy`.
 
     **Returns:** the type of a floating `target`, as in PyTorch, else that of `input`. At an infinite logit +inf, or nan
-    where PyTorch's formula subtracts infinities: at -inf for targets up to 1, at +inf for a target of 1.
+    where PyTorch's formula subtracts infinities: at -inf for targets up to 1, at +inf for a target of 1. A target
+    outside [0, 1], such as one of a mask of 0 and 255, goes into the formula as it is, as in PyTorch, and the loss may
+    be negative; `jaxent.sigmoid_cross_entropy` gives nan, and `jaxent.diagnose` finds it.
 
     **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or option.
 
@@ -194,6 +195,7 @@ def _binary_cross_entropy_with_logits(
     t = t.astype(wide.dtype)
     if pos_weight is not None:
         pos_weight = jnp.broadcast_to(pos_weight.astype(wide.dtype), z.shape)
-    terms: Any = losses.sigmoid_cross_entropy(wide, t, pos_weight=pos_weight, reduction="none")
+    # `sigmoid_cross_entropy` is nan for a target outside [0, 1], of which PyTorch takes the formula.
+    terms = binary_nll(wide, t, pos_weight)
     terms = with_nan(terms, lost_logits(wide, t, pos_weight))
     return reduce_entries(_weighted_entries(terms, weight), reduction, dtype)

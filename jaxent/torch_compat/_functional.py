@@ -10,13 +10,14 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxent import losses
 from jaxent._arguments import arrays
-from jaxent._arguments.targets import check_labels, rows_shape
+from jaxent._arguments.targets import check_ignore_index
 from jaxent._errors import ArgumentValueError, public
 from jaxent._math.softmax import log_softmax as log_softmax_of_rows
 from jaxent._math.softmax import softmax as softmax_of_rows
 from jaxent._mesh.class_axis import ClassAxis
 from jaxent.torch_compat._conventions import (
     cast,
+    check_class_indices,
     check_class_weight,
     check_reduction,
     check_target,
@@ -108,7 +109,7 @@ def cross_entropy(
     target: ArrayLike,
     weight: ArrayLike | None = None,
     size_average: bool | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     reduce: bool | None = None,
     reduction: str = "mean",
     label_smoothing: ArrayLike = 0.0,
@@ -124,7 +125,8 @@ def cross_entropy(
 
     - `input`: logits `(C,)`, `(N, C)` or `(N, C, d_1, ..., d_K)`, floating.
     - `target`: class indices `()`, `(N,)` or `(N, d_1, ..., d_K)`, or class probabilities shaped like `input`.
-    - `weight`: `(C,)`, class weights. `ignore_index`: rows with this label are dropped; not for probabilities.
+    - `weight`: `(C,)`, class weights. `ignore_index`: rows with this label are dropped, None drops none; not for
+      probabilities.
     - `reduction`: `"mean"` divides by the weights of the labels that are not ignored, or, for probabilities, by the
       number of rows; `"sum"`; `"none"`. `size_average`, `reduce`: deprecated, and override it.
     - `label_smoothing`: in [0, 1].
@@ -141,7 +143,8 @@ def cross_entropy(
     z = _class_scores(input)
     axis = class_axis(z)
     target = check_target(target, z.shape, axis)
-    if jnp.issubdtype(target.dtype, jnp.floating) and ignore_index >= 0:
+    ignore_index = check_ignore_index(ignore_index)
+    if jnp.issubdtype(target.dtype, jnp.floating) and ignore_index is not None and ignore_index >= 0:
         raise ArgumentValueError(f"`ignore_index` goes with class indices, got {ignore_index} and probabilities")
     return _cross_entropy(
         z,
@@ -167,7 +170,7 @@ def _cross_entropy(
     weight: jax.Array | None,
     smoothing: jax.Array | None,
     *,
-    ignore_index: int,
+    ignore_index: int | None,
     reduction: str,
 ) -> jax.Array:
     classes = ClassAxis(class_axis(z))
@@ -195,7 +198,7 @@ def nll_loss(
     target: ArrayLike,
     weight: ArrayLike | None = None,
     size_average: bool | None = None,
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
     reduce: bool | None = None,
     reduction: str = "mean",
 ) -> jax.Array:
@@ -216,14 +219,15 @@ def nll_loss(
     reduction = check_reduction(reduction, size_average, reduce)
     log_p = _class_scores(input)
     axis = class_axis(log_p)
-    labels = check_labels("target", target, rows_shape(log_p.shape, axis))
+    labels = check_class_indices(target, log_p.shape, axis)
     weight = check_class_weight(weight, log_p.shape[axis])
+    ignore_index = check_ignore_index(ignore_index)
     return _nll_loss(log_p, labels, weight, ignore_index=ignore_index, reduction=reduction)
 
 
 @functools.partial(jax.jit, static_argnames=("ignore_index", "reduction"), inline=True)
 def _nll_loss(
-    log_p: jax.Array, labels: jax.Array, weight: jax.Array | None, *, ignore_index: int, reduction: str
+    log_p: jax.Array, labels: jax.Array, weight: jax.Array | None, *, ignore_index: int | None, reduction: str
 ) -> jax.Array:
     classes = ClassAxis(class_axis(log_p))
     if classes.size(log_p) == 0:

@@ -12,8 +12,9 @@ from jax.typing import ArrayLike
 from jaxent import linear, losses
 from jaxent._arguments import arrays
 from jaxent._arguments.reduction import WeightedSum
+from jaxent._arguments.targets import check_ignore_index
 from jaxent._engine.linear_head import chunking_for, matrix_products
-from jaxent._engine.streaming import Head, Logits, stream_rows, stream_sum
+from jaxent._engine.streaming import Counted, Head, Logits, stream_rows, stream_sum
 from jaxent._errors import ArgumentValueError, named, public
 from jaxent._math.row_losses import RowTargets
 from jaxent._mesh.class_axis import ClassAxis
@@ -135,6 +136,7 @@ def linear_cross_entropy(
         linear_bias = arrays.floating("linear_bias", linear_bias)
         arrays.check_shape("linear_bias", linear_bias, w.shape[:-1], "one for each row of `linear_weight`")
     target = check_target(target, (*h.shape[:-1], *w.shape[:-1]), 1 - w.ndim)
+    ignore_index = check_ignore_index(ignore_index)
     if jnp.issubdtype(target.dtype, jnp.floating) and ignore_index is not None:
         raise ArgumentValueError(f"`ignore_index` goes with class indices, got {ignore_index} and probabilities")
     chunking = LinearCrossEntropyOptions() if options is None else options
@@ -210,19 +212,22 @@ def _loss_of_places(
     count, places, features = w.shape[0], math.prod(w.shape[1:-1]), w.shape[-1]
     if h.dtype != w.dtype:
         h, w = arrays.accumulated(h, w)
-    ignored = jnp.all(rows.ignored.reshape(h.shape[0], places), axis=1, keepdims=True)
+    counted = Counted()
+    if rows.probabilities is None:
+        counted = Counted(~jnp.all(rows.ignored.reshape(h.shape[0], places), axis=1))
     head = Head(
-        jnp.where(ignored, 0, h),
+        h,
         w.reshape(count * places, features).T,
         None if bias is None else bias.reshape(count * places),
     )
-    # In the dtype of the sums: a gradient by bf16 probabilities would be rounded before it is divided by the weight.
+    # In the dtype of the sums: a gradient with respect to bf16 probabilities would be rounded before it is divided by
+    # the weight.
     target = target if rows.probabilities is None else rows.probabilities
     target = target.reshape(*target.shape[: target.ndim + 2 - w.ndim], places)
     chunking = chunking_for(chunk_rows, head)
     row_fn = PlacesRowLoss(count, places, ignore_index, reduction != "none")
     stream = stream_rows if reduction == "none" else stream_sum
-    losses = stream(row_fn, (head,), target, shared, chunking, matrix_products(None, head))
+    losses, _ = stream(row_fn, (head,), target, shared, chunking, matrix_products(None, head), counted)
     if reduction == "none":
         return losses.reshape(h.shape[0], *w.shape[1:-1])
     return WeightedSum(losses, jnp.sum(rows.total_weights(ClassAxis(1 - w.ndim))).astype(losses.dtype))
@@ -230,7 +235,7 @@ def _loss_of_places(
 
 @dataclasses.dataclass(frozen=True)
 class PlacesRowLoss:
-    """The losses of rows `(rows, places)`, or their sums `(rows,)`, as the engine takes them."""
+    """The losses of rows `(rows, places)`, or their sums `(rows,)`, as the engine takes them: with no `aux`."""
 
     count: int
     places: int
@@ -239,7 +244,7 @@ class PlacesRowLoss:
 
     def __call__(
         self, logits: Logits, target: jax.Array, shared: tuple[jax.Array | None, jax.Array | None]
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, None]:
         weight, smoothing = shared
         rows: Any = losses.softmax_cross_entropy(
             logits[0].reshape(logits[0].shape[0], self.count, self.places),
@@ -250,4 +255,4 @@ class PlacesRowLoss:
             label_smoothing=0.0 if smoothing is None else smoothing,
             reduction="none",
         )
-        return jnp.sum(rows, axis=1) if self.summed else rows
+        return (jnp.sum(rows, axis=1) if self.summed else rows), None
