@@ -33,6 +33,7 @@ Losses on logits
     sigmoid_cross_entropy             binary, entry by entry
     token_statistics                  log-probability, log-normaliser, entropy, argmax, rank and top classes per row
     TokenStatistics                   what it returns
+    SparseTargets                     a few classes per row with their probabilities, in place of labels
     softmax_cross_entropy_gradient    its derivative with respect to the logits, in closed form
 
 Losses from hidden states (without the logits)
@@ -79,6 +80,7 @@ Checks
 """
 
 from jaxent._arguments.reduction import WeightedSum as WeightedSum
+from jaxent._arguments.targets import SparseTargets as SparseTargets
 from jaxent._check.gradient import Comparison as Comparison
 from jaxent._check.gradient import GradientReport as GradientReport
 from jaxent._check.gradient import check_gradient as check_gradient
@@ -136,6 +138,7 @@ __all__ = [
     "GradientNorms",
     "GradientReport",
     "Plan",
+    "SparseTargets",
     "TokenStatistics",
     "WeightedSum",
     "check_gradient",

@@ -13,14 +13,34 @@ from jaxent._arguments.reduction import Reduction, check_reduction
 from jaxent._errors import ArgumentValueError
 from jaxent._math.label_loss import INVALID, encode_labels, has_label
 from jaxent._math.row_losses import LossOptions, RowTargets
+from jaxent._math.sparse_targets import SparseRow
 from jaxent._mesh.check import check_class_axis, check_vocab_axis
 from jaxent._mesh.class_axis import ClassAxis
+from jaxent._serialization import exportable
+
+
+@exportable
+class SparseTargets(NamedTuple):
+    """A few classes per row with their probabilities, all other classes having 0; never spread over the vocabulary.
+
+    Mixup has two classes per row, a stored teacher its top k. A class that stands twice in a row counts twice, one of
+    `ignore_index` adds 0, and one outside the vocabulary makes its row nan.
+
+    >>> targets = SparseTargets(jnp.array([[0, 2]]), jnp.array([[0.75, 0.25]]))
+    >>> softmax_cross_entropy(jnp.zeros((1, 4)), targets)
+    Array(1.3862944, dtype=float32)
+    """
+
+    classes: ArrayLike
+    """`(*batch, k)`, any integer dtype."""
+    probabilities: ArrayLike
+    """`(*batch, k)`, floating."""
 
 
 class SoftmaxArguments(NamedTuple):
     """What a caller may say in addition to the logits, as arrays; None is an option left out."""
 
-    targets: jax.Array | None  # None where only the logits count
+    targets: jax.Array | SparseTargets | None  # None where only the logits count
     where: jax.Array | None = None
     weights: jax.Array | None = None
     class_weights: jax.Array | None = None
@@ -59,8 +79,11 @@ def check_softmax_arguments(
 
 def check_vocab_axis_of_rows(vocab_axis: str | None, targets: ArrayLike | None, **rows: ArrayLike | None) -> None:
     """The axis, and that labels and rows are not split over it, before their shapes are looked at."""
-    with_classes = isinstance(targets, jax.Array) and jnp.issubdtype(targets.dtype, jnp.floating)
-    check_vocab_axis(vocab_axis, rows if with_classes else {"targets": targets, **rows})
+    if isinstance(targets, SparseTargets):
+        rows |= {f"targets.{name}": x for name, x in targets._asdict().items()}
+    elif not (isinstance(targets, jax.Array) and jnp.issubdtype(targets.dtype, jnp.floating)):
+        rows["targets"] = targets
+    check_vocab_axis(vocab_axis, rows)
 
 
 def check_class_axis_of_rows(
@@ -71,7 +94,9 @@ def check_class_axis_of_rows(
 ) -> None:
     """`split` has the logits or the kernel, with the class axis; `targets` is how the function calls its labels."""
     whole = {"where": arguments.where, "weights": arguments.weights}
-    if arguments.targets is not None and jnp.issubdtype(arguments.targets.dtype, jnp.integer):
+    if isinstance(arguments.targets, SparseTargets):
+        whole |= {f"{targets}.{name}": x for name, x in arguments.targets._asdict().items()}
+    elif arguments.targets is not None and jnp.issubdtype(arguments.targets.dtype, jnp.integer):
         whole[targets] = arguments.targets
     check_class_axis(vocab_axis, split, whole, {"class_weights": (arguments.class_weights, 0)})
 
@@ -101,8 +126,10 @@ def check_row_arguments(
     return where, weights
 
 
-def check_targets(targets: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
-    """Class indices of any integer dtype, or class probabilities."""
+def check_targets(targets: Any, shape: tuple[int, ...], axis: int) -> jax.Array | SparseTargets:
+    """Class indices of any integer dtype, or class probabilities, or a few of both."""
+    if isinstance(targets, SparseTargets):
+        return check_sparse_targets(targets, rows_shape(shape, axis))
     kind = getattr(targets, "dtype", None) or np.asarray(targets).dtype
     if jnp.issubdtype(kind, jnp.integer):
         note = "one class index for each row; one-hot targets and probabilities are floating"
@@ -114,6 +141,15 @@ def check_targets(targets: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
     note = "class probabilities are shaped like the logits; class indices are integers"
     arrays.check_shape("targets", probabilities, shape, note)
     return probabilities
+
+
+def check_sparse_targets(targets: SparseTargets, rows: tuple[int, ...]) -> SparseTargets:
+    chosen = arrays.integer("targets.classes", targets.classes)
+    shares = arrays.floating("targets.probabilities", targets.probabilities)
+    if chosen.ndim != len(rows) + 1 or chosen.shape[:-1] != rows:
+        raise arrays.shape_error("targets.classes", f"have shape {(*rows, 'k')}, k classes for each row", chosen)
+    arrays.check_shape("targets.probabilities", shares, chosen.shape, "one for each class of `targets.classes`")
+    return SparseTargets(chosen, shares)
 
 
 def check_labels(
@@ -152,9 +188,11 @@ def row_targets(
     class_weights = None if arguments.class_weights is None else arguments.class_weights.astype(z.dtype)
     smoothing, z_loss = (None if x is None else x.astype(z.dtype) for x in (arguments.smoothing, arguments.z_loss))
     targets, where, weights = arguments.targets, per_row(arguments.where), per_row(arguments.weights)
-    labels = probabilities = label_weights = None
+    labels = probabilities = sparse = label_weights = None
     if targets is None:
         ignored = jnp.zeros((*z.shape[: z.ndim + classes.axis], 1, *z.shape[z.ndim + classes.axis + 1 :]), bool)
+    elif isinstance(targets, SparseTargets):
+        sparse, ignored = sparse_row(targets, classes, classes.size(z), z.dtype, class_weights, ignore_index)
     elif jnp.issubdtype(targets.dtype, jnp.integer):
         # Once per row: XLA would fuse it into what is done once per logit.
         kept = lax.optimization_barrier((encode_labels(targets, classes.size(z)), has_label(targets, ignore_index)))
@@ -171,8 +209,25 @@ def row_targets(
             label_weights = jnp.where((labels == INVALID) & ~ignored, jnp.nan, classes.lookup(class_weights, labels))
     if class_weights is not None:
         class_weights = class_weights.reshape([-1 if i - z.ndim == classes.axis else 1 for i in range(z.ndim)])
-    rows = RowTargets(labels, ignored, probabilities, weights, label_weights)
+    rows = RowTargets(labels, ignored, probabilities, weights, label_weights, sparse)
     return rows, LossOptions(class_weights, smoothing, z_loss)
+
+
+def sparse_row(
+    targets: SparseTargets,
+    classes: ClassAxis,
+    count: int,
+    dtype: np.dtype,
+    class_weights: jax.Array | None,
+    ignore_index: int | None,
+) -> tuple[SparseRow, jax.Array]:
+    """The entries along the class axis, weighted by their classes, and the rows that have none."""
+    chosen, shares = (jnp.moveaxis(jnp.asarray(x), -1, classes.axis) for x in targets)
+    labels, ignored = encode_labels(chosen, count), has_label(chosen, ignore_index)
+    shares = jnp.where(ignored, 0, jnp.where(labels == INVALID, jnp.nan, shares.astype(dtype)))
+    if class_weights is not None:
+        shares *= classes.lookup(class_weights, jnp.where(ignored, INVALID, labels))
+    return SparseRow(labels, shares), jnp.all(ignored, axis=classes.axis, keepdims=True)
 
 
 def check_softmax_call(

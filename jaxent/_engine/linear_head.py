@@ -72,7 +72,7 @@ def check_row_argument(x: ArrayLike, batch: Batch) -> jax.Array:
 def flat_rows(arguments: SoftmaxArguments, batch: Batch) -> SoftmaxArguments:
     """The arguments with their batch axes as one."""
     flat: dict[str, Any] = {
-        name: batch.flatten(x)
+        name: jax.tree.map(batch.flatten, x)
         for name, x in arguments._asdict().items()
         if name in ("targets", "where", "weights") and x is not None
     }
@@ -152,7 +152,7 @@ def counted_rows(
         for h in hidden:
             finite = jnp.all(jnp.isfinite(h), axis=-1, keepdims=True)
             ignored |= (rows.weights == 0) & ~finite
-    by_label = ignore_index is not None and rows.labels is not None
+    by_label = ignore_index is not None and (rows.labels is not None or rows.sparse is not None)
     all_count = not by_label and arguments.where is None and rows.weights is None
     weights = None if rows.weights is None else rows.weights[:, 0]
     return rows._replace(ignored=ignored), Counted(None if all_count else ~ignored[:, 0], weights)

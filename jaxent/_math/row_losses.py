@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxent._math.label_loss import INVALID, label_gradient, label_log_prob, label_loss
 from jaxent._math.softmax import Normalizer, has_softmax, log_probabilities, normalizer, probabilities
+from jaxent._math.sparse_targets import SparseRow, sparse_gradient, sparse_nll
 from jaxent._mesh.class_axis import ClassAxis
 
 
@@ -22,6 +23,7 @@ class RowTargets(NamedTuple):
     probabilities: jax.Array | None = None
     weights: jax.Array | None = None  # the caller's weight of the row
     label_weights: jax.Array | None = None  # the class weight of the row's label
+    sparse: SparseRow | None = None  # in place of label and probabilities; its shares have their class weights
 
     def total_weights(self, classes: ClassAxis) -> jax.Array:
         """What the rows weigh in a mean: 0 where ignored, `w_i c_{y_i}` elsewhere."""
@@ -127,7 +129,12 @@ def softmax_loss(z: jax.Array, rows: RowTargets, options: LossOptions, classes: 
     Of the rows that `ignore_zero_weight_rows` leaves.
     """
     ignored = rows.ignored
-    if rows.probabilities is None:
+    if rows.sparse is not None:
+        z = jnp.where(ignored, 0, z)
+        loss, row = sparse_nll(z, _smoothed_shares(rows.sparse, ignored, options), classes)
+        if options.smoothing is not None:
+            loss += _uniform_nll(z, row, options, classes)
+    elif rows.probabilities is None:
         assert rows.labels is not None
         loss, row = label_loss(z, rows.labels, ignored, classes)
         if options.smoothing is not None:
@@ -140,7 +147,7 @@ def softmax_loss(z: jax.Array, rows: RowTargets, options: LossOptions, classes: 
         loss, row = target_nll(jnp.where(ignored, 0, z), targets, classes)
     if options.z_loss is not None:
         loss += options.z_loss * jnp.square(row.shift + row.log_total)
-    if rows.probabilities is not None or options.smoothing is not None or options.z_loss is not None:
+    if rows.labels is None or options.smoothing is not None or options.z_loss is not None:
         # The loss of a label alone is 0 there, and one more pass over the rows shows at 65536 x 10.
         loss = jnp.where(ignored, 0, loss)
     return loss if rows.weights is None else weighted(jnp.where(ignored, 0, rows.weights), loss)
@@ -150,7 +157,13 @@ def softmax_loss_gradient(z: jax.Array, rows: RowTargets, options: LossOptions, 
     """The derivative of `softmax_loss` with respect to the logits, in closed form."""
     ignored = rows.ignored
     count = classes.size(z)
-    if rows.probabilities is None:
+    if rows.sparse is not None:
+        z = jnp.where(ignored, 0, z)
+        row = normalizer(z, classes)
+        gradient = sparse_gradient(z, _smoothed_shares(rows.sparse, ignored, options), row, classes)
+        if options.smoothing is not None:
+            gradient += target_gradient(z, _smoothed(jnp.zeros_like(z), options, count), row, classes)
+    elif rows.probabilities is None:
         assert rows.labels is not None
         nll, row = label_loss(z, rows.labels, ignored, classes, True)
         gradient = label_gradient(z, rows.labels, ignored, nll, row, classes)
@@ -180,6 +193,9 @@ def target_mass(z: jax.Array, rows: RowTargets, options: LossOptions, classes: C
     count = classes.size(z)
     if rows.probabilities is not None:
         return classes.sum(_smoothed(jnp.where(rows.ignored, 0, rows.probabilities), options, count))
+    if rows.sparse is not None:
+        mass = jnp.sum(_smoothed_shares(rows.sparse, rows.ignored, options).shares, axis=classes.axis, keepdims=True)
+        return mass if options.smoothing is None else mass + classes.sum(_smoothed(jnp.zeros_like(z), options, count))
     if rows.labels is None:
         return jnp.ones_like(rows.ignored, z.dtype)
     mass = jnp.where((rows.labels == INVALID) & ~rows.ignored, jnp.nan, 1).astype(z.dtype)
@@ -200,6 +216,12 @@ def _smoothed(targets: jax.Array, options: LossOptions, count: int) -> jax.Array
     if options.smoothing is not None:
         targets = (1 - options.smoothing) * targets + options.smoothing / count
     return targets if options.class_weights is None else options.class_weights * targets
+
+
+def _smoothed_shares(row: SparseRow, ignored: jax.Array, options: LossOptions) -> SparseRow:
+    """`(1-e) s_j`; what smoothing gives to all classes is `_smoothed` of nothing."""
+    shares = jnp.where(ignored, 0, row.shares)
+    return row._replace(shares=shares if options.smoothing is None else (1 - options.smoothing) * shares)
 
 
 def _uniform_nll(z: jax.Array, row: Normalizer, options: LossOptions, classes: ClassAxis) -> jax.Array:

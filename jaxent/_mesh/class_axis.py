@@ -1,6 +1,7 @@
 """Reductions and look-ups along the classes, whole or split over devices."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,10 @@ def row_sum(x: jax.Array, axis: int | tuple[int, ...], keepdims: bool = True) ->
         return total
     bits = jnp.finfo(x.dtype)
     return lax.reduce_precision(total, exponent_bits=bits.nexp, mantissa_bits=bits.nmant)
+
+
+# Labels compared in one pass over the classes. Heuristic: the passes, not the comparisons, take the time.
+SPREAD_AT_ONCE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +91,53 @@ class ClassAxis:
         if not jax.typeof(x).sharding.mesh.empty:
             # A gather over a sharded class axis raises on an explicit mesh; the comparison shards like any sum.
             return self.sum(jnp.where(self.is_class(labels, x), x, 0))
-        local, count = labels - self.offset(x), x.shape[self.axis]
-        taken = jnp.take_along_axis(x, jnp.clip(local, 0, count - 1), axis=self.axis, mode="promise_in_bounds")
+        taken, local, count = self._gather(x, labels), labels - self.offset(x), x.shape[self.axis]
         taken, local = (jnp.squeeze(x, self.axis) for x in (taken, local))  # faster on a CPU than (rows, 1)
         return jnp.expand_dims(jnp.where((local >= 0) & (local < count), taken, 0), self.axis)
+
+    def _gather(self, x: jax.Array, labels: jax.Array) -> jax.Array:
+        local = jnp.clip(labels - self.offset(x), 0, x.shape[self.axis] - 1)
+        return jnp.take_along_axis(x, local, axis=self.axis, mode="promise_in_bounds")
+
+    def take_each(self, x: jax.Array, labels: jax.Array) -> jax.Array:
+        """`x` at each of the row's `k` labels, which lie along the class axis; 0 for those outside the classes."""
+        if not jax.typeof(x).sharding.mesh.empty:
+            chosen = jnp.where(self._is_each(labels, x), x[..., None], 0)
+            return self.psum(jnp.moveaxis(jnp.sum(chosen, axis=self.axis - 1), -1, self.axis))
+        local = labels - self.offset(x)
+        inside = (local >= 0) & (local < x.shape[self.axis])
+        return jnp.where(inside, self._gather(x, labels), 0)
+
+    def spread(self, values: jax.Array, labels: jax.Array, x: jax.Array) -> jax.Array:
+        """The `k` values of each row added up at their labels, shaped like `x`.
+
+        By comparison, a few labels in each pass: a scatter over a sharded class axis raises on an explicit mesh, and a
+        sum over a new axis of length k is written out, k times as large as `x`.
+        """
+        count = labels.shape[self.axis]
+        if count <= SPREAD_AT_ONCE:
+            labels, values = (jnp.split(y, count, self.axis) for y in (labels, values))
+            terms = [jnp.where(self.is_class(a, x), b, 0) for a, b in zip(labels, values, strict=True)]
+            return functools.reduce(jnp.add, terms, jnp.zeros_like(x))
+        passes = -(-count // SPREAD_AT_ONCE)
+
+        def grouped(y: jax.Array) -> jax.Array:
+            """`(passes, *batch, SPREAD_AT_ONCE)`, filled up with class 0 and nothing to add."""
+            y = jnp.moveaxis(y, self.axis, -1)
+            y = jnp.pad(y, [(0, 0)] * (y.ndim - 1) + [(0, passes * SPREAD_AT_ONCE - count)])
+            return jnp.moveaxis(y.reshape(*y.shape[:-1], passes, SPREAD_AT_ONCE), -2, 0)
+
+        def add(total: jax.Array, group: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            own_values, own_labels = (jnp.moveaxis(y, -1, self.axis) for y in group)
+            return total + self.spread(own_values, own_labels, x), None
+
+        nothing = pcast_like(jnp.zeros_like(x), [x, values, labels])
+        return lax.scan(add, nothing, (grouped(values), grouped(labels)))[0]
+
+    def _is_each(self, labels: jax.Array, x: jax.Array) -> jax.Array:
+        """Where `x` holds each of the row's `k` labels, on a new last axis."""
+        local = jnp.moveaxis(labels - self.offset(x), self.axis, -1)
+        return self.local_indices(x)[..., None] == jnp.expand_dims(local, self.axis - 1)
 
     def top(self, x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
         """The `k` largest entries of each row and their classes, on a new last axis in place of the class axis."""
