@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.reduction import Reduction, WeightedSum
-from jaxent._arguments.targets import SoftmaxArguments, check_softmax_call, row_targets
+from jaxent._arguments.targets import SoftmaxArguments, SparseTargets, check_softmax_call, row_targets
 from jaxent._errors import public
 from jaxent._math.row_losses import ignore_zero_weight_rows, softmax_loss_gradient
 from jaxent._mesh.apply import map_rows
@@ -18,7 +18,7 @@ from jaxent._mesh.class_axis import ClassAxis
 @public
 def softmax_cross_entropy_gradient(
     logits: ArrayLike,
-    targets: ArrayLike,
+    targets: ArrayLike | SparseTargets,
     *,
     axis: int = -1,
     where: ArrayLike | None = None,

@@ -16,6 +16,7 @@ from jaxent._arguments.options import LinearOptions, Precision
 from jaxent._arguments.reduction import Reduction, WeightedSum, check_reduction
 from jaxent._arguments.targets import (
     SoftmaxArguments,
+    SparseTargets,
     check_class_axis_of_rows,
     check_ignore_index,
     check_softmax_arguments,
@@ -45,7 +46,7 @@ from jaxent._mesh.class_axis import ClassAxis
 def linear_softmax_cross_entropy(
     hidden: ArrayLike,
     kernel: ArrayLike,
-    targets: ArrayLike,
+    targets: ArrayLike | SparseTargets,
     *,
     reduction: Literal["sum_and_weight"],
     **options: Unpack[LinearOptions],
@@ -54,7 +55,7 @@ def linear_softmax_cross_entropy(
 def linear_softmax_cross_entropy(
     hidden: ArrayLike,
     kernel: ArrayLike,
-    targets: ArrayLike,
+    targets: ArrayLike | SparseTargets,
     *,
     reduction: Literal["mean", "sum", "none"] = "mean",
     **options: Unpack[LinearOptions],
@@ -63,7 +64,7 @@ def linear_softmax_cross_entropy(
 def linear_softmax_cross_entropy(
     hidden: ArrayLike,
     kernel: ArrayLike,
-    targets: ArrayLike,
+    targets: ArrayLike | SparseTargets,
     *,
     bias: ArrayLike | None = None,
     where: ArrayLike | None = None,

@@ -12,6 +12,7 @@ from jaxent._arguments.options import BinaryOptions, LabelOptions, SoftmaxOption
 from jaxent._arguments.reduction import Reduction, WeightedSum, check_reduction, reduce_losses
 from jaxent._arguments.targets import (
     SoftmaxArguments,
+    SparseTargets,
     check_class_axis_of_rows,
     check_class_weights,
     check_ignore_index,
@@ -36,12 +37,16 @@ from jaxent._mesh.class_axis import ClassAxis
 
 @overload
 def softmax_cross_entropy(
-    logits: ArrayLike, targets: ArrayLike, *, reduction: Literal["sum_and_weight"], **options: Unpack[SoftmaxOptions]
+    logits: ArrayLike,
+    targets: ArrayLike | SparseTargets,
+    *,
+    reduction: Literal["sum_and_weight"],
+    **options: Unpack[SoftmaxOptions],
 ) -> WeightedSum: ...
 @overload
 def softmax_cross_entropy(
     logits: ArrayLike,
-    targets: ArrayLike,
+    targets: ArrayLike | SparseTargets,
     *,
     reduction: Literal["mean", "sum", "none"] = "mean",
     **options: Unpack[SoftmaxOptions],
@@ -49,7 +54,7 @@ def softmax_cross_entropy(
 @public
 def softmax_cross_entropy(
     logits: ArrayLike,
-    targets: ArrayLike,
+    targets: ArrayLike | SparseTargets,
     *,
     axis: int = -1,
     where: ArrayLike | None = None,
@@ -75,7 +80,8 @@ def softmax_cross_entropy(
     **Arguments:**
 
     - `logits`: `(*batch, classes)`, floating; the classes lie at `axis`.
-    - `targets`: `(*batch,)` class indices of any integer dtype, or class probabilities shaped like `logits`.
+    - `targets`: `(*batch,)` class indices of any integer dtype, or class probabilities shaped like `logits`, or
+      `SparseTargets`.
     - `where`: `(*batch,)` bool; False drops a row. `weights`: `(*batch,)`, row weights `w >= 0`; a negative one is nan.
     - `class_weights`: `(classes,)`, `c`.
     - `ignore_index`: rows with this label are dropped; None drops none. Only for class indices.

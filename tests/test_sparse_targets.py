@@ -34,12 +34,12 @@ def problem(rng: np.random.Generator, rows: int = ROWS, k: int = K) -> dict[str,
     }
 
 
-def formula(z: np.ndarray, chosen: np.ndarray, shares: np.ndarray, c: Any = 1.0, e: float = 0.0, zeta: float = 0.0):
+def formula(z: Any, chosen: Any, shares: Any, c: Any = 1.0, e: float = 0.0, zeta: float = 0.0) -> Any:
     """Losses per row, their gradients with respect to the logits, and which rows count, in float64."""
     z = z.astype(np.float64)
     t = np.zeros_like(z)
-    for n, k in np.argwhere(chosen >= 0):
-        t[n, chosen[n, k]] += shares[n, k]
+    entries = chosen >= 0
+    np.add.at(t, (np.nonzero(entries)[0], chosen[entries]), shares[entries])
     kept = (chosen >= 0).any(-1)
     s = c * ((1 - e) * t + e / z.shape[1])
     lse = np.log(np.exp(z - z.max(-1, keepdims=True)).sum(-1)) + z.max(-1)
@@ -160,7 +160,8 @@ def test_temporaries_do_not_grow_with_the_number_of_classes_named():
         like = [((256, 8192), jnp.float32), ((256, k), jnp.int32), ((256, k), jnp.float32)]
         like = [jax.ShapeDtypeStruct(*each) for each in like]
         step = jax.value_and_grad(lambda z, chosen, shares: softmax_cross_entropy(z, SparseTargets(chosen, shares)))
-        return jax.jit(step).lower(*like).compile().memory_analysis().temp_size_in_bytes
+        analysis: Any = jax.jit(step).lower(*like).compile().memory_analysis()
+        return analysis.temp_size_in_bytes
 
     rows = 256 * 8192 * 4  # bytes of the logits; beyond eight classes the spread row is held once
     assert temporaries(8) < 4 * rows

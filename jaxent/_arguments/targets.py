@@ -77,7 +77,7 @@ def check_softmax_arguments(
     )
 
 
-def check_vocab_axis_of_rows(vocab_axis: str | None, targets: ArrayLike | None, **rows: ArrayLike | None) -> None:
+def check_vocab_axis_of_rows(vocab_axis: str | None, targets: Any, **rows: ArrayLike | None) -> None:
     """The axis, and that labels and rows are not split over it, before their shapes are looked at."""
     if isinstance(targets, SparseTargets):
         rows |= {f"targets.{name}": x for name, x in targets._asdict().items()}
@@ -232,7 +232,7 @@ def sparse_row(
 
 def check_softmax_call(
     logits: ArrayLike,
-    targets: ArrayLike | None,
+    targets: ArrayLike | SparseTargets | None,
     *,
     axis: int,
     ignore_index: int | None,

@@ -116,8 +116,8 @@ class ClassAxis:
         """
         count = labels.shape[self.axis]
         if count <= SPREAD_AT_ONCE:
-            labels, values = (jnp.split(y, count, self.axis) for y in (labels, values))
-            terms = [jnp.where(self.is_class(a, x), b, 0) for a, b in zip(labels, values, strict=True)]
+            each = zip(*(jnp.split(y, count, self.axis) for y in (labels, values)), strict=True)
+            terms = [jnp.where(self.is_class(label, x), value, 0) for label, value in each]
             return functools.reduce(jnp.add, terms, jnp.zeros_like(x))
         passes = -(-count // SPREAD_AT_ONCE)
 
