@@ -105,7 +105,19 @@ def softplus(x: jax.Array) -> jax.Array:
 @softplus.defjvp
 def _softplus_jvp(primals, tangents):
     (x,), (dx,) = primals, tangents
-    return softplus(x), jax.nn.sigmoid(x) * dx
+    return softplus(x), logistic(x) * dx
+
+
+@jax.custom_jvp
+def logistic(x: jax.Array) -> jax.Array:
+    """`1 / (1 + exp(-x))`; JAX's own rule has the derivative `p (1 - p)`, which is 0 in float32 from x = 17 on."""
+    return jax.nn.sigmoid(x)
+
+
+@logistic.defjvp
+def _logistic_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return logistic(x), logistic(x) * logistic(-x) * dx
 
 
 # ----------------------------------------------------------------------------------------------------------------------
