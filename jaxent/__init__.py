@@ -42,6 +42,7 @@ Losses from hidden states (without the logits)
     linear_token_statistics           token_statistics of the same
     linear_kl_divergence              a divergence between two heads, for distillation
     linear_loss                       the engine for a row loss of your own
+    linear_rows                       what a function of your own gives for each row
     plan                              memory and work of a call, estimated in advance
     Plan                              what it returns
 
@@ -116,11 +117,12 @@ from jaxent.information_with_logits import self_information_with_logits as self_
 from jaxent.joint_information import conditional_entropy as conditional_entropy
 from jaxent.joint_information import joint_entropy as joint_entropy
 from jaxent.joint_information import mutual_information as mutual_information
-from jaxent.linear import linear_loss as linear_loss
 from jaxent.linear import linear_softmax_cross_entropy as linear_softmax_cross_entropy
 from jaxent.linear_curvature import linear_fisher_vector_product as linear_fisher_vector_product
 from jaxent.linear_curvature import linear_ggn_vector_product as linear_ggn_vector_product
 from jaxent.linear_divergence import linear_kl_divergence as linear_kl_divergence
+from jaxent.linear_functions import linear_loss as linear_loss
+from jaxent.linear_functions import linear_rows as linear_rows
 from jaxent.losses import nll_loss as nll_loss
 from jaxent.losses import sigmoid_cross_entropy as sigmoid_cross_entropy
 from jaxent.losses import softmax_cross_entropy as softmax_cross_entropy
@@ -162,6 +164,7 @@ __all__ = [
     "linear_gradient_norms",
     "linear_kl_divergence",
     "linear_loss",
+    "linear_rows",
     "linear_softmax_cross_entropy",
     "linear_token_statistics",
     "logit_hessian",

@@ -7,17 +7,27 @@ from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.options import Precision
-from jaxent._arguments.targets import SoftmaxArguments, check_labels, check_logits, check_top_k, row_targets, rows_shape
+from jaxent._arguments.targets import (
+    SoftmaxArguments,
+    check_ignore_index,
+    check_labels,
+    check_logits,
+    check_row_arguments,
+    check_top_k,
+    row_targets,
+    rows_shape,
+)
 from jaxent._engine.chunking import Chunking
 from jaxent._engine.linear_head import (
     LogitTransform,
     check_head,
     check_logit_transform,
     chunking_for,
+    counted_rows,
     logits_like,
     matrix_products,
 )
-from jaxent._engine.streaming import Counted, Head, Logits, MatrixProducts, stream_rows
+from jaxent._engine.streaming import Head, Logits, MatrixProducts, stream_rows
 from jaxent._errors import public
 from jaxent._math.row_losses import RowTargets
 from jaxent._math.statistics import TokenStatistics, row_statistics
@@ -32,6 +42,8 @@ def token_statistics(
     labels: ArrayLike | None = None,
     *,
     axis: int = -1,
+    where: ArrayLike | None = None,
+    ignore_index: int | None = -100,
     top_k: int = 0,
     vocab_axis: str | None = None,
 ) -> TokenStatistics:
@@ -44,6 +56,8 @@ def token_statistics(
 
     - `logits`: `(*batch, classes)`, floating, the classes at `axis`.
     - `labels`: `(*batch,)`, integer; without them `log_prob` and `rank` are None.
+    - `where`: `(*batch,)`, bool; `ignore_index`: a label. Which rows are dropped: the statistics of a dropped row are 0
+      in floating and -1 in integer fields, and its gradient is exactly 0.
     - `top_k`: how many of the best classes to return; 0 for none.
     - `vocab_axis`: the mesh axis that splits the classes, inside `jax.shard_map`.
 
@@ -58,24 +72,31 @@ def token_statistics(
     (2, 1)
     """
     z, axis = check_logits("logits", logits, axis)
-    check_vocab_axis(vocab_axis, {"labels": labels})
+    check_vocab_axis(vocab_axis, {"labels": labels, "where": where})
     if labels is not None:
         labels = check_labels("labels", labels, rows_shape(z.shape, axis))
-    check_class_axis(vocab_axis, {"logits": (z, axis)}, {"labels": labels})
+    where, _ = check_row_arguments(rows_shape(z.shape, axis), where, None)
+    check_class_axis(vocab_axis, {"logits": (z, axis)}, {"labels": labels, "where": where})
     classes = ClassAxis(axis, vocab_axis)
-    return _token_statistics(z, labels, classes=classes, top_k=check_top_k(top_k, classes.size(z)))
+    return _token_statistics(
+        z,
+        SoftmaxArguments(labels, where),
+        classes=classes,
+        ignore_index=check_ignore_index(ignore_index),
+        top_k=check_top_k(top_k, classes.size(z)),
+    )
 
 
-@functools.partial(jax.jit, static_argnames=("classes", "top_k"), inline=True)
+@functools.partial(jax.jit, static_argnames=("classes", "ignore_index", "top_k"), inline=True)
 def _token_statistics(
-    logits: jax.Array, labels: jax.Array | None, *, classes: ClassAxis, top_k: int
+    logits: jax.Array, arguments: SoftmaxArguments, *, classes: ClassAxis, ignore_index: int | None, top_k: int
 ) -> TokenStatistics:
-    def statistics(logits: jax.Array, labels: jax.Array | None) -> TokenStatistics:
+    def statistics(logits: jax.Array, arguments: SoftmaxArguments) -> TokenStatistics:
         (z,) = arrays.accumulated(logits)
-        rows, _ = row_targets(SoftmaxArguments(labels), z, classes, None)
+        rows, _ = row_targets(arguments, z, classes, ignore_index)
         return row_statistics(z, rows, classes, top_k)
 
-    return map_rows(statistics, logits, labels, without=classes.axis)
+    return map_rows(statistics, logits, arguments, without=classes.axis)
 
 
 @public
@@ -87,6 +108,8 @@ def linear_token_statistics(
     bias: ArrayLike | None = None,
     soft_cap: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
+    where: ArrayLike | None = None,
+    ignore_index: int | None = -100,
     top_k: int = 0,
     chunk_rows: int | None = None,
     precision: Precision = None,
@@ -97,8 +120,8 @@ def linear_token_statistics(
     $$z_n = \mathrm{cap}(h_n W + b) / T, \qquad \mathrm{cap}(x) = s \tanh(x / s)$$
 
     **Arguments:** `hidden` `(*batch, features)`, `kernel` `(features, classes)`, `bias`, `soft_cap`, `temperature`,
-    `chunk_rows`, `precision` as in `linear_softmax_cross_entropy`; `labels` `(*batch,)`, `top_k` and `vocab_axis` as in
-    `token_statistics`.
+    `chunk_rows`, `precision` as in `linear_softmax_cross_entropy`; `labels` `(*batch,)`, `where`, `ignore_index`,
+    `top_k` and `vocab_axis` as in `token_statistics`. Dropped rows cost nothing.
 
     **Returns:** `TokenStatistics` with leaves `(*batch,)`, and `(*batch, top_k)` for the top classes. Log-probability,
     log-normaliser and entropy are differentiable; their gradient costs four matrix products.
@@ -110,16 +133,19 @@ def linear_token_statistics(
     Array([1.3862944, 1.3862944], dtype=float32)
     """
     head, batch = check_head(hidden, kernel, bias)
-    check_vocab_axis(vocab_axis, {"hidden": head.hidden} if labels is None else {"labels": labels})
+    rows = {"hidden": head.hidden} if labels is None else {"labels": labels}
+    check_vocab_axis(vocab_axis, {**rows, "where": where})
     if labels is not None:
         labels = check_labels("labels", labels, batch)
-    check_class_axis(vocab_axis, {"kernel": (head.kernel, 1)}, {"labels": labels})
+    where, _ = check_row_arguments(batch, where, None)
+    check_class_axis(vocab_axis, {"kernel": (head.kernel, 1)}, {"labels": labels, "where": where})
     classes = ClassAxis(-1, vocab_axis)
     statistics = _linear_token_statistics(
         head,
-        None if labels is None else batch.flatten(labels),
+        SoftmaxArguments(*(None if x is None else batch.flatten(x) for x in (labels, where))),
         check_logit_transform(soft_cap, temperature),
         classes=classes,
+        ignore_index=check_ignore_index(ignore_index),
         top_k=check_top_k(top_k, classes.size(head.kernel)),
         chunking=chunking_for(chunk_rows, head),
         products=matrix_products(precision, head),
@@ -127,20 +153,22 @@ def linear_token_statistics(
     return jax.tree.map(batch.unflatten, statistics)
 
 
-@functools.partial(jax.jit, static_argnames=("classes", "top_k", "chunking", "products"), inline=True)
+@functools.partial(jax.jit, static_argnames=("classes", "ignore_index", "top_k", "chunking", "products"), inline=True)
 def _linear_token_statistics(
     head: Head,
-    labels: jax.Array | None,
+    arguments: SoftmaxArguments,
     transform: LogitTransform,
     *,
     classes: ClassAxis,
+    ignore_index: int | None,
     top_k: int,
     chunking: Chunking,
     products: MatrixProducts,
 ) -> TokenStatistics:
-    rows, _ = row_targets(SoftmaxArguments(labels), logits_like(head), classes, None)
+    rows, _ = row_targets(arguments, logits_like(head), classes, ignore_index)
+    rows, counted = counted_rows(rows, arguments, ignore_index)
 
     def row_fn(logits: Logits, rows: RowTargets, transform: LogitTransform) -> TokenStatistics:
         return row_statistics(transform(logits[0]), rows, classes, top_k)
 
-    return stream_rows(row_fn, (head,), rows, transform, chunking, products, Counted())
+    return stream_rows(row_fn, (head,), rows, transform, chunking, products, counted)

@@ -84,7 +84,8 @@ def linear(z: Any, p: Any, h: Any, w: Any) -> jax.Array:
 
 def linear_rows(z: Any, p: Any, h: Any, w: Any) -> jax.Array:
     rows = jaxent.linear_softmax_cross_entropy(h, w, LABELS, chunk_rows=2, reduction="none")
-    own = jaxent.linear_loss(lambda z, c: c * jax.nn.logsumexp(z, axis=-1), p @ w.T, w, p[:, 0], chunk_rows=2)
+    rows = p @ w.T, w, p[:, 0]
+    own = jaxent.linear_loss(lambda z, c: c * jax.nn.logsumexp(z, axis=-1), *rows, reduction="sum", chunk_rows=2)
     return total(rows, own)
 
 

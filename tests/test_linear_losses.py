@@ -18,7 +18,7 @@ from jaxent import WeightedSum
 # Untyped: tables of arguments are dictionaries, and what is returned depends on `reduction`.
 linear_token_statistics: Any = jaxent.linear_token_statistics
 linear_kl_divergence: Any = jaxent.linear_kl_divergence
-linear_loss: Any = jaxent.linear_loss
+linear_loss: Any = functools.partial(jaxent.linear_loss, reduction="sum")
 
 
 def draw_grid(rng: np.random.Generator, *shape: int) -> np.ndarray:

@@ -66,7 +66,7 @@ LOSSES: dict[str, tuple[Loss, Loss]] = {
         lambda h, w, y: jnp.sum(jaxent.kl_divergence_with_logits(TEACHER[0] @ TEACHER[1], h @ w)),
     ),
     "row loss": (
-        lambda h, w, y: jaxent.linear_loss(focal, h, w, y, chunk_rows=2),
+        lambda h, w, y: jaxent.linear_loss(focal, h, w, y, reduction="sum", chunk_rows=2),
         lambda h, w, y: jnp.sum(focal(h @ w, y)),
     ),
 }

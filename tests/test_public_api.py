@@ -48,17 +48,20 @@ softmax_cross_entropy(logits, targets, *, axis=-1, where=None, weights=None, cla
 nll_loss(log_probs, labels, *, axis=-1, where=None, weights=None, class_weights=None, ignore_index=-100,
     reduction="mean", denominator=None)
 sigmoid_cross_entropy(logits, targets, *, where=None, weights=None, pos_weight=None, reduction="mean", denominator=None)
-token_statistics(logits, labels=None, *, axis=-1, top_k=0, vocab_axis=None)
+token_statistics(logits, labels=None, *, axis=-1, where=None, ignore_index=-100, top_k=0, vocab_axis=None)
 
 linear_softmax_cross_entropy(hidden, kernel, targets, *, bias=None, where=None, weights=None, class_weights=None,
     ignore_index=-100, label_smoothing=0.0, z_loss=0.0, soft_cap=None, temperature=1.0, reduction="mean",
-    denominator=None, chunk_rows=None, precision=None, vocab_axis=None)
-linear_token_statistics(hidden, kernel, labels=None, *, bias=None, soft_cap=None, temperature=1.0, top_k=0,
-    chunk_rows=None, precision=None, vocab_axis=None)
+    denominator=None, with_statistics=False, chunk_rows=None, precision=None, vocab_axis=None)
+linear_token_statistics(hidden, kernel, labels=None, *, bias=None, soft_cap=None, temperature=1.0,
+    where=None, ignore_index=-100, top_k=0, chunk_rows=None, precision=None, vocab_axis=None)
 linear_kl_divergence(hidden_p, kernel_p, hidden_q, kernel_q, *, bias_p=None, bias_q=None, divergence="forward",
     mixture=0.5, soft_cap_p=None, soft_cap_q=None, temperature=1.0, where=None, weights=None, reduction="mean",
     denominator=None, chunk_rows=None, precision=None, vocab_axis=None)
-linear_loss(row_loss, hidden, kernel, *row_args, bias=None, params=None, chunk_rows=None, precision=None)
+linear_loss(row_loss, hidden, kernel, *row_args, bias=None, params=None, where=None, weights=None, reduction="mean",
+    denominator=None, has_aux=False, soft_cap=None, temperature=1.0, chunk_rows=None, precision=None, vocab_axis=None)
+linear_rows(row_fn, hidden, kernel, *row_args, bias=None, params=None, where=None, soft_cap=None, temperature=1.0,
+    chunk_rows=None, precision=None, vocab_axis=None)
 plan(num_rows, features, num_classes, *, dtype=float32, chunk_rows=None, reduction="mean")
 
 softmax_cross_entropy_gradient(logits, targets, *, axis=-1, where=None, weights=None, class_weights=None,

@@ -58,6 +58,12 @@ class Chunking:
     def padding(self) -> int:
         return self.chunks * self.chunk_rows - self.rows
 
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """How many rows a step may get."""
+        part = self._part()
+        return (self.chunk_rows,) if part is None else (self.chunk_rows, part)
+
     def scan(
         self, step: Step, carry: Pytree, per_row: Pytree, moving: Pytree, kept: jax.Array | None, *, again: bool = False
     ) -> tuple[Any, Any]:
@@ -92,7 +98,7 @@ class Chunking:
             def empty(carry: Pytree, rows: Pytree, valid: jax.Array | None) -> tuple[Pytree, Pytree]:
                 return carry, _fill(jax.eval_shape(full, carry, rows, valid)[1])
 
-            return lax.cond(start < order.count, full, empty, carry, rows, valid)
+            return lax.cond(start < order.kept, full, empty, carry, rows, valid)
 
         if again and order is not None:  # else the choice would keep the chunk, whatever the step does
             body = jax.checkpoint(body, prevent_cse=False)
@@ -110,7 +116,7 @@ class Chunking:
         order = _Order.of(kept)
         part = self._part()
         spare = 0 if part is None else PARTS_WORTH_IT * part
-        full = (order.count + (self.chunk_rows - 1 - spare)) // self.chunk_rows
+        full = (order.kept + (self.chunk_rows - 1 - spare)) // self.chunk_rows
 
         def run(state: Pytree, first: jax.Array | int, size: int, count: jax.Array) -> Pytree:
             def body(state: Pytree) -> Pytree:
@@ -133,7 +139,7 @@ class Chunking:
         state = run(state, 0, self.chunk_rows, full)
         if part is not None:
             done = full * self.chunk_rows
-            state = run(state, done, part, -(-jnp.maximum(order.count - done, 0) // part))
+            state = run(state, done, part, -(-jnp.maximum(order.kept - done, 0) // part))
         carry, buffers = state
         return carry, jax.tree.map(lambda x: self._restored(x, order), buffers)
 
@@ -157,7 +163,7 @@ class Chunking:
         last = jnp.asarray(self.rows - 1, jnp.int32)
         if order is None:
             return jnp.minimum(place, last), place <= last
-        valid = place < order.count
+        valid = place < order.kept
         return jnp.where(valid, _rows(order.rows, jnp.minimum(place, last)), order.rows[0]), valid
 
     def _in_chunks(self, x: jax.Array, order: "_Order | None") -> jax.Array:
@@ -222,7 +228,7 @@ class _Order(NamedTuple):
 
     rows: jax.Array  # in the order in which they are taken
     places: jax.Array  # of the rows in that order
-    count: jax.Array  # how many count
+    kept: jax.Array  # how many count
 
     @classmethod
     def of(cls, kept: jax.Array) -> "_Order":

@@ -150,9 +150,12 @@ def counted_rows(
     ignored = rows.ignored
     if rows.weights is not None:
         for h in hidden:
-            finite = jnp.all(jnp.isfinite(h), axis=-1, keepdims=True)
-            ignored |= (rows.weights == 0) & ~finite
+            ignored |= (rows.weights == 0) & ~finite_rows(h)[:, None]
     by_label = ignore_index is not None and (rows.labels is not None or rows.sparse is not None)
     all_count = not by_label and arguments.where is None and rows.weights is None
     weights = None if rows.weights is None else rows.weights[:, 0]
     return rows._replace(ignored=ignored), Counted(None if all_count else ~ignored[:, 0], weights)
+
+
+def finite_rows(hidden: jax.Array) -> jax.Array:
+    return jnp.all(jnp.isfinite(hidden), axis=-1)

@@ -197,6 +197,6 @@ def _through_linear_loss(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
     """The logits that the engine sees: the derivative of `sum c z` by `c`."""
 
     def picked(c: jax.Array) -> jax.Array:
-        return linear_loss(lambda logits, c: jnp.sum(c * logits, axis=-1), hidden, kernel, c)
+        return linear_loss(lambda logits, c: jnp.sum(c * logits, axis=-1), hidden, kernel, c, reduction="sum")
 
     return jax.grad(picked)(jnp.zeros((hidden.shape[0], kernel.shape[1])))

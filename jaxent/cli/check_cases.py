@@ -282,7 +282,7 @@ def _linear_cases() -> Iterator[Case]:
 
 
 def _usual_linear(labels: np.ndarray, hidden: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jaxent.linear_loss(_usual_nll, hidden, kernel, labels)
+    return jaxent.linear_loss(_usual_nll, hidden, kernel, labels, reduction="sum")
 
 
 def _usual_nll(logits: jax.Array, labels: jax.Array) -> jax.Array:
