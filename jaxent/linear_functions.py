@@ -148,8 +148,8 @@ def linear_rows(
 
     The value costs one matrix product. A gradient costs four, since the logits are computed again on the way back.
 
-    **Arguments:** `row_fn(logits, *row_args, params)` for one block of rows, as in `linear_loss`; it returns a pytree
-    of arrays with the block's rows first. The others as in `linear_loss`.
+    **Arguments:** `row_fn`: `row_fn(logits, *row_args, params)` for one block of rows, as the row loss of
+    `linear_loss`; it returns a pytree of arrays with the block's rows first. The others as in `linear_loss`.
 
     **Returns:** the pytree, each leaf `(*batch, ...)`. A row with `where=False` is not computed: it is 0, and -1 in
     integer leaves.

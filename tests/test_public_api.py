@@ -133,9 +133,10 @@ def test_overloads_have_the_keywords_of_the_signature(name: str):
     """They tell a type checker that only `"sum_and_weight"` gives a `WeightedSum`."""
     keywords = {p.name for p in inspect.signature(PUBLIC[name]).parameters.values() if p.kind == p.KEYWORD_ONLY}
     for overload in typing.get_overloads(PUBLIC[name]):
-        *positional, reduction, options = inspect.signature(overload).parameters.values()
+        *parameters, options = inspect.signature(overload).parameters.values()
+        positional = [p for p in parameters if p.kind != p.KEYWORD_ONLY]
         (typed,) = typing.get_args(options.annotation)
-        assert typed.__optional_keys__ == keywords - {reduction.name}
+        assert typed.__optional_keys__ == keywords - {p.name for p in parameters}
         assert [p.name for p in positional] == list(inspect.signature(PUBLIC[name]).parameters)[: len(positional)]
 
 
