@@ -12,6 +12,7 @@ from jaxent._arguments import arrays
 from jaxent._arguments.reduction import MatrixReduction, check_matrix_reduction, reduce_losses
 from jaxent._arguments.targets import (
     SoftmaxArguments,
+    SoftmaxCall,
     check_logits,
     check_softmax_call,
     row_targets,
@@ -20,8 +21,10 @@ from jaxent._errors import ArgumentValueError, public
 from jaxent._math import softmax
 from jaxent._math.quadratic_forms import Fisher, GaussNewton, QuadraticForm
 from jaxent._mesh.apply import map_rows
-from jaxent._mesh.check import check_vocab_axis
-from jaxent._mesh.class_axis import ClassAxis
+from jaxent._mesh.class_axis import (
+    ClassAxis,
+    VocabAxis,
+)
 
 Pytree = Any
 
@@ -115,7 +118,7 @@ def ggn_vector_product(
     z_loss: ArrayLike = 0.0,
     reduction: MatrixReduction = "mean",
     denominator: ArrayLike | None = None,
-    vocab_axis: str | None = None,
+    vocab_axis: VocabAxis = None,
 ) -> Pytree:
     r"""Gauss-Newton matrix of `softmax_cross_entropy(logits_fn(params), ...)` times a step, in nats per unit of it.
 
@@ -160,14 +163,9 @@ def ggn_vector_product(
         logits_fn,
         params,
         v,
-        targets,
+        SoftmaxArguments(targets, where, weights, class_weights, label_smoothing, z_loss),
         axis=axis,
-        where=where,
-        weights=weights,
-        class_weights=class_weights,
         ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
         reduction=reduction,
         denominator=denominator,
         vocab_axis=vocab_axis,
@@ -188,7 +186,7 @@ def fisher_vector_product(
     label_smoothing: ArrayLike = 0.0,
     reduction: MatrixReduction = "mean",
     denominator: ArrayLike | None = None,
-    vocab_axis: str | None = None,
+    vocab_axis: VocabAxis = None,
 ) -> Pytree:
     r"""Empirical Fisher matrix, the second moment of the rows' gradients, times a step, in nats^2 per unit of it.
 
@@ -225,14 +223,9 @@ def fisher_vector_product(
         logits_fn,
         params,
         v,
-        labels,
+        SoftmaxArguments(labels, where, weights, None, label_smoothing, 0.0),
         axis=axis,
-        where=where,
-        weights=weights,
-        class_weights=None,
         ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=0.0,
         reduction=reduction,
         denominator=denominator,
         vocab_axis=vocab_axis,
@@ -244,47 +237,46 @@ def _product(
     logits_fn: Callable[[Any], jax.Array],
     params: Pytree,
     v: Pytree,
-    targets: ArrayLike | None,
+    arguments: SoftmaxArguments,
     *,
     axis: int,
+    reduction: MatrixReduction,
     **options: Any,
 ) -> Pytree:
-    check_matrix_reduction(options["reduction"])
+    check_matrix_reduction(reduction)
     params = _floating_leaves("params", params)
     v = _check_tangents(v, params)
     logits, push = jax.linearize(logits_fn, params)
     if not (isinstance(logits, jax.Array) and jnp.issubdtype(logits.dtype, jnp.floating)):
         raise arrays.dtype_error("logits_fn", "return floating logits", logits)
-    logits, axis = check_logits("logits_fn(params)", logits, axis)
-    check_vocab_axis(options["vocab_axis"])
-    traced, static = check_softmax_call(logits, targets, axis=axis, targets_required=form is Fisher, **options)
+    call = check_softmax_call(
+        logits,
+        arguments,
+        axis=axis,
+        reduction=reduction,
+        logits_name="logits_fn(params)",
+        targets_required=form is Fisher,
+        **options,
+    )
 
     def half_form(v: Pytree) -> jax.Array:
         step = push(jax.tree.map(lambda x, p: x.astype(p.dtype), v, params))
-        return _half_form(step, *traced, form=form(static["classes"]), **static)
+        return _half_form(step, call, form=form(call.classes))
 
     return jax.grad(half_form)(v)
 
 
-@functools.partial(jax.jit, static_argnames=("form", "classes", "ignore_index", "reduction"), inline=True)
-def _half_form(
-    step: jax.Array,
-    logits: jax.Array,
-    arguments: SoftmaxArguments,
-    divisor: jax.Array | None,
-    *,
-    form: QuadraticForm,
-    classes: ClassAxis,
-    ignore_index: int | None,
-    reduction: MatrixReduction,
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("form",), inline=True)
+def _half_form(step: jax.Array, call: SoftmaxCall, *, form: QuadraticForm) -> jax.Array:
+    classes = call.classes
+
     def row_forms(logits: jax.Array, step: jax.Array, arguments: SoftmaxArguments) -> tuple[jax.Array, jax.Array]:
         z, step = arrays.accumulated(logits, step)
-        rows, options = row_targets(arguments, z, classes, ignore_index)
+        rows, options = row_targets(arguments, z, classes, call.ignore_index)
         return jnp.squeeze(form(z, step, rows, options), classes.axis), rows.total_weights(classes)
 
-    forms, weights = map_rows(row_forms, logits, step, arguments, without=classes.axis)
-    total: Any = reduce_losses(forms, weights, reduction, divisor)
+    forms, weights = map_rows(row_forms, call.logits, step, call.arguments, without=classes.axis)
+    total: Any = reduce_losses(forms, weights, call.reduction, call.divisor)
     return total
 
 

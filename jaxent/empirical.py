@@ -4,11 +4,10 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
-from jaxent._arguments.targets import check_row_arguments
+from jaxent._arguments.targets import check_row_arguments, nan_if_negative
 from jaxent._errors import ArgumentValueError, public
 from jaxent._math.label_loss import INVALID, encode_labels
 
@@ -34,12 +33,11 @@ def empirical_distribution(labels: ArrayLike, num_classes: int, *, weights: Arra
     Array([0.25, 0.25, 0.5 ], dtype=float32)
     """
     labels = arrays.integer("labels", labels)
-    if isinstance(num_classes, bool) or not isinstance(num_classes, (int, np.integer)):
-        raise arrays.dtype_error("num_classes", "be an int", num_classes)
+    num_classes = arrays.as_int("num_classes", num_classes)
     if num_classes < 1:
         raise ArgumentValueError(f"`num_classes` must be at least 1, got {num_classes}")
     _, weights = check_row_arguments(labels.shape, None, weights)
-    return _empirical_distribution(labels, weights, count=int(num_classes))
+    return _empirical_distribution(labels, nan_if_negative(weights), count=num_classes)
 
 
 @functools.partial(jax.jit, static_argnames=("count",), inline=True)

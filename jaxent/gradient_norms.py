@@ -11,28 +11,21 @@ from jaxent._arguments import arrays
 from jaxent._arguments.options import Precision
 from jaxent._arguments.targets import (
     SoftmaxArguments,
-    check_class_axis_of_rows,
-    check_ignore_index,
     check_row_arguments,
-    check_softmax_arguments,
-    check_vocab_axis_of_rows,
-    row_targets,
+    nan_if_negative,
 )
-from jaxent._engine.chunking import Chunking
 from jaxent._engine.linear_head import (
+    LinearCall,
     LogitTransform,
-    check_head,
-    check_logit_transform,
-    chunking_for,
-    counted_rows,
-    flat_rows,
-    logits_like,
-    matrix_products,
+    check_linear_call,
 )
-from jaxent._engine.streaming import Head, Logits, MatrixProducts, stream_rows
+from jaxent._engine.streaming import Logits, stream_rows
 from jaxent._errors import public
 from jaxent._math.row_losses import LossOptions, RowTargets, ignore_zero_weight_rows, softmax_loss_gradient
-from jaxent._mesh.class_axis import ClassAxis
+from jaxent._mesh.class_axis import (
+    ClassAxis,
+    VocabAxis,
+)
 from jaxent._serialization import exportable
 
 
@@ -67,7 +60,7 @@ def linear_gradient_norms(
     temperature: ArrayLike = 1.0,
     chunk_rows: int | None = None,
     precision: Precision = None,
-    vocab_axis: str | None = None,
+    vocab_axis: VocabAxis = None,
 ) -> GradientNorms:
     r"""Norms of the gradients of every single row of `linear_softmax_cross_entropy`, in nats per unit of the argument.
 
@@ -95,44 +88,25 @@ def linear_gradient_norms(
     >>> norms.residual, norms.kernel
     (Array([0.70710677], dtype=float32), Array([0.70710677], dtype=float32))
     """
-    head, batch = check_head(hidden, kernel, bias)
-    check_vocab_axis_of_rows(vocab_axis, targets, hidden=head.hidden, where=where, weights=weights)
-    arguments = check_softmax_arguments(
-        (*batch, head.kernel.shape[1]),
-        -1,
-        targets,
-        where=where,
-        weights=weights,
-        class_weights=class_weights,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
+    call = check_linear_call(
+        hidden,
+        kernel,
+        bias,
+        SoftmaxArguments(targets, where, weights, class_weights, label_smoothing, z_loss),
+        ignore_index=ignore_index,
+        soft_cap=soft_cap,
+        temperature=temperature,
+        chunk_rows=chunk_rows,
+        precision=precision,
+        vocab_axis=vocab_axis,
     )
-    check_class_axis_of_rows(vocab_axis, {"kernel": (head.kernel, 1)}, arguments)
-    norms = _linear_gradient_norms(
-        head,
-        flat_rows(arguments, batch),
-        check_logit_transform(soft_cap, temperature),
-        classes=ClassAxis(-1, vocab_axis),
-        ignore_index=check_ignore_index(ignore_index),
-        chunking=chunking_for(chunk_rows, head),
-        products=matrix_products(precision, head),
-    )
-    return jax.tree.map(batch.unflatten, norms)
+    return _linear_gradient_norms(call)
 
 
-@functools.partial(jax.jit, static_argnames=("classes", "ignore_index", "chunking", "products"), inline=True)
-def _linear_gradient_norms(
-    head: Head,
-    arguments: SoftmaxArguments,
-    transform: LogitTransform,
-    *,
-    classes: ClassAxis,
-    ignore_index: int | None,
-    chunking: Chunking,
-    products: MatrixProducts,
-) -> GradientNorms:
-    rows, options = row_targets(arguments, logits_like(head), classes, ignore_index)
-    rows, counted = counted_rows(rows, arguments, ignore_index, head.hidden)
+@functools.partial(jax.jit, inline=True)
+def _linear_gradient_norms(call: LinearCall) -> GradientNorms:
+    rows, options, counted = call.rows()
+    head, classes, products = call.head, call.classes, call.products
     dtype = head.kernel.dtype
 
     def row_fn(
@@ -154,15 +128,16 @@ def _linear_gradient_norms(
         )
         return jax.tree.map(lambda x: jnp.where(rows.ignored, 0, x)[:, 0], norms)
 
-    return stream_rows(
+    norms = stream_rows(
         row_fn,
         (head,),
         (rows, head.hidden),
-        (transform, options, head.kernel),
-        chunking,
+        (call.transform, options, head.kernel),
+        call.chunking,
         products,
         counted,
     )
+    return jax.tree.map(call.batch.unflatten, norms)
 
 
 def _in_units(x: jax.Array, axis: ClassAxis) -> tuple[jax.Array, jax.Array]:
@@ -231,7 +206,7 @@ def gradient_noise_scale(
     mean = arrays.real("mean_norm", mean_norm)
     arrays.check_shape("mean_norm", mean, (), "a scalar")
     where, weights = check_row_arguments(singles.shape, where, weights)
-    return _gradient_noise_scale(singles, mean, where, weights)
+    return _gradient_noise_scale(singles, mean, where, nan_if_negative(weights))
 
 
 @functools.partial(jax.jit, inline=True)

@@ -7,12 +7,20 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
-from jaxent._arguments.reduction import Reduction, WeightedSum
-from jaxent._arguments.targets import SoftmaxArguments, SparseTargets, check_softmax_call, row_targets
+from jaxent._arguments.reduction import Reduction, quotient
+from jaxent._arguments.targets import (
+    SoftmaxArguments,
+    SoftmaxCall,
+    SparseTargets,
+    check_softmax_call,
+    row_targets,
+)
 from jaxent._errors import public
 from jaxent._math.row_losses import ignore_zero_weight_rows, softmax_loss_gradient
 from jaxent._mesh.apply import map_rows
-from jaxent._mesh.class_axis import ClassAxis
+from jaxent._mesh.class_axis import (
+    VocabAxis,
+)
 
 
 @public
@@ -29,7 +37,7 @@ def softmax_cross_entropy_gradient(
     z_loss: ArrayLike = 0.0,
     reduction: Reduction = "mean",
     denominator: ArrayLike | None = None,
-    vocab_axis: str | None = None,
+    vocab_axis: VocabAxis = None,
 ) -> jax.Array:
     r"""Derivative of `softmax_cross_entropy` by its logits, in closed form, in nats per unit of logit.
 
@@ -59,42 +67,30 @@ def softmax_cross_entropy_gradient(
     >>> softmax_cross_entropy_gradient(logits, jnp.array(2)).round(4)
     Array([ 0.25,  0.25, -0.5 ], dtype=float32)
     """
-    traced, static = check_softmax_call(
+    call = check_softmax_call(
         logits,
-        targets,
+        SoftmaxArguments(targets, where, weights, class_weights, label_smoothing, z_loss),
         axis=axis,
         ignore_index=ignore_index,
         reduction=reduction,
         denominator=denominator,
         vocab_axis=vocab_axis,
-        where=where,
-        weights=weights,
-        class_weights=class_weights,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
     )
-    return _softmax_cross_entropy_gradient(*traced, **static)
+    return _softmax_cross_entropy_gradient(call)
 
 
-@functools.partial(jax.jit, static_argnames=("classes", "ignore_index", "reduction"), inline=True)
-def _softmax_cross_entropy_gradient(
-    logits: jax.Array,
-    arguments: SoftmaxArguments,
-    divisor: jax.Array | None,
-    *,
-    classes: ClassAxis,
-    ignore_index: int | None,
-    reduction: Reduction,
-) -> jax.Array:
+@functools.partial(jax.jit, inline=True)
+def _softmax_cross_entropy_gradient(call: SoftmaxCall) -> jax.Array:
+    classes = call.classes
+
     def derivative(logits: jax.Array, arguments: SoftmaxArguments, divisor: jax.Array | None) -> jax.Array:
         (z,) = arrays.accumulated(logits)
-        rows, options = row_targets(arguments, z, classes, ignore_index)
+        rows, options = row_targets(arguments, z, classes, call.ignore_index)
         rows = ignore_zero_weight_rows(rows, classes, z)
         gradient = softmax_loss_gradient(z, rows, options, classes)
-        if reduction == "mean":
+        if call.reduction == "mean":
             weight = (jnp.sum(rows.total_weights(classes)) if divisor is None else divisor).astype(z.dtype)
-            # A mean of total 1 is the derivative of a mean by its total: 1 / weight, and 0 for an empty one.
-            gradient *= WeightedSum(jnp.ones_like(weight), weight).mean()
+            gradient *= quotient(1, weight)
         return gradient.astype(logits.dtype)
 
-    return map_rows(derivative, logits, arguments, divisor)
+    return map_rows(derivative, call.logits, call.arguments, call.divisor)

@@ -10,33 +10,25 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from jaxent._arguments.options import LinearOptions, Precision
-from jaxent._arguments.reduction import Reduction, WeightedSum, check_reduction
+from jaxent._arguments.reduction import Reduction, WeightedSum
 from jaxent._arguments.targets import (
     SoftmaxArguments,
     SparseTargets,
-    check_class_axis_of_rows,
-    check_ignore_index,
-    check_softmax_arguments,
-    check_vocab_axis_of_rows,
-    row_targets,
 )
-from jaxent._engine.chunking import Chunking
 from jaxent._engine.linear_head import (
+    LinearCall,
     LogitTransform,
-    check_head,
-    check_logit_transform,
-    chunking_for,
-    counted_rows,
-    flat_rows,
-    logits_like,
-    matrix_products,
+    check_linear_call,
     stream_reduced,
 )
-from jaxent._engine.streaming import Head, Logits, MatrixProducts
+from jaxent._engine.streaming import Logits
 from jaxent._errors import public
 from jaxent._math.row_losses import LossOptions, RowTargets, ignore_zero_weight_rows, softmax_loss
 from jaxent._math.statistics import TokenStatistics, row_statistics
-from jaxent._mesh.class_axis import ClassAxis
+from jaxent._mesh.class_axis import (
+    ClassAxis,
+    VocabAxis,
+)
 
 
 @overload
@@ -89,7 +81,7 @@ def linear_softmax_cross_entropy(
     with_statistics: bool = False,
     chunk_rows: int | None = None,
     precision: Precision = None,
-    vocab_axis: str | None = None,
+    vocab_axis: VocabAxis = None,
 ) -> jax.Array | WeightedSum | tuple[jax.Array | WeightedSum, TokenStatistics]:
     r"""`softmax_cross_entropy` of the logits of a linear layer, without the logits, in nats.
 
@@ -129,36 +121,23 @@ def linear_softmax_cross_entropy(
     >>> linear_softmax_cross_entropy(hidden, kernel, jnp.array([0, 4]))
     Array(1.609438, dtype=float32)
     """
-    head, batch = check_head(hidden, kernel, bias)
-    logits_shape = (*batch, head.kernel.shape[1])
-    # Hidden states that were gathered over the axis are typed as differing along it, as split ones are. Split ones have
-    # another shape than targets.
-    check_vocab_axis_of_rows(vocab_axis, targets, where=where, weights=weights)
-    arguments = check_softmax_arguments(
-        logits_shape,
-        -1,
-        targets,
-        where=where,
-        weights=weights,
-        class_weights=class_weights,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-    )
-    divisor = check_reduction(reduction, denominator)
-    check_class_axis_of_rows(vocab_axis, {"kernel": (head.kernel, 1)}, arguments)
-    losses, statistics = _linear_softmax_cross_entropy(
-        head,
-        flat_rows(arguments, batch),
-        check_logit_transform(soft_cap, temperature),
-        divisor,
-        row_fn=SoftmaxRowLoss(ClassAxis(-1, vocab_axis), with_statistics),
-        ignore_index=check_ignore_index(ignore_index),
+    call = check_linear_call(
+        hidden,
+        kernel,
+        bias,
+        SoftmaxArguments(targets, where, weights, class_weights, label_smoothing, z_loss),
+        ignore_index=ignore_index,
+        soft_cap=soft_cap,
+        temperature=temperature,
         reduction=reduction,
-        chunking=chunking_for(chunk_rows, head),
-        products=matrix_products(precision, head),
+        denominator=denominator,
+        chunk_rows=chunk_rows,
+        precision=precision,
+        vocab_axis=vocab_axis,
+        hidden_whole=False,
     )
-    losses = batch.unflatten(losses) if reduction == "none" else losses
-    return (losses, jax.tree.map(batch.unflatten, statistics)) if with_statistics else losses
+    losses, statistics = _linear_softmax_cross_entropy(call, with_statistics=with_statistics)
+    return (losses, statistics) if with_statistics else losses
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,32 +159,23 @@ class SoftmaxRowLoss:
         return losses, lax.stop_gradient(row_statistics(lax.stop_gradient(z), rows, self.classes, 0))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("row_fn", "ignore_index", "reduction", "chunking", "products"), inline=True
-)
+@functools.partial(jax.jit, static_argnames=("with_statistics",), inline=True)
 def _linear_softmax_cross_entropy(
-    head: Head,
-    arguments: SoftmaxArguments,
-    transform: LogitTransform,
-    divisor: jax.Array | None,
-    *,
-    row_fn: SoftmaxRowLoss,
-    ignore_index: int | None,
-    reduction: Reduction,
-    chunking: Chunking,
-    products: MatrixProducts,
+    call: LinearCall, *, with_statistics: bool
 ) -> tuple[jax.Array | WeightedSum, TokenStatistics | None]:
-    rows, options = row_targets(arguments, logits_like(head), row_fn.classes, ignore_index)
-    rows, counted = counted_rows(rows, arguments, ignore_index, head.hidden)
-    return stream_reduced(
-        row_fn,
-        (head,),
+    rows, options, counted = call.rows()
+    losses: Any
+    losses, statistics = stream_reduced(
+        SoftmaxRowLoss(call.classes, with_statistics),
+        (call.head,),
         rows,
-        (transform, options),
+        (call.transform, options),
         counted,
         rows.total_weights(ClassAxis()),
-        reduction,
-        divisor,
-        chunking,
-        products,
+        call.reduction,
+        call.divisor,
+        call.chunking,
+        call.products,
     )
+    losses = call.batch.unflatten(losses) if call.reduction == "none" else losses
+    return losses, jax.tree.map(call.batch.unflatten, statistics)

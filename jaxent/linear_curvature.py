@@ -11,32 +11,25 @@ from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.options import Precision
-from jaxent._arguments.reduction import MatrixReduction, check_matrix_reduction, check_reduction
+from jaxent._arguments.reduction import MatrixReduction, check_matrix_reduction
 from jaxent._arguments.targets import (
     SoftmaxArguments,
-    check_class_axis_of_rows,
-    check_ignore_index,
-    check_softmax_arguments,
-    check_vocab_axis_of_rows,
-    row_targets,
 )
-from jaxent._engine.chunking import Chunking
 from jaxent._engine.linear_head import (
+    LinearCall,
     LogitTransform,
-    check_head,
-    check_logit_transform,
-    chunking_for,
-    counted_rows,
-    flat_rows,
+    check_linear_call,
     logits_like,
-    matrix_products,
     stream_reduced,
 )
-from jaxent._engine.streaming import Head, Logits, MatrixProducts
+from jaxent._engine.streaming import Head, Logits
 from jaxent._errors import ArgumentValueError, public
 from jaxent._math.quadratic_forms import Fisher, GaussNewton, QuadraticForm
 from jaxent._math.row_losses import LossOptions, RowTargets
-from jaxent._mesh.class_axis import ClassAxis
+from jaxent._mesh.class_axis import (
+    ClassAxis,
+    VocabAxis,
+)
 
 
 @public
@@ -59,7 +52,7 @@ def linear_ggn_vector_product(
     denominator: ArrayLike | None = None,
     chunk_rows: int | None = None,
     precision: Precision = None,
-    vocab_axis: str | None = None,
+    vocab_axis: VocabAxis = None,
 ) -> tuple[jax.Array | None, ...]:
     r"""`ggn_vector_product` of a linear layer by hidden states, kernel and bias, streamed, in its unit.
 
@@ -93,15 +86,10 @@ def linear_ggn_vector_product(
         GaussNewton,
         hidden,
         kernel,
+        bias,
         v,
-        targets,
-        bias=bias,
-        where=where,
-        weights=weights,
-        class_weights=class_weights,
+        SoftmaxArguments(targets, where, weights, class_weights, label_smoothing, z_loss),
         ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
         soft_cap=soft_cap,
         temperature=temperature,
         reduction=reduction,
@@ -130,7 +118,7 @@ def linear_fisher_vector_product(
     denominator: ArrayLike | None = None,
     chunk_rows: int | None = None,
     precision: Precision = None,
-    vocab_axis: str | None = None,
+    vocab_axis: VocabAxis = None,
 ) -> tuple[jax.Array | None, ...]:
     r"""`fisher_vector_product` of a linear layer by hidden states, kernel and bias, streamed, in its unit.
 
@@ -154,15 +142,10 @@ def linear_fisher_vector_product(
         Fisher,
         hidden,
         kernel,
+        bias,
         v,
-        labels,
-        bias=bias,
-        where=where,
-        weights=weights,
-        class_weights=None,
+        SoftmaxArguments(labels, where, weights, None, label_smoothing, 0.0),
         ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=0.0,
         soft_cap=soft_cap,
         temperature=temperature,
         reduction=reduction,
@@ -177,44 +160,29 @@ def _linear_product(
     form: Callable[[ClassAxis], QuadraticForm],
     hidden: ArrayLike,
     kernel: ArrayLike,
-    v: tuple[ArrayLike | None, ...],
-    targets: ArrayLike | None,
-    *,
     bias: ArrayLike | None,
-    ignore_index: int | None,
-    soft_cap: ArrayLike | None,
-    temperature: ArrayLike,
+    v: tuple[ArrayLike | None, ...],
+    arguments: SoftmaxArguments,
+    *,
     reduction: MatrixReduction,
-    denominator: ArrayLike | None,
-    chunk_rows: int | None,
-    precision: Precision,
-    vocab_axis: str | None,
     **options: Any,
 ) -> tuple[jax.Array | None, ...]:
     check_matrix_reduction(reduction)
-    head, batch = check_head(hidden, kernel, bias)
-    rows = {"where": options["where"], "weights": options["weights"]}
-    check_vocab_axis_of_rows(vocab_axis, targets, hidden=head.hidden, **rows)
     steps = _check_steps(v, (hidden, kernel, bias))
-    shape = (*batch, head.kernel.shape[1])
-    arguments = check_softmax_arguments(shape, -1, targets, targets_required=form is Fisher, **options)
-    divisor = check_reduction(reduction, denominator)
-    check_class_axis_of_rows(vocab_axis, {"kernel": (head.kernel, 1)}, arguments)
-    by_hidden, *by_layer = steps
-    by_hidden, *by_layer = _linear_curvature(
-        head,
-        (None if by_hidden is None else batch.flatten(by_hidden), *by_layer),
-        flat_rows(arguments, batch),
-        check_logit_transform(soft_cap, temperature),
-        divisor,
-        row_fn=_StreamedForm(form(ClassAxis(-1, vocab_axis))),
-        ignore_index=check_ignore_index(ignore_index),
+    call = check_linear_call(
+        hidden,
+        kernel,
+        bias,
+        arguments,
         reduction=reduction,
-        # Two blocks at a time: the logits, and their step or its derivative.
-        chunking=chunking_for(chunk_rows, head, head),
-        products=matrix_products(precision, head),
+        blocks=2,  # the logits, and their step or its derivative
+        targets_required=form is Fisher,
+        **options,
     )
-    return (None if by_hidden is None else batch.unflatten(by_hidden), *by_layer)[: len(v)]
+    by_hidden, *by_layer = steps
+    if by_hidden is not None:
+        by_hidden = call.batch.flatten(by_hidden, by_hidden)
+    return _linear_curvature(call, (by_hidden, *by_layer), row_fn=_StreamedForm(form(call.classes)))[: len(v)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,25 +203,12 @@ class _StreamedForm:
         return self.form(z, step, rows, options)[:, 0], None
 
 
-@functools.partial(
-    jax.jit, static_argnames=("row_fn", "ignore_index", "reduction", "chunking", "products"), inline=True
-)
+@functools.partial(jax.jit, static_argnames=("row_fn",), inline=True)
 def _linear_curvature(
-    head: Head,
-    steps: tuple[jax.Array | None, ...],
-    arguments: SoftmaxArguments,
-    transform: LogitTransform,
-    divisor: jax.Array | None,
-    *,
-    row_fn: _StreamedForm,
-    ignore_index: int | None,
-    reduction: MatrixReduction,
-    chunking: Chunking,
-    products: MatrixProducts,
+    call: LinearCall, steps: tuple[jax.Array | None, ...], *, row_fn: _StreamedForm
 ) -> tuple[jax.Array | None, ...]:
-    like = logits_like(head)
-    rows, options = row_targets(arguments, like, row_fn.form.classes, ignore_index)
-    rows, counted = counted_rows(rows, arguments, ignore_index, head.hidden)
+    head = call.head
+    rows, options, counted = call.rows()
     weights = rows.total_weights(ClassAxis())
 
     def half_form(steps: tuple[jax.Array | None, ...]) -> jax.Array:
@@ -264,15 +219,24 @@ def _linear_curvature(
         if by_hidden is not None:
             heads.append(Head(by_hidden.astype(head.hidden.dtype), head.kernel, None))
         if by_bias is not None and head.bias is not None:
-            by_bias = by_bias.astype(head.bias.dtype).astype(like.dtype)
-        shared = (transform, options, by_bias)
+            by_bias = by_bias.astype(head.bias.dtype).astype(logits_like(head).dtype)
         total: Any
         total, _ = stream_reduced(
-            row_fn, tuple(heads), rows, shared, counted, weights, reduction, divisor, chunking, products
+            row_fn,
+            tuple(heads),
+            rows,
+            (call.transform, options, by_bias),
+            counted,
+            weights,
+            call.reduction,
+            call.divisor,
+            call.chunking,
+            call.products,
         )
         return total
 
-    return steps if all(x is None for x in steps) else jax.grad(half_form)(steps)
+    by_hidden, *by_layer = steps if all(x is None for x in steps) else jax.grad(half_form)(steps)
+    return (None if by_hidden is None else call.batch.unflatten(by_hidden), *by_layer)
 
 
 def _check_steps(

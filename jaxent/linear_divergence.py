@@ -33,8 +33,12 @@ from jaxent._engine.streaming import Head, Logits, MatrixProducts
 from jaxent._errors import ArgumentValueError, public
 from jaxent._math.divergences import jensen_shannon_rows, kl_rows
 from jaxent._math.row_losses import RowTargets, ignore_zero_weight_rows, weighted
+from jaxent._mesh.apply import Batch
 from jaxent._mesh.check import check_class_axis, check_same_split, check_vocab_axis
-from jaxent._mesh.class_axis import ClassAxis
+from jaxent._mesh.class_axis import (
+    ClassAxis,
+    VocabAxis,
+)
 
 
 @overload
@@ -81,7 +85,7 @@ def linear_kl_divergence(
     denominator: ArrayLike | None = None,
     chunk_rows: int | None = None,
     precision: Precision = None,
-    vocab_axis: str | None = None,
+    vocab_axis: VocabAxis = None,
 ) -> jax.Array | WeightedSum:
     r"""Divergence between the softmax distributions of two linear layers, without their logits, in nats.
 
@@ -110,26 +114,27 @@ def linear_kl_divergence(
     >>> linear_kl_divergence(hidden, kernel, hidden, 2 * kernel)
     Array(0., dtype=float32)
     """
-    head_p, batch = check_head(hidden_p, kernel_p, bias_p, "_p")
-    head_q, batch_q = check_head(hidden_q, kernel_q, bias_q, "_q")
-    if batch_q != batch:
-        raise arrays.shape_error("hidden_q", f"have the batch shape {batch} of `hidden_p`", hidden_q)
+    h_p, w_p, b_p = check_head(hidden_p, kernel_p, bias_p, "_p")
+    h_q, w_q, b_q = check_head(hidden_q, kernel_q, bias_q, "_q")
+    batch = Batch.of(h_p)
+    if h_q.shape[:-1] != batch.shape:
+        raise arrays.shape_error("hidden_q", f"have the batch shape {batch.shape} of `hidden_p`", h_q)
+    if w_q.shape[1] != w_p.shape[1]:
+        raise arrays.shape_error("kernel_q", f"have {w_p.shape[1]} classes, as `kernel_p` has", w_q)
+    head_p, head_q = Head(batch.flatten(h_p, h_p), w_p, b_p), Head(Batch.of(h_q).flatten(h_q, h_q), w_q, b_q)
     hiddens = {"hidden_p": head_p.hidden, "hidden_q": head_q.hidden}
     check_same_split(hiddens, 0)
-    check_same_split({"kernel_p": head_p.kernel, "kernel_q": head_q.kernel}, 1)
-    if head_q.kernel.shape[1] != head_p.kernel.shape[1]:
-        expected = f"have {head_p.kernel.shape[1]} classes, as `kernel_p` has"
-        raise arrays.shape_error("kernel_q", expected, head_q.kernel)
+    check_same_split({"kernel_p": w_p, "kernel_q": w_q}, 1)
     if divergence not in get_args(Divergence):
         raise ArgumentValueError(f"`divergence` must be 'forward', 'reverse' or 'jensen_shannon', got {divergence!r}")
     check_vocab_axis(vocab_axis, {"where": where, "weights": weights, **hiddens})
-    where, weights = check_row_arguments(batch, where, weights)
+    where, weights = check_row_arguments(batch.shape, where, weights)
     divisor = check_reduction(reduction, denominator)
     kernels = {"kernel_p": (head_p.kernel, 1), "kernel_q": (head_q.kernel, 1)}
     check_class_axis(vocab_axis, kernels, {"where": where, "weights": weights})
     losses = _linear_kl_divergence(
         (head_p, head_q),
-        flat_rows(SoftmaxArguments(None, where, weights), batch),
+        flat_rows(SoftmaxArguments(None, where, weights), batch, h_p),
         check_logit_transform(soft_cap_p, temperature),
         check_logit_transform(soft_cap_q, temperature),
         arrays.scalar("mixture", mixture, low=0.0, high=1.0),

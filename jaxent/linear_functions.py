@@ -15,24 +15,23 @@ from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.options import Precision
-from jaxent._arguments.reduction import Reduction, WeightedSum, check_reduction
-from jaxent._arguments.targets import check_row_arguments
+from jaxent._arguments.reduction import Reduction, WeightedSum
+from jaxent._arguments.targets import (
+    SoftmaxArguments,
+)
 from jaxent._engine.chunking import Chunking
 from jaxent._engine.linear_head import (
-    LogitTransform,
-    check_head,
-    check_logit_transform,
+    LinearCall,
+    check_linear_call,
     check_row_argument,
-    chunking_for,
     finite_rows,
     logits_like,
-    matrix_products,
     stream_reduced,
 )
-from jaxent._engine.streaming import Counted, Head, Logits, MatrixProducts, stream_rows, vary_over_row_axes
+from jaxent._engine.streaming import Counted, Head, Logits, stream_rows, vary_over_row_axes
 from jaxent._errors import public
 from jaxent._math.row_losses import weighted
-from jaxent._mesh.check import check_class_axis, check_vocab_axis
+from jaxent._mesh.class_axis import VocabAxis
 from jaxent._mesh.types import pcast_like
 
 
@@ -53,7 +52,7 @@ def linear_loss(
     temperature: ArrayLike = 1.0,
     chunk_rows: int | None = None,
     precision: Precision = None,
-    vocab_axis: str | None = None,
+    vocab_axis: VocabAxis = None,
 ) -> Any:
     r"""The reduction of your own row losses of a linear layer's logits, streamed, in their unit.
 
@@ -101,30 +100,26 @@ def linear_loss(
     >>> clip(jnp.eye(3), jnp.eye(3), jnp.array(0.5))
     Array(0.23954478, dtype=float32)
     """
-    head, batch = check_head(hidden, kernel, bias)
-    rows = {"where": where, "weights": weights}
-    check_vocab_axis(vocab_axis, {"hidden": head.hidden, **rows})
-    where, weights = check_row_arguments(batch, where, weights)
-    divisor = check_reduction(reduction, denominator)
-    check_class_axis(vocab_axis, {"kernel": (head.kernel, 1)}, {"where": where, "weights": weights})
-    row_args = jax.tree.map(lambda x: check_row_argument(x, batch), row_args)
-    chunking = chunking_for(chunk_rows, head)
-    program, consts, params = _program("row_loss", row_loss, head, row_args, params, chunking)
-    loss, aux = _linear_loss(
-        head,
-        row_args,
-        (consts, params),
-        None if where is None else batch.flatten(where),
-        None if weights is None else batch.flatten(weights),
-        check_logit_transform(soft_cap, temperature),
-        divisor,
-        row_fn=_RowLoss(program, has_aux),
+    hidden = arrays.floating("hidden", hidden)
+    call = check_linear_call(
+        hidden,
+        kernel,
+        bias,
+        SoftmaxArguments(None, where, weights, None, 0.0, 0.0),
+        ignore_index=None,
+        soft_cap=soft_cap,
+        temperature=temperature,
         reduction=reduction,
-        chunking=chunking,
-        products=matrix_products(precision, head),
+        denominator=denominator,
+        chunk_rows=chunk_rows,
+        precision=precision,
+        vocab_axis=vocab_axis,
+        targets_required=False,
     )
-    loss = batch.unflatten(loss) if reduction == "none" else loss
-    return (loss, jax.tree.map(batch.unflatten, aux)) if has_aux else loss
+    row_args = jax.tree.map(lambda x: check_row_argument(x, call.batch, hidden), row_args)
+    program, consts, params = _program("row_loss", row_loss, call.head, row_args, params, call.chunking)
+    loss, aux = _linear_loss(call, row_args, (consts, params), row_fn=_RowLoss(program, has_aux))
+    return (loss, aux) if has_aux else loss
 
 
 @public
@@ -140,7 +135,7 @@ def linear_rows(
     temperature: ArrayLike = 1.0,
     chunk_rows: int | None = None,
     precision: Precision = None,
-    vocab_axis: str | None = None,
+    vocab_axis: VocabAxis = None,
 ) -> Any:
     r"""What your own function gives for each row of a linear layer's logits, streamed, in its unit.
 
@@ -165,76 +160,59 @@ def linear_rows(
     >>> linear_rows(draw, jnp.eye(3), 99.0 * jnp.eye(3), keys)
     Array([0, 1, 2], dtype=int32)
     """
-    head, batch = check_head(hidden, kernel, bias)
-    check_vocab_axis(vocab_axis, {"hidden": head.hidden, "where": where})
-    where, _ = check_row_arguments(batch, where, None)
-    check_class_axis(vocab_axis, {"kernel": (head.kernel, 1)}, {"where": where})
-    row_args = jax.tree.map(lambda x: check_row_argument(x, batch), row_args)
-    chunking = chunking_for(chunk_rows, head)
-    program, consts, params = _program("row_fn", row_fn, head, row_args, params, chunking)
-    out = _linear_rows(
-        head,
-        row_args,
-        (consts, params),
-        None if where is None else batch.flatten(where),
-        check_logit_transform(soft_cap, temperature),
-        row_fn=_RowResults(program),
-        chunking=chunking,
-        products=matrix_products(precision, head),
+    hidden = arrays.floating("hidden", hidden)
+    call = check_linear_call(
+        hidden,
+        kernel,
+        bias,
+        SoftmaxArguments(None, where, None, None, 0.0, 0.0),
+        ignore_index=None,
+        soft_cap=soft_cap,
+        temperature=temperature,
+        chunk_rows=chunk_rows,
+        precision=precision,
+        vocab_axis=vocab_axis,
+        targets_required=False,
     )
-    return jax.tree.map(batch.unflatten, out)
+    row_args = jax.tree.map(lambda x: check_row_argument(x, call.batch, hidden), row_args)
+    program, consts, params = _program("row_fn", row_fn, call.head, row_args, params, call.chunking)
+    return _linear_rows(call, row_args, (consts, params), row_fn=_RowResults(program))
 
 
-@functools.partial(jax.jit, static_argnames=("row_fn", "reduction", "chunking", "products"), inline=True)
+@functools.partial(jax.jit, static_argnames=("row_fn",), inline=True)
 def _linear_loss(
-    head: Head,
-    row_args: Any,
-    params: Any,
-    where: jax.Array | None,
-    weights: jax.Array | None,
-    transform: LogitTransform,
-    divisor: jax.Array | None,
-    *,
-    row_fn: "_RowLoss",
-    reduction: Reduction,
-    chunking: Chunking,
-    products: MatrixProducts,
+    call: LinearCall, row_args: Any, params: Any, *, row_fn: "_RowLoss"
 ) -> tuple[jax.Array | WeightedSum, Any]:
-    kept, dtype = where, logits_like(head).dtype
-    total_weights = jnp.ones(head.hidden.shape[:1], dtype)
+    kept, weights, dtype = call.arguments.where, call.arguments.weights, logits_like(call.head).dtype
+    total_weights = jnp.ones(call.head.hidden.shape[:1], dtype)
     if weights is not None:
         weights = total_weights = weights.astype(dtype)
-        usable = (weights != 0) | finite_rows(head.hidden)
+        usable = (weights != 0) | finite_rows(call.head.hidden)
         kept = usable if kept is None else kept & usable
     if kept is not None:
         total_weights = jnp.where(kept, total_weights, 0)
-    return stream_reduced(
+    loss: Any
+    loss, aux = stream_reduced(
         row_fn,
-        (head,),
+        (call.head,),
         (row_args, weights),
-        (params, transform),
+        (params, call.transform),
         Counted(kept, weights),
         total_weights,
-        reduction,
-        divisor,
-        chunking,
-        products,
+        call.reduction,
+        call.divisor,
+        call.chunking,
+        call.products,
     )
+    loss = call.batch.unflatten(loss) if call.reduction == "none" else loss
+    return loss, jax.tree.map(call.batch.unflatten, aux)
 
 
-@functools.partial(jax.jit, static_argnames=("row_fn", "chunking", "products"), inline=True)
-def _linear_rows(
-    head: Head,
-    row_args: Any,
-    params: Any,
-    where: jax.Array | None,
-    transform: LogitTransform,
-    *,
-    row_fn: "_RowResults",
-    chunking: Chunking,
-    products: MatrixProducts,
-) -> Any:
-    return stream_rows(row_fn, (head,), row_args, (params, transform), chunking, products, Counted(where))
+@functools.partial(jax.jit, static_argnames=("row_fn",), inline=True)
+def _linear_rows(call: LinearCall, row_args: Any, params: Any, *, row_fn: "_RowResults") -> Any:
+    counted, shared = Counted(call.arguments.where), (params, call.transform)
+    out = stream_rows(row_fn, (call.head,), row_args, shared, call.chunking, call.products, counted)
+    return jax.tree.map(call.batch.unflatten, out)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

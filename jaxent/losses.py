@@ -12,16 +12,11 @@ from jaxent._arguments.options import BinaryOptions, LabelOptions, SoftmaxOption
 from jaxent._arguments.reduction import Reduction, WeightedSum, check_reduction, reduce_losses
 from jaxent._arguments.targets import (
     SoftmaxArguments,
+    SoftmaxCall,
     SparseTargets,
-    check_class_axis_of_rows,
-    check_class_weights,
-    check_ignore_index,
-    check_labels,
-    check_logits,
     check_row_arguments,
     check_softmax_call,
     row_targets,
-    rows_shape,
 )
 from jaxent._errors import public
 from jaxent._math.row_losses import (
@@ -32,7 +27,9 @@ from jaxent._math.row_losses import (
     weighted,
 )
 from jaxent._mesh.apply import map_rows
-from jaxent._mesh.class_axis import ClassAxis
+from jaxent._mesh.class_axis import (
+    VocabAxis,
+)
 
 
 @overload
@@ -65,7 +62,7 @@ def softmax_cross_entropy(
     z_loss: ArrayLike = 0.0,
     reduction: Reduction = "mean",
     denominator: ArrayLike | None = None,
-    vocab_axis: str | None = None,
+    vocab_axis: VocabAxis = None,
 ) -> jax.Array | WeightedSum:
     r"""Cross-entropy between targets and the softmax of logits, in nats.
 
@@ -106,41 +103,30 @@ def softmax_cross_entropy(
     >>> softmax_cross_entropy(logits, jnp.array([2, -100])).round(4)
     Array(0.5514, dtype=float32)
     """
-    traced, static = check_softmax_call(
+    call = check_softmax_call(
         logits,
-        targets,
+        SoftmaxArguments(targets, where, weights, class_weights, label_smoothing, z_loss),
         axis=axis,
         ignore_index=ignore_index,
         reduction=reduction,
         denominator=denominator,
         vocab_axis=vocab_axis,
-        where=where,
-        weights=weights,
-        class_weights=class_weights,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
     )
-    return _softmax_cross_entropy(*traced, **static)
+    return _softmax_cross_entropy(call)
 
 
-@functools.partial(jax.jit, static_argnames=("classes", "ignore_index", "reduction"), inline=True)
-def _softmax_cross_entropy(
-    logits: jax.Array,
-    arguments: SoftmaxArguments,
-    divisor: jax.Array | None,
-    *,
-    classes: ClassAxis,
-    ignore_index: int | None,
-    reduction: Reduction,
-) -> jax.Array | WeightedSum:
+@functools.partial(jax.jit, inline=True)
+def _softmax_cross_entropy(call: SoftmaxCall) -> jax.Array | WeightedSum:
+    classes = call.classes
+
     def row_losses(logits: jax.Array, arguments: SoftmaxArguments) -> tuple[jax.Array, jax.Array]:
         (z,) = arrays.accumulated(logits)
-        rows, options = row_targets(arguments, z, classes, ignore_index)
+        rows, options = row_targets(arguments, z, classes, call.ignore_index)
         losses = softmax_loss(z, ignore_zero_weight_rows(rows, classes, z), options, classes)
         return jnp.squeeze(losses, classes.axis), rows.total_weights(classes)
 
-    losses, weights = map_rows(row_losses, logits, arguments, without=classes.axis)
-    return reduce_losses(losses, weights, reduction, divisor)
+    losses, weights = map_rows(row_losses, call.logits, call.arguments, without=classes.axis)
+    return reduce_losses(losses, weights, call.reduction, call.divisor)
 
 
 @overload
@@ -186,39 +172,31 @@ def nll_loss(
     >>> nll_loss(jnp.log(jnp.array([[0.3, 0.3, 0.4]])), jnp.array([2]))
     Array(0.9162907, dtype=float32)
     """
-    log_p, axis = check_logits("log_probs", log_probs, axis)
-    shape = rows_shape(log_p.shape, axis)
-    where, weights = check_row_arguments(shape, where, weights)
-    arguments = SoftmaxArguments(
-        check_labels("labels", labels, shape),
-        where,
-        weights,
-        check_class_weights(class_weights, log_p.shape[axis]),
+    call = check_softmax_call(
+        log_probs,
+        SoftmaxArguments(labels, where, weights, class_weights, 0.0, 0.0),
+        axis=axis,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        denominator=denominator,
+        logits_name="log_probs",
+        targets_name="labels",
     )
-    divisor = check_reduction(reduction, denominator)
-    check_class_axis_of_rows(None, {"log_probs": (log_p, axis)}, arguments, "labels")
-    ignore_index = check_ignore_index(ignore_index)
-    return _nll_loss(log_p, arguments, divisor, classes=ClassAxis(axis), ignore_index=ignore_index, reduction=reduction)
+    return _nll_loss(call)
 
 
-@functools.partial(jax.jit, static_argnames=("classes", "ignore_index", "reduction"), inline=True)
-def _nll_loss(
-    log_probs: jax.Array,
-    arguments: SoftmaxArguments,
-    divisor: jax.Array | None,
-    *,
-    classes: ClassAxis,
-    ignore_index: int | None,
-    reduction: Reduction,
-) -> jax.Array | WeightedSum:
+@functools.partial(jax.jit, inline=True)
+def _nll_loss(call: SoftmaxCall) -> jax.Array | WeightedSum:
+    classes = call.classes
+
     def row_losses(log_probs: jax.Array, arguments: SoftmaxArguments) -> tuple[jax.Array, jax.Array]:
         (log_p,) = arrays.accumulated(log_probs)
-        rows, _ = row_targets(arguments, log_p, classes, ignore_index)
+        rows, _ = row_targets(arguments, log_p, classes, call.ignore_index)
         losses = label_loss_from_log_probs(log_p, rows, classes)
         return jnp.squeeze(losses, classes.axis), rows.total_weights(classes)
 
-    losses, weights = map_rows(row_losses, log_probs, arguments, without=classes.axis)
-    return reduce_losses(losses, weights, reduction, divisor)
+    losses, weights = map_rows(row_losses, call.logits, call.arguments, without=classes.axis)
+    return reduce_losses(losses, weights, call.reduction, call.divisor)
 
 
 @overload
@@ -268,7 +246,7 @@ def sigmoid_cross_entropy(
     Array(0.6931472, dtype=float32)
     """
     z = arrays.floating("logits", logits)
-    t = arrays.probability_or_flag("targets", targets)
+    t = arrays.real("targets", targets)
     arrays.check_shape("targets", t, z.shape, "one for each logit")
     where, weights = check_row_arguments(z.shape, where, weights)
     if pos_weight is not None:

@@ -139,7 +139,7 @@ class EmpiricalRisk:
         if weights is None:
             (x,) = arrays.accumulated(x)
             return self._plus(_two_float_sum(x), _count(x.size))
-        w = arrays.probability_or_flag("weights", weights)
+        w = arrays.real("weights", weights)
         arrays.check_shape("weights", w, x.shape, "one for each loss")
         x, w = arrays.accumulated(x, w)
         # Only a loss that is not finite is taken out: with 0 in place of every silenced loss, the derivative with

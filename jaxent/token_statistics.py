@@ -9,31 +9,24 @@ from jaxent._arguments import arrays
 from jaxent._arguments.options import Precision
 from jaxent._arguments.targets import (
     SoftmaxArguments,
-    check_ignore_index,
-    check_labels,
-    check_logits,
-    check_row_arguments,
+    SoftmaxCall,
+    check_softmax_call,
     check_top_k,
     row_targets,
-    rows_shape,
 )
-from jaxent._engine.chunking import Chunking
 from jaxent._engine.linear_head import (
+    LinearCall,
     LogitTransform,
-    check_head,
-    check_logit_transform,
-    chunking_for,
-    counted_rows,
-    logits_like,
-    matrix_products,
+    check_linear_call,
 )
-from jaxent._engine.streaming import Head, Logits, MatrixProducts, stream_rows
+from jaxent._engine.streaming import Logits, stream_rows
 from jaxent._errors import public
 from jaxent._math.row_losses import RowTargets
 from jaxent._math.statistics import TokenStatistics, row_statistics
 from jaxent._mesh.apply import map_rows
-from jaxent._mesh.check import check_class_axis, check_vocab_axis
-from jaxent._mesh.class_axis import ClassAxis
+from jaxent._mesh.class_axis import (
+    VocabAxis,
+)
 
 
 @public
@@ -45,7 +38,7 @@ def token_statistics(
     where: ArrayLike | None = None,
     ignore_index: int | None = -100,
     top_k: int = 0,
-    vocab_axis: str | None = None,
+    vocab_axis: VocabAxis = None,
 ) -> TokenStatistics:
     r"""Per-row log-probability, log-normaliser, entropy, argmax, rank and top classes, in nats.
 
@@ -71,32 +64,26 @@ def token_statistics(
     >>> int(stats.argmax), int(stats.rank)
     (2, 1)
     """
-    z, axis = check_logits("logits", logits, axis)
-    check_vocab_axis(vocab_axis, {"labels": labels, "where": where})
-    if labels is not None:
-        labels = check_labels("labels", labels, rows_shape(z.shape, axis))
-    where, _ = check_row_arguments(rows_shape(z.shape, axis), where, None)
-    check_class_axis(vocab_axis, {"logits": (z, axis)}, {"labels": labels, "where": where})
-    classes = ClassAxis(axis, vocab_axis)
-    return _token_statistics(
-        z,
-        SoftmaxArguments(labels, where),
-        classes=classes,
-        ignore_index=check_ignore_index(ignore_index),
-        top_k=check_top_k(top_k, classes.size(z)),
+    call = check_softmax_call(
+        logits,
+        SoftmaxArguments(labels, where, None, None, 0.0, 0.0),
+        axis=axis,
+        ignore_index=ignore_index,
+        vocab_axis=vocab_axis,
+        targets_name="labels",
+        targets_required=False,
     )
+    return _token_statistics(call, top_k=check_top_k(top_k, call.classes.size(call.logits)))
 
 
-@functools.partial(jax.jit, static_argnames=("classes", "ignore_index", "top_k"), inline=True)
-def _token_statistics(
-    logits: jax.Array, arguments: SoftmaxArguments, *, classes: ClassAxis, ignore_index: int | None, top_k: int
-) -> TokenStatistics:
+@functools.partial(jax.jit, static_argnames=("top_k",), inline=True)
+def _token_statistics(call: SoftmaxCall, *, top_k: int) -> TokenStatistics:
     def statistics(logits: jax.Array, arguments: SoftmaxArguments) -> TokenStatistics:
         (z,) = arrays.accumulated(logits)
-        rows, _ = row_targets(arguments, z, classes, ignore_index)
-        return row_statistics(z, rows, classes, top_k)
+        rows, _ = row_targets(arguments, z, call.classes, call.ignore_index)
+        return row_statistics(z, rows, call.classes, top_k)
 
-    return map_rows(statistics, logits, arguments, without=classes.axis)
+    return map_rows(statistics, call.logits, call.arguments, without=call.classes.axis)
 
 
 @public
@@ -113,7 +100,7 @@ def linear_token_statistics(
     top_k: int = 0,
     chunk_rows: int | None = None,
     precision: Precision = None,
-    vocab_axis: str | None = None,
+    vocab_axis: VocabAxis = None,
 ) -> TokenStatistics:
     r"""`token_statistics` of the logits of a linear layer, without the logits, in nats.
 
@@ -132,43 +119,30 @@ def linear_token_statistics(
     >>> stats.entropy
     Array([1.3862944, 1.3862944], dtype=float32)
     """
-    head, batch = check_head(hidden, kernel, bias)
-    rows = {"hidden": head.hidden} if labels is None else {"labels": labels}
-    check_vocab_axis(vocab_axis, {**rows, "where": where})
-    if labels is not None:
-        labels = check_labels("labels", labels, batch)
-    where, _ = check_row_arguments(batch, where, None)
-    check_class_axis(vocab_axis, {"kernel": (head.kernel, 1)}, {"labels": labels, "where": where})
-    classes = ClassAxis(-1, vocab_axis)
-    statistics = _linear_token_statistics(
-        head,
-        SoftmaxArguments(*(None if x is None else batch.flatten(x) for x in (labels, where))),
-        check_logit_transform(soft_cap, temperature),
-        classes=classes,
-        ignore_index=check_ignore_index(ignore_index),
-        top_k=check_top_k(top_k, classes.size(head.kernel)),
-        chunking=chunking_for(chunk_rows, head),
-        products=matrix_products(precision, head),
+    call = check_linear_call(
+        hidden,
+        kernel,
+        bias,
+        SoftmaxArguments(labels, where, None, None, 0.0, 0.0),
+        ignore_index=ignore_index,
+        soft_cap=soft_cap,
+        temperature=temperature,
+        chunk_rows=chunk_rows,
+        precision=precision,
+        vocab_axis=vocab_axis,
+        targets_name="labels",
+        targets_required=False,
+        hidden_whole=labels is None,
     )
-    return jax.tree.map(batch.unflatten, statistics)
+    return _linear_token_statistics(call, top_k=check_top_k(top_k, call.classes.size(call.head.kernel)))
 
 
-@functools.partial(jax.jit, static_argnames=("classes", "ignore_index", "top_k", "chunking", "products"), inline=True)
-def _linear_token_statistics(
-    head: Head,
-    arguments: SoftmaxArguments,
-    transform: LogitTransform,
-    *,
-    classes: ClassAxis,
-    ignore_index: int | None,
-    top_k: int,
-    chunking: Chunking,
-    products: MatrixProducts,
-) -> TokenStatistics:
-    rows, _ = row_targets(arguments, logits_like(head), classes, ignore_index)
-    rows, counted = counted_rows(rows, arguments, ignore_index)
+@functools.partial(jax.jit, static_argnames=("top_k",), inline=True)
+def _linear_token_statistics(call: LinearCall, *, top_k: int) -> TokenStatistics:
+    rows, _, counted = call.rows()
 
     def row_fn(logits: Logits, rows: RowTargets, transform: LogitTransform) -> TokenStatistics:
-        return row_statistics(transform(logits[0]), rows, classes, top_k)
+        return row_statistics(transform(logits[0]), rows, call.classes, top_k)
 
-    return stream_rows(row_fn, (head,), rows, transform, chunking, products, counted)
+    statistics = stream_rows(row_fn, (call.head,), rows, call.transform, call.chunking, call.products, counted)
+    return jax.tree.map(call.batch.unflatten, statistics)

@@ -1,5 +1,6 @@
-"""Arguments become arrays here, or an error that names the function, the argument, what was expected and what came."""
+"""Arguments become arrays here, or an error that says which argument, what was expected and what came."""
 
+import operator
 from typing import Any
 
 import jax
@@ -17,93 +18,141 @@ def describe(value: Any) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
-def shape_error(argument: str, expected: str, got: Any) -> ValueError:
+def shape_error(argument: str, expected: str, got: Any) -> ArgumentValueError:
     return ArgumentValueError(f"`{argument}` must {expected}, got {describe(got)}")
 
 
-def dtype_error(argument: str, expected: str, got: Any) -> TypeError:
+def dtype_error(argument: str, expected: str, got: Any) -> ArgumentTypeError:
     return ArgumentTypeError(f"`{argument}` must {expected}, got {describe(got)}")
 
 
-def _as_array(argument: str, value: ArrayLike) -> jax.Array | np.ndarray:
-    if isinstance(value, jax.Array):
+# ----------------------------------------------------------------------------------------------------------------------
+# Arrays
+
+
+def as_array(argument: str, value: Any, expected: str = "be array-like") -> jax.Array | np.ndarray:
+    """A JAX array as it is; a NumPy array of anything else that lives on the host, a tensor of PyTorch included."""
+    if isinstance(value, (jax.Array, np.ndarray)):
         return value
     if hasattr(value, "__jax_array__"):  # such as a parameter of flax: an array, or a tracer, in a box
         return jnp.asarray(value)
     try:
-        array = np.asarray(value, dtype=getattr(value, "dtype", None))
-    except (TypeError, ValueError) as error:
-        raise dtype_error(argument, "be array-like", value) from error
+        array = np.asarray(value)
+    except jax.errors.TracerArrayConversionError:  # a list of tracers
+        return jnp.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        array = _through_dlpack(value)
+        if array is None:
+            raise dtype_error(argument, f"{expected} ({error})", value) from error
     if array.dtype == object:
-        raise dtype_error(argument, "be array-like", value)
+        if isinstance(value, int):  # of more than 64 bits
+            return np.asarray(float(value))
+        raise dtype_error(argument, expected, value)
     return array
 
 
-def floating(argument: str, value: ArrayLike) -> jax.Array:
-    """A floating array in the dtype that JAX gives it."""
-    array = _as_array(argument, value)
+def _through_dlpack(value: Any) -> jax.Array | None:
+    """A copy of an array that NumPy cannot read, such as PyTorch's bfloat16."""
+    try:
+        return jnp.from_dlpack(value, copy=True)
+    except Exception:  # whatever the other library raises: the error of NumPy says more
+        return None
+
+
+def floating(argument: str, value: ArrayLike, note: str = "") -> jax.Array:
+    """A floating array in the dtype that JAX gives it; `note` says what to do with integers."""
+    array = value if isinstance(value, jax.Array) else as_array(argument, value)
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise dtype_error(argument, "have a floating dtype", array)
-    return _typed(array)
+        raise dtype_error(argument, f"have a floating dtype{note}", array)
+    if array.dtype.itemsize < 2:
+        expected = (
+            "have a floating dtype of at least 16 bits (float8 has too few for a loss: multiply it by its scale in "
+            "`x.astype(jnp.bfloat16)` first)"
+        )
+        raise dtype_error(argument, expected, array)
+    return array if isinstance(array, jax.Array) and not array.weak_type else _typed(argument, array)
 
 
 def real(argument: str, value: ArrayLike) -> jax.Array:
-    """A floating array; integers, which are exact weights and counts, are converted."""
-    array = _as_array(argument, value)
-    if jnp.issubdtype(array.dtype, jnp.integer):
-        # On the host: JAX would wrap 64 bits to 32.
-        array = array.astype(np.float64) if isinstance(array, np.ndarray) else array
-        return jnp.asarray(array).astype(jnp.result_type(float))
-    return floating(argument, array)
-
-
-def probability_or_flag(argument: str, value: ArrayLike) -> jax.Array:
-    """Probabilities of the positive class, or bool or integer flags, as a floating array."""
-    array = _as_array(argument, value)
-    return jnp.asarray(array).astype(jnp.result_type(float)) if array.dtype == np.bool_ else real(argument, array)
+    """A floating array; integers and flags, which are exact weights and counts, are converted."""
+    array = as_array(argument, value)
+    if not jnp.issubdtype(array.dtype, jnp.integer) and array.dtype != np.bool_:
+        return floating(argument, array)
+    if isinstance(array, np.ndarray):
+        return _typed(argument, array.astype(np.float64))  # as int32, 2**31 would be negative
+    return array.astype(jnp.result_type(float))
 
 
 def boolean(argument: str, value: ArrayLike) -> jax.Array:
-    array = _as_array(argument, value)
+    array = as_array(argument, value)
     if array.dtype != np.bool_:
-        raise dtype_error(argument, "have dtype bool", array)
+        raise dtype_error(argument, "have dtype bool (a mask of 0 and 1 goes in as `mask.astype(bool)`)", array)
     return jnp.asarray(array)
 
 
 def integer(argument: str, value: ArrayLike) -> jax.Array:
     """An integer array of any width; a 64-bit host array saturates where JAX would wrap it to 32 bits."""
-    array = _as_array(argument, value)
+    array = value if isinstance(value, jax.Array) else as_array(argument, value)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise dtype_error(argument, "have an integer dtype", array)
     if isinstance(array, np.ndarray):
         bounds = jnp.iinfo(jax.dtypes.canonicalize_dtype(array.dtype))
         array = np.clip(array, bounds.min, bounds.max)
-    return _typed(array)
+    return array if isinstance(array, jax.Array) and not array.weak_type else _typed(argument, array)
 
 
-def _typed(array: jax.Array | np.ndarray) -> jax.Array:
-    """A strongly typed `jax.Array`: a Python float among the inputs must not change the dtype of the result."""
-    return jnp.asarray(array, dtype=jax.dtypes.canonicalize_dtype(array.dtype))
+def _typed(argument: str, array: jax.Array | np.ndarray) -> jax.Array:
+    """A strongly typed `jax.Array`: a Python float among the inputs must not change the dtype of the result.
+
+    A number of the host that is finite in float64 and not in JAX's float32 is refused.
+    """
+    if isinstance(array, jax.Array):
+        return jnp.asarray(array, dtype=array.dtype) if array.weak_type else array
+    dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+    if dtype == array.dtype:
+        return jnp.asarray(array)
+    with np.errstate(over="ignore"):
+        narrow = array.astype(dtype)
+    if dtype == np.float32 and not np.array_equal(np.isinf(narrow), np.isinf(array)):
+        raise shape_error(argument, "hold numbers within the range of float32 (or switch 64-bit types on)", array)
+    return jnp.asarray(narrow)
 
 
 def accumulation_dtype(*arrays: jax.Array) -> np.dtype:
     """float64 if any input is float64, else float32: sums of narrower types lose what they add."""
-    return np.dtype(np.float64 if any(a.dtype == np.float64 for a in arrays) else np.float32)
+    for array in arrays:
+        if array.dtype == np.float64:
+            return np.dtype(np.float64)
+    return np.dtype(np.float32)
 
 
 def accumulated(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The arrays, converted to their common accumulation dtype."""
     dtype = accumulation_dtype(*arrays)
-    return tuple(a.astype(dtype) for a in arrays)
+    return tuple([a.astype(dtype) for a in arrays])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shapes and axes
+
+
+def as_int(argument: str, value: Any, expected: str = "be an int") -> int:
+    """A Python or NumPy integer, known when the function is traced; a bool is none."""
+    if not isinstance(value, (bool, np.bool_)):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise dtype_error(argument, expected, value)
 
 
 def canonical_axis(axis: Any, ndim: int, argument: str = "axis") -> int:
     """The axis counted from the end (-1 is the last)."""
-    if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
-        raise dtype_error(argument, "be an int", axis)
+    if type(axis) is not int:
+        axis = as_int(argument, axis)
     if not -ndim <= axis < ndim:
         raise ArgumentValueError(f"`{argument}` must lie in [{-ndim}, {ndim}) for {ndim} dimensions, got {axis}")
-    return int(axis) % ndim - ndim
+    return axis % ndim - ndim
 
 
 def check_shape(argument: str, array: jax.Array, shape: tuple[int, ...], meaning: str) -> None:
@@ -120,6 +169,10 @@ def check_broadcast(argument: str, array: jax.Array, shape: tuple[int, ...], mea
         raise shape_error(argument, f"broadcast to shape {shape}, that of {meaning}", array)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
 def scalar(
     argument: str,
     value: ArrayLike,
@@ -133,16 +186,13 @@ def scalar(
 
     A value that is known now is checked now; a traced one becomes nan when it is out of range.
     """
-    array = real(argument, value)
-    if array.shape != ():
-        raise shape_error(argument, "be a scalar", array)
-    try:
-        # Of the argument, not of `array`: while jit traces, jnp turns even a Python float into a tracer.
-        known = float(np.asarray(value))
-    except jax.errors.TracerArrayConversionError:
+    if neutral is not None and isinstance(value, (float, int)) and value == neutral and not isinstance(value, bool):
+        return None
+    known, array = _number(argument, value)
+    if known is None:
         inside = (array > low if open_low else array >= low) & (array <= high)
         return jnp.where(inside, array, jnp.nan)
-    if not ((known > low if open_low else known >= low) and known <= high):
+    if not ((known > low if open_low else known >= low) and known <= high and np.isfinite(known)):
         interval = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if high == np.inf else ']'}"
         raise ArgumentValueError(f"`{argument}` must lie in {interval}, got {value}")
     if neutral is not None and not isinstance(value, jax.Array) and known == neutral:
@@ -154,15 +204,31 @@ def log_base(base: ArrayLike | None) -> jax.Array | None:
     """The natural logarithm of a base; nan for a traced base out of range, and None for None."""
     if base is None:
         return None
-    array = real("base", base)
-    if array.shape != ():
-        raise shape_error("base", "be a scalar", array)
-    try:
-        # Of the argument, not of `array`: while jit traces, jnp turns even a Python number into a tracer.
-        known = float(np.asarray(base).astype(np.float64))
-    except jax.errors.TracerArrayConversionError:
+    known, array = _number("base", base)
+    if known is None:
         (array,) = accumulated(array)
         return jnp.log(jnp.where((array > 0) & (array != 1) & jnp.isfinite(array), array, jnp.nan))
     if not (known > 0 and known != 1 and np.isfinite(known)):
         raise ArgumentValueError(f"`base` must be positive, finite and not 1, got {base}")
     return jnp.asarray(np.log(known), dtype=jnp.result_type(float))
+
+
+def _number(argument: str, value: ArrayLike) -> tuple[float | None, jax.Array]:
+    """A real scalar: its value in float64, or None if it is traced, and the array.
+
+    A host number other than 0 that would be 0 or infinite in float32 is refused.
+    """
+    given = as_array(argument, value)
+    if given.dtype == np.bool_:
+        raise dtype_error(argument, "have a floating dtype", given)
+    array = real(argument, given)
+    if array.shape != ():
+        raise shape_error(argument, "be a scalar", array)
+    try:
+        # Of the argument, not of `array`: while jit traces, jnp turns even a Python float into a tracer.
+        known = float(np.asarray(given).astype(np.float64))
+    except jax.errors.TracerArrayConversionError:
+        return None, array
+    if known and abs(known) < float(jnp.finfo(array.dtype).tiny):
+        raise ArgumentValueError(f"`{argument}` must be 0 or a normal number of {array.dtype}, got {value}")
+    return known, array

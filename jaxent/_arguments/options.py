@@ -4,6 +4,8 @@ from typing import Any, Literal, TypedDict
 
 from jax.typing import ArrayLike
 
+from jaxent._mesh.class_axis import VocabAxis
+
 Precision = Any  # what `jax.lax.dot_general` takes as `precision`
 Divergence = Literal["forward", "reverse", "jensen_shannon"]
 
@@ -28,7 +30,7 @@ class CrossEntropyOptions(ClassOptions, total=False):
 
     label_smoothing: ArrayLike
     z_loss: ArrayLike
-    vocab_axis: str | None
+    vocab_axis: VocabAxis
 
 
 class LabelOptions(ClassOptions, total=False):
@@ -71,4 +73,4 @@ class DivergenceOptions(RowOptions, total=False):
     temperature: ArrayLike
     chunk_rows: int | None
     precision: Precision
-    vocab_axis: str | None
+    vocab_axis: VocabAxis

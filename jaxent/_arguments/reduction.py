@@ -54,8 +54,13 @@ class WeightedSum:
     def mean(self) -> jax.Array:
         """`total / weight`; 0, with derivative 0, when the weights sum to 0."""
         total, weight = arrays.accumulated(_array(self.total), _array(self.weight))
-        empty = weight == 0
-        return jnp.where(empty, 0, total / jnp.where(empty, 1, weight))
+        return quotient(total, weight)
+
+
+def quotient(total: jax.Array | float, weight: jax.Array) -> jax.Array:
+    """`total / weight`; 0, with derivative 0, where the weight is 0."""
+    empty = weight == 0
+    return jnp.where(empty, 0, total / jnp.where(empty, 1, weight))
 
 
 def _array(x: ArrayLike) -> jax.Array:
@@ -96,9 +101,7 @@ def reduce_sum(summed: WeightedSum, reduction: Reduction, denominator: jax.Array
         return summed
     if reduction == "sum":
         return summed.total
-    if denominator is None:
-        return summed.mean()
-    return WeightedSum(summed.total, denominator.astype(summed.total.dtype)).mean()
+    return quotient(summed.total, (summed.weight if denominator is None else denominator).astype(summed.total.dtype))
 
 
 def check_matrix_reduction(reduction: Any) -> None:

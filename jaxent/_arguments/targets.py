@@ -1,5 +1,6 @@
-"""The arguments of a softmax loss beside its logits: checked on the way in, then brought into the form of `_rows`."""
+"""The arguments of a softmax loss: checked on the way in, then brought into the form of the row losses."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from jaxent._math.label_loss import INVALID, encode_labels, has_label
 from jaxent._math.row_losses import LossOptions, RowTargets
 from jaxent._math.sparse_targets import SparseRow
 from jaxent._mesh.check import check_class_axis, check_vocab_axis
-from jaxent._mesh.class_axis import ClassAxis
+from jaxent._mesh.class_axis import ClassAxis, VocabAxis
 from jaxent._serialization import exportable
 
 
@@ -38,67 +39,81 @@ class SparseTargets(NamedTuple):
 
 
 class SoftmaxArguments(NamedTuple):
-    """What a caller may say in addition to the logits, as arrays; None is an option left out."""
+    """What a caller may say in addition to the logits, as it came or as checked arrays; None is an option left out."""
 
-    targets: jax.Array | SparseTargets | None  # None where only the logits count
-    where: jax.Array | None = None
-    weights: jax.Array | None = None
-    class_weights: jax.Array | None = None
-    smoothing: jax.Array | None = None
-    z_loss: jax.Array | None = None
+    targets: Any = None  # None where only the logits count
+    where: Any = None
+    weights: Any = None
+    class_weights: Any = None
+    smoothing: Any = None  # 0.0 as it came
+    z_loss: Any = None  # 0.0 as it came
+
+    def without_classes(self, targets: str) -> dict[str, Any]:
+        """The arguments with rows and no classes, by their names; `targets` is how the function calls the first."""
+        rows = {"where": self.where, "weights": self.weights}
+        if isinstance(self.targets, SparseTargets):
+            return rows | {f"{targets}.{name}": x for name, x in self.targets._asdict().items()}
+        if isinstance(self.targets, jax.Array) and jnp.issubdtype(self.targets.dtype, jnp.floating):
+            return rows
+        return rows | {targets: self.targets}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SoftmaxCall:
+    """The checked arguments of a softmax loss of logits; what is static in them is part of the type."""
+
+    logits: jax.Array
+    arguments: SoftmaxArguments
+    divisor: jax.Array | None
+    classes: ClassAxis = dataclasses.field(metadata={"static": True})
+    ignore_index: int | None = dataclasses.field(metadata={"static": True})
+    reduction: Reduction = dataclasses.field(metadata={"static": True})
+
+
+def check_softmax_call(
+    logits: ArrayLike,
+    given: SoftmaxArguments,
+    *,
+    axis: int,
+    ignore_index: int | None,
+    reduction: Reduction = "none",
+    denominator: ArrayLike | None = None,
+    vocab_axis: VocabAxis = None,
+    logits_name: str = "logits",
+    targets_name: str = "targets",
+    targets_required: bool = True,
+) -> SoftmaxCall:
+    """A softmax loss of logits, or what is made of one. Targets that are called labels are no probabilities."""
+    z, axis = check_logits(logits_name, logits, axis)
+    if vocab_axis is not None:
+        check_vocab_axis(vocab_axis, given.without_classes(targets_name))
+    arguments = check_softmax_arguments(given, z.shape, axis, targets_name, targets_required)
+    divisor = check_reduction(reduction, denominator)
+    check_class_axis(
+        vocab_axis, {logits_name: (z, axis)}, arguments.without_classes(targets_name), arguments.class_weights
+    )
+    ignore_index = check_ignore_index(ignore_index)
+    return SoftmaxCall(z, arguments, divisor, ClassAxis(axis, vocab_axis), ignore_index, reduction)
 
 
 def check_softmax_arguments(
-    shape: tuple[int, ...],
-    axis: int,
-    targets: Any,
-    *,
-    where: ArrayLike | None,
-    weights: ArrayLike | None,
-    class_weights: ArrayLike | None,
-    label_smoothing: ArrayLike = 0.0,
-    z_loss: ArrayLike = 0.0,
-    targets_required: bool = True,
+    given: SoftmaxArguments, shape: tuple[int, ...], axis: int, targets: str = "targets", targets_required: bool = True
 ) -> SoftmaxArguments:
     """`shape` is that of the logits, with the classes at `axis` (negative)."""
     rows = rows_shape(shape, axis)
-    where, weights = check_row_arguments(rows, where, weights)
-    if targets is not None or targets_required:
-        targets = check_targets(targets, shape, axis)
-    elif class_weights is not None:
-        raise ArgumentValueError("`class_weights` goes with `targets`, got no targets")
-    return SoftmaxArguments(
-        targets,
-        where,
-        weights,
-        check_class_weights(class_weights, shape[axis]),
-        arrays.scalar("label_smoothing", label_smoothing, low=0.0, high=1.0, neutral=0.0),
-        arrays.scalar("z_loss", z_loss, low=0.0, neutral=0.0),
-    )
-
-
-def check_vocab_axis_of_rows(vocab_axis: str | None, targets: Any, **rows: ArrayLike | None) -> None:
-    """The axis, and that labels and rows are not split over it, before their shapes are looked at."""
-    if isinstance(targets, SparseTargets):
-        rows |= {f"targets.{name}": x for name, x in targets._asdict().items()}
-    elif not (isinstance(targets, jax.Array) and jnp.issubdtype(targets.dtype, jnp.floating)):
-        rows["targets"] = targets
-    check_vocab_axis(vocab_axis, rows)
-
-
-def check_class_axis_of_rows(
-    vocab_axis: str | None,
-    split: dict[str, tuple[jax.Array, int]],
-    arguments: SoftmaxArguments,
-    targets: str = "targets",
-) -> None:
-    """`split` has the logits or the kernel, with the class axis; `targets` is how the function calls its labels."""
-    whole = {"where": arguments.where, "weights": arguments.weights}
-    if isinstance(arguments.targets, SparseTargets):
-        whole |= {f"{targets}.{name}": x for name, x in arguments.targets._asdict().items()}
-    elif arguments.targets is not None and jnp.issubdtype(arguments.targets.dtype, jnp.integer):
-        whole[targets] = arguments.targets
-    check_class_axis(vocab_axis, split, whole, {"class_weights": (arguments.class_weights, 0)})
+    where, weights = check_row_arguments(rows, given.where, given.weights)
+    checked = class_weights = None
+    if given.targets is not None or targets_required:
+        checked = check_targets(targets, given.targets, shape, axis, rows)
+    elif given.class_weights is not None:
+        raise ArgumentValueError(f"`class_weights` goes with `{targets}`, got no {targets}")
+    if given.class_weights is not None:
+        class_weights = arrays.real("class_weights", given.class_weights)
+        arrays.check_shape("class_weights", class_weights, (shape[axis],), "one weight for each class")
+    smoothing = arrays.scalar("label_smoothing", given.smoothing, low=0.0, high=1.0, neutral=0.0)
+    z_loss = arrays.scalar("z_loss", given.z_loss, low=0.0, neutral=0.0)
+    return SoftmaxArguments(checked, where, weights, class_weights, smoothing, z_loss)
 
 
 def rows_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
@@ -112,34 +127,52 @@ def check_classes(argument: str, shape: tuple[int, ...], axis: int) -> None:
         raise ArgumentValueError(f"`{argument}` must have at least one class, got shape {shape}")
 
 
+def check_logits(argument: str, logits: ArrayLike, axis: int) -> tuple[jax.Array, int]:
+    z = arrays.floating(argument, logits)
+    if z.ndim == 0:
+        raise arrays.shape_error(argument, "have a class axis", z)
+    axis = arrays.canonical_axis(axis, z.ndim)
+    if z.shape[axis] == 0:
+        check_classes(argument, z.shape, axis)
+    return z, axis
+
+
 def check_row_arguments(
     rows: tuple[int, ...], where: ArrayLike | None, weights: ArrayLike | None
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """`where` as bool, `weights` as a floating array that is nan where it is negative."""
+    """`where` as bool, `weights` as a floating array."""
     if where is not None:
         where = arrays.boolean("where", where)
         arrays.check_shape("where", where, rows, "one entry for each row")
     if weights is not None:
         weights = arrays.real("weights", weights)
         arrays.check_shape("weights", weights, rows, "one entry for each row")
-        weights = jnp.where(weights < 0, jnp.nan, weights)
     return where, weights
 
 
-def check_targets(targets: Any, shape: tuple[int, ...], axis: int) -> jax.Array | SparseTargets:
-    """Class indices of any integer dtype, or class probabilities, or a few of both."""
+def nan_if_negative(weights: jax.Array | None) -> jax.Array | None:
+    """Weights that count something."""
+    return None if weights is None else jnp.where(weights < 0, jnp.nan, weights)
+
+
+def check_targets(
+    argument: str, targets: Any, shape: tuple[int, ...], axis: int, rows: tuple[int, ...]
+) -> jax.Array | SparseTargets:
+    """Class indices of any integer dtype; where `argument` is not labels, class probabilities, or a few of both."""
+    if argument == "labels":
+        return check_labels(argument, targets, rows)
     if isinstance(targets, SparseTargets):
-        return check_sparse_targets(targets, rows_shape(shape, axis))
-    kind = getattr(targets, "dtype", None) or np.asarray(targets).dtype
-    if jnp.issubdtype(kind, jnp.integer):
+        return check_sparse_targets(targets, rows)
+    expected = "be integer class indices or floating class probabilities"
+    targets = arrays.as_array(argument, targets, expected)
+    if jnp.issubdtype(targets.dtype, jnp.integer):
         note = "one class index for each row; one-hot targets and probabilities are floating"
-        return check_labels("targets", targets, rows_shape(shape, axis), note)
-    if not jnp.issubdtype(kind, jnp.floating):
-        expected = "be integer class indices or floating class probabilities"
-        raise arrays.dtype_error("targets", expected, targets)
-    probabilities = arrays.floating("targets", targets)
+        return check_labels(argument, targets, rows, note)
+    if not jnp.issubdtype(targets.dtype, jnp.floating):
+        raise arrays.dtype_error(argument, expected, targets)
+    probabilities = arrays.floating(argument, targets)
     note = "class probabilities are shaped like the logits; class indices are integers"
-    arrays.check_shape("targets", probabilities, shape, note)
+    arrays.check_shape(argument, probabilities, shape, note)
     return probabilities
 
 
@@ -153,28 +186,28 @@ def check_sparse_targets(targets: SparseTargets, rows: tuple[int, ...]) -> Spars
 
 
 def check_labels(
-    argument: str,
-    labels: ArrayLike,
-    rows: tuple[int, ...],
-    note: str = "one class index for each row",
+    argument: str, labels: ArrayLike, rows: tuple[int, ...], note: str = "one class index for each row"
 ) -> jax.Array:
     labels = arrays.integer(argument, labels)
     arrays.check_shape(argument, labels, rows, note)
     return labels
 
 
-def check_class_weights(class_weights: ArrayLike | None, count: int) -> jax.Array | None:
-    if class_weights is None:
-        return None
-    class_weights = arrays.real("class_weights", class_weights)
-    arrays.check_shape("class_weights", class_weights, (count,), "one weight for each class")
-    return class_weights
-
-
 def check_ignore_index(ignore_index: Any) -> int | None:
-    if ignore_index is not None and (isinstance(ignore_index, bool) or not isinstance(ignore_index, (int, np.integer))):
-        raise arrays.dtype_error("ignore_index", "be an int or None", ignore_index)
-    return None if ignore_index is None else int(ignore_index)
+    if ignore_index is None or type(ignore_index) is int:
+        return ignore_index
+    return arrays.as_int("ignore_index", ignore_index, "be an int or None")
+
+
+def check_top_k(top_k: int, count: int) -> int:
+    top_k = arrays.as_int("top_k", top_k)
+    if not 0 <= top_k <= count:
+        raise ArgumentValueError(f"`top_k` must lie in [0, {count}], the number of classes, got {top_k}")
+    return top_k
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# In the form of the row losses
 
 
 def row_targets(
@@ -228,42 +261,3 @@ def sparse_row(
     if class_weights is not None:
         shares *= classes.lookup(class_weights, jnp.where(ignored, INVALID, labels))
     return SparseRow(labels, shares), jnp.all(ignored, axis=classes.axis, keepdims=True)
-
-
-def check_softmax_call(
-    logits: ArrayLike,
-    targets: ArrayLike | SparseTargets | None,
-    *,
-    axis: int,
-    ignore_index: int | None,
-    reduction: Reduction,
-    denominator: ArrayLike | None,
-    vocab_axis: str | None,
-    **options: Any,
-) -> tuple[tuple[jax.Array, SoftmaxArguments, jax.Array | None], dict[str, Any]]:
-    """The checked arguments of a softmax loss, traced ones and static ones, for the loss and for its gradient."""
-    z, axis = check_logits("logits", logits, axis)
-    check_vocab_axis_of_rows(vocab_axis, targets, where=options["where"], weights=options["weights"])
-    arguments = check_softmax_arguments(z.shape, axis, targets, **options)
-    divisor = check_reduction(reduction, denominator)
-    check_class_axis_of_rows(vocab_axis, {"logits": (z, axis)}, arguments)
-    ignore_index = check_ignore_index(ignore_index)
-    static = {"classes": ClassAxis(axis, vocab_axis), "ignore_index": ignore_index, "reduction": reduction}
-    return (z, arguments, divisor), static
-
-
-def check_top_k(top_k: int, count: int) -> int:
-    if isinstance(top_k, bool) or not isinstance(top_k, int):
-        raise arrays.dtype_error("top_k", "be an int", top_k)
-    if not 0 <= top_k <= count:
-        raise ArgumentValueError(f"`top_k` must lie in [0, {count}], the number of classes, got {top_k}")
-    return top_k
-
-
-def check_logits(argument: str, logits: ArrayLike, axis: int) -> tuple[jax.Array, int]:
-    z = arrays.floating(argument, logits)
-    if z.ndim == 0:
-        raise arrays.shape_error(argument, "have a class axis", z)
-    axis = arrays.canonical_axis(axis, z.ndim)
-    check_classes(argument, z.shape, axis)
-    return z, axis

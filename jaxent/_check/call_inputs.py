@@ -8,7 +8,13 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxent._arguments import arrays
-from jaxent._arguments.targets import check_classes, check_ignore_index, check_softmax_arguments, rows_shape
+from jaxent._arguments.targets import (
+    SoftmaxArguments,
+    check_classes,
+    check_ignore_index,
+    check_softmax_arguments,
+    rows_shape,
+)
 from jaxent._check.binary_rules import BinaryRows, binary_rule_matches
 from jaxent._check.input_rules import Rows, RuleMatch, rule_matches
 from jaxent._check.loss_calls import LossSignature
@@ -61,18 +67,9 @@ def _classes(xp: Any, signature: LossSignature, data: dict[str, Any], arguments:
         inputs = jnp.broadcast_to(inputs, (*inputs.shape[: inputs.ndim - 1 - len(places)], *weight.shape[1:]))
     else:
         shape, axis = (*inputs.shape[:-1], values[1].shape[1]), -1
-    given = check_softmax_arguments(
-        shape,
-        axis,
-        targets,
-        where=arguments.get("where"),
-        weights=arguments.get("weights"),
-        class_weights=arguments.get("class_weights"),
-        label_smoothing=arguments.get("label_smoothing", 0.0),
-        z_loss=arguments.get("z_loss", 0.0),
-    )
-    if arguments.get("weights") is not None:
-        given = given._replace(weights=arrays.real("weights", arguments["weights"]))
+    options = (arguments.get(name) for name in ("where", "weights", "class_weights"))
+    numbers = (arguments.get(name, 0.0) for name in ("label_smoothing", "z_loss"))
+    given = check_softmax_arguments(SoftmaxArguments(targets, *options, *numbers), shape, axis)
     given = jax.tree.map(lax.stop_gradient, given)
     ignore_index = check_ignore_index(arguments.get("ignore_index", -100))
     if signature.pytorch and linear and ignore_index is None:
@@ -84,14 +81,14 @@ def _classes(xp: Any, signature: LossSignature, data: dict[str, Any], arguments:
 def _binary(xp: Any, signature: LossSignature, data: dict[str, Any], arguments: dict[str, Any]) -> Matches:
     (name, inputs), (target_name, targets) = list(data.items())[:2]
     inputs = lax.stop_gradient(arrays.floating(name, inputs))
-    targets = lax.stop_gradient(arrays.probability_or_flag(target_name, targets))
+    targets = lax.stop_gradient(arrays.real(target_name, targets))
     arrays.check_shape(target_name, targets, inputs.shape, f"that of `{name}`")
     where, weights = arguments.get("where"), arguments.get("weights")
     if where is not None:
         where = arrays.boolean("where", where)
         arrays.check_broadcast("where", where, inputs.shape, f"`{name}`")
     if weights is not None:
-        weights = lax.stop_gradient(arrays.probability_or_flag("weights", weights))
+        weights = lax.stop_gradient(arrays.real("weights", weights))
         arrays.check_broadcast("weights", weights, inputs.shape, f"`{name}`")
     rows = BinaryRows(xp, inputs, targets, where, weights)
     return inputs.shape, binary_rule_matches(rows, signature.kind == "binary_probabilities")

@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxent._arguments import arrays
@@ -306,11 +305,10 @@ def chunking_of(
     """
     if chunk_rows is None:
         chunk_rows = max(1, devices * _default_chunk_rows(features, num_classes))
-    elif isinstance(chunk_rows, bool) or not isinstance(chunk_rows, (int, np.integer)):
-        raise arrays.dtype_error("chunk_rows", "be an int or None", chunk_rows)
-    elif chunk_rows < 1:
-        raise ArgumentValueError(f"`chunk_rows` must be at least 1, got {chunk_rows}")
-    chunk_rows = int(chunk_rows)
+    else:
+        chunk_rows = arrays.as_int("chunk_rows", chunk_rows, "be an int or None")
+        if chunk_rows < 1:
+            raise ArgumentValueError(f"`chunk_rows` must be at least 1, got {chunk_rows}")
     if not isinstance(rows, int):  # a symbol of `jax.export`
         return Chunking(rows, chunk_rows, 1, strided)
     if rows == 0:

@@ -10,14 +10,21 @@ from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.options import Precision
-from jaxent._arguments.reduction import Reduction, WeightedSum
-from jaxent._arguments.targets import SoftmaxArguments, check_classes
+from jaxent._arguments.reduction import Reduction, WeightedSum, check_reduction, quotient
+from jaxent._arguments.targets import (
+    SoftmaxArguments,
+    check_classes,
+    check_ignore_index,
+    check_softmax_arguments,
+    row_targets,
+)
 from jaxent._engine.chunking import Chunking, chunking_of
 from jaxent._engine.streaming import Counted, Head, Logits, MatrixProducts, RowFunction, stream_rows, stream_sum
-from jaxent._math.row_losses import RowTargets
+from jaxent._math.row_losses import LossOptions, RowTargets
 from jaxent._mesh.apply import Batch
-from jaxent._mesh.check import check_linear_layer
-from jaxent._mesh.types import automatic_devices, local_shape, may_be_split_by_xla
+from jaxent._mesh.check import check_class_axis, check_linear_layer, check_vocab_axis
+from jaxent._mesh.class_axis import ClassAxis, VocabAxis
+from jaxent._mesh.types import automatic_devices, local_shape, may_be_split_by_xla, mesh_of
 
 
 class LogitTransform(NamedTuple):
@@ -33,8 +40,79 @@ class LogitTransform(NamedTuple):
         return z if self.temperature is None else z / self.temperature.astype(z.dtype)
 
 
-def check_head(hidden: ArrayLike, kernel: ArrayLike, bias: ArrayLike | None, suffix: str = "") -> tuple[Head, Batch]:
-    """The head with its rows in one dimension, operands in one dtype, and the batch."""
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LinearCall:
+    """The checked arguments of a softmax loss of a linear layer, rows in one dimension, and what is static in them."""
+
+    head: Head
+    arguments: SoftmaxArguments
+    transform: LogitTransform
+    divisor: jax.Array | None
+    batch: Batch = dataclasses.field(metadata={"static": True})
+    classes: ClassAxis = dataclasses.field(metadata={"static": True})
+    ignore_index: int | None = dataclasses.field(metadata={"static": True})
+    reduction: Reduction = dataclasses.field(metadata={"static": True})
+    chunking: Chunking = dataclasses.field(metadata={"static": True})
+    products: MatrixProducts = dataclasses.field(metadata={"static": True})
+
+    def rows(self) -> tuple[RowTargets, LossOptions, Counted]:
+        rows, options = row_targets(self.arguments, logits_like(self.head), self.classes, self.ignore_index)
+        rows, counted = counted_rows(rows, self.arguments, self.ignore_index, self.head.hidden)
+        return rows, options, counted
+
+
+def check_linear_call(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    bias: ArrayLike | None,
+    given: SoftmaxArguments,
+    *,
+    ignore_index: int | None,
+    soft_cap: ArrayLike | None,
+    temperature: ArrayLike,
+    reduction: Reduction = "none",
+    denominator: ArrayLike | None = None,
+    chunk_rows: int | None,
+    precision: Precision,
+    vocab_axis: VocabAxis,
+    blocks: int = 1,
+    targets_name: str = "targets",
+    targets_required: bool = True,
+    hidden_whole: bool = True,
+) -> LinearCall:
+    """A softmax loss of a linear layer, or what is made of one; `blocks` of logits are held at a time.
+
+    With `hidden_whole` hidden states must be typed as the same on all devices of `vocab_axis`. Gathered ones are not,
+    as split ones are not, which have another shape than targets.
+    """
+    h, w, bias = check_head(hidden, kernel, bias)
+    if vocab_axis is not None:
+        whole = {"hidden": h} if hidden_whole else {}
+        check_vocab_axis(vocab_axis, given.without_classes(targets_name) | whole)
+    batch, classes = Batch.of(h), ClassAxis(-1, vocab_axis)
+    shape = (*batch.shape, w.shape[1])
+    arguments = check_softmax_arguments(given, shape, -1, targets_name, targets_required)
+    check_class_axis(vocab_axis, {"kernel": (w, 1)}, arguments.without_classes(targets_name), arguments.class_weights)
+    head = Head(batch.flatten(h, h), w, bias)
+    return LinearCall(
+        head,
+        flat_rows(arguments, batch, h),
+        check_logit_transform(soft_cap, temperature),
+        check_reduction(reduction, denominator),
+        batch,
+        classes,
+        check_ignore_index(ignore_index),
+        reduction,
+        chunking_for(chunk_rows, *[head] * blocks),
+        matrix_products(precision, head),
+    )
+
+
+def check_head(
+    hidden: ArrayLike, kernel: ArrayLike, bias: ArrayLike | None, suffix: str = ""
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Hidden states, kernel and bias, whose products have operands of one dtype."""
     h = arrays.floating(f"hidden{suffix}", hidden)
     w = arrays.floating(f"kernel{suffix}", kernel)
     if h.ndim == 0:
@@ -45,15 +123,15 @@ def check_head(hidden: ArrayLike, kernel: ArrayLike, bias: ArrayLike | None, suf
             "a (classes, features) embedding goes in as `embedding.T`"
         )
         raise arrays.shape_error(f"kernel{suffix}", expected, w)
-    check_classes(f"kernel{suffix}", w.shape, -1)
+    if w.shape[1] == 0:
+        check_classes(f"kernel{suffix}", w.shape, -1)
     if bias is not None:
         bias = arrays.floating(f"bias{suffix}", bias)
         arrays.check_shape(f"bias{suffix}", bias, (w.shape[1],), "one for each class")
     if h.dtype != w.dtype:
         h, w = arrays.accumulated(h, w)
     check_linear_layer(h, w, suffix)
-    batch = Batch.of(h, h.ndim - 1)
-    return Head(batch.flatten(h), w, bias), batch
+    return h, w, bias
 
 
 def check_logit_transform(soft_cap: ArrayLike | None, temperature: ArrayLike) -> LogitTransform:
@@ -62,29 +140,28 @@ def check_logit_transform(soft_cap: ArrayLike | None, temperature: ArrayLike) ->
     return LogitTransform(soft_cap, arrays.scalar("temperature", temperature, low=0.0, open_low=True, neutral=1.0))
 
 
-def check_row_argument(x: ArrayLike, batch: Batch) -> jax.Array:
-    x = jnp.asarray(x)
-    if x.shape[: len(batch)] != batch:
-        raise arrays.shape_error("row_args", f"have shapes that start with {batch}, the batch of `hidden`", x)
-    return batch.flatten(x)
+def check_row_argument(x: ArrayLike, batch: Batch, like: jax.Array) -> jax.Array:
+    x = jnp.asarray(arrays.as_array("row_args", x))
+    if x.shape[: len(batch.shape)] != batch.shape:
+        raise arrays.shape_error("row_args", f"have shapes that start with {batch.shape}, the batch of `hidden`", x)
+    return batch.flatten(x, like)
 
 
-def flat_rows(arguments: SoftmaxArguments, batch: Batch) -> SoftmaxArguments:
+def flat_rows(arguments: SoftmaxArguments, batch: Batch, like: jax.Array) -> SoftmaxArguments:
     """The arguments with their batch axes as one."""
-    flat: dict[str, Any] = {
-        name: jax.tree.map(batch.flatten, x)
-        for name, x in arguments._asdict().items()
-        if name in ("targets", "where", "weights") and x is not None
-    }
-    return arguments._replace(**flat)
+    rows = {"targets": arguments.targets, "where": arguments.where, "weights": arguments.weights}
+    return arguments._replace(**{name: jax.tree.map(lambda x: batch.flatten(x, like), x) for name, x in rows.items()})
 
 
 def chunking_for(chunk_rows: int | None, *heads: Head) -> Chunking:
     """How the rows of a device are cut; the logits of all heads are held at a time."""
-    rows, _ = local_shape(heads[0].hidden)
-    classes = max(1, sum(local_shape(head.kernel)[1] for head in heads))
-    devices = max(automatic_devices(x) for head in heads for x in (head.hidden, head.kernel))
-    features = max(local_shape(head.hidden)[1] for head in heads)
+    operands = [x for head in heads for x in (head.hidden, head.kernel)]
+    shapes = [x.shape for x in operands]
+    devices = 1
+    if not mesh_of(*operands).empty:
+        shapes, devices = [local_shape(x) for x in operands], max([automatic_devices(x) for x in operands])
+    rows, features = shapes[0][0], max([shape[1] for shape in shapes[::2]])
+    classes = max(1, sum([shape[1] for shape in shapes[1::2]]))
     strided = any(may_be_split_by_xla(head.hidden) for head in heads)
     return chunking_of(rows, features, classes, chunk_rows, devices, strided)
 
@@ -137,7 +214,7 @@ def stream_reduced(
     weight = jnp.sum(total_weights).astype(dtype)
     if reduction == "mean":
         # The rows are divided before the products, not the gradients after them: those are as large as the kernel.
-        scale = WeightedSum(jnp.ones_like(weight), weight if divisor is None else divisor.astype(dtype)).mean()
+        scale = quotient(1, weight if divisor is None else divisor.astype(dtype))
         return stream_sum(ScaledRowLoss(row_fn), heads, rows, (shared, scale), chunking, products, counted)
     total, aux = stream_sum(row_fn, heads, rows, shared, chunking, products, counted)
     return (WeightedSum(total, weight) if reduction == "sum_and_weight" else total), aux

@@ -65,12 +65,14 @@ def plan(
     >>> print(plan(8192, 4096, 128256, chunk_rows=1024))
     8 chunks of 1024 rows, 3 matrix products, about 2761 MiB of temporaries where the logits take 4008 MiB
     """
-    sizes = (("num_rows", num_rows, 0), ("features", features, 1), ("num_classes", num_classes, 1))
-    for argument, size, least in sizes:
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)):
-            raise arrays.dtype_error(argument, "be an int", size)
-        if size < least:
-            raise ArgumentValueError(f"`{argument}` must be at least {least}, got {size}")
+    num_rows, features, num_classes = (
+        _size(argument, size, least)
+        for argument, size, least in (
+            ("num_rows", num_rows, 0),
+            ("features", features, 1),
+            ("num_classes", num_classes, 1),
+        )
+    )
     check_reduction(reduction, None)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise arrays.dtype_error("dtype", "be floating", np.dtype(dtype).name)
@@ -91,3 +93,10 @@ def plan(
         temp_bytes=chunk_bytes + sums * kernel_bytes + 2 * num_rows * features * wide,
         dense_logits_bytes=num_rows * num_classes * wide,
     )
+
+
+def _size(argument: str, size: int, least: int) -> int:
+    size = arrays.as_int(argument, size)
+    if size < least:
+        raise ArgumentValueError(f"`{argument}` must be at least {least}, got {size}")
+    return size

@@ -5,6 +5,7 @@ how it is split: the rows are then taken apart by a `shard_map` of our own, so t
 after the scan, and the classes are left to XLA, so that a row function may look at them as a whole.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +21,8 @@ from jaxent._mesh.types import Partition, axes_of_type, axis_names, mesh_of, par
 
 def with_auto_axes(f: Callable[..., Any], *arrays: Any, mesh: AbstractMesh, out_specs: Any) -> Any:
     """`f(*arrays)` with the explicit axes of the mesh left to XLA; `out_specs` types the result."""
+    if mesh.empty:
+        return f(*arrays)
     explicit = axes_of_type(mesh, AxisType.Explicit)
     if not explicit:
         return f(*arrays)
@@ -58,44 +61,43 @@ def shard_map_rows(f: Callable[..., Any], per_row: Any, shared: Any) -> Any:
     return with_auto_axes(parts, per_row, shared, mesh=mesh, out_specs=specs)
 
 
-class Batch(tuple[int, ...]):
+@dataclasses.dataclass(frozen=True)
+class Batch:
     """The shape of a batch whose axes become one, and how an explicit mesh splits it.
 
     Each device flattens its own part, so that nothing moves; the rows then come in another order.
     """
 
+    shape: tuple[int, ...]
     mesh: AbstractMesh
     split: Partition
-    like: jax.Array
 
     @classmethod
-    def of(cls, x: jax.Array, dims: int) -> "Batch":
-        """The first `dims` axes of `x`."""
-        batch = cls(x.shape[:dims])
-        batch.mesh, batch.split, batch.like = mesh_of(x), partition_of(x)[:dims], x
-        return batch
+    def of(cls, x: jax.Array) -> "Batch":
+        """All axes of `x` but the last."""
+        return cls(x.shape[:-1], mesh_of(x), partition_of(x)[:-1])
 
-    def flatten(self, x: jax.Array) -> jax.Array:
-        """`(*batch, ...)` to `(rows, ...)`, split as the batch is."""
-        dims, axes = len(self), axis_names(self.split)
+    def flatten(self, x: jax.Array, like: jax.Array) -> jax.Array:
+        """`(*batch, ...)` to `(rows, ...)`, split as the batch is, which is that of `like`."""
+        dims = len(self.shape)
         if dims == 1:
             return x
+        axes = axis_names(self.split)
         if axes and mesh_of(x).empty:
-            x = self._on_mesh(x)
+            x = self._on_mesh(x, like)
         flat = on_each_device(lambda x: x.reshape(-1, *x.shape[dims:]), axes, P(*self.split), P(axes))
         return with_auto_axes(flat, x, mesh=self.mesh, out_specs=P(axes, *partition_of(x)[dims:]))
 
-    def _on_mesh(self, x: jax.Array) -> jax.Array:
+    def _on_mesh(self, x: jax.Array, like: jax.Array) -> jax.Array:
         """An array of the host, split as the batch is: outside `jit`, `shard_map` takes no other beside split ones."""
-        dims = len(self)
-        nowhere = jnp.any(jnp.zeros_like(self.like, bool), axis=tuple(range(dims, self.like.ndim)))
-        return jnp.where(jnp.expand_dims(nowhere, tuple(range(dims, x.ndim))), x, x)
+        nowhere = jnp.any(jnp.zeros_like(like, bool), axis=-1)
+        return jnp.where(jnp.expand_dims(nowhere, tuple(range(nowhere.ndim, x.ndim))), x, x)
 
     def unflatten(self, x: jax.Array) -> jax.Array:
         """`(rows, ...)` to `(*batch, ...)`."""
-        axes = axis_names(self.split)
-        if len(self) == 1:
+        if len(self.shape) == 1:
             return x
-        shape = [n // math.prod(self.mesh.shape[a] for a in names) for n, names in zip(self, self.split, strict=True)]
+        axes, sizes = axis_names(self.split), zip(self.shape, self.split, strict=True)
+        shape = [n // math.prod(self.mesh.shape[a] for a in names) for n, names in sizes]
         parts = on_each_device(lambda x: x.reshape(*shape, *x.shape[1:]), axes, P(axes), P(*self.split))
         return with_auto_axes(parts, x, mesh=self.mesh, out_specs=P(*self.split, *partition_of(x)[1:]))

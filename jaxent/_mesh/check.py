@@ -1,7 +1,6 @@
 """What is refused on a mesh, before any shape is looked at."""
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -9,10 +8,11 @@ from jax import lax
 from jax.sharding import AxisType
 
 from jaxent._errors import ArgumentTypeError, ArgumentValueError
+from jaxent._mesh.class_axis import VocabAxis
 from jaxent._mesh.types import axes_of_type, axis_names, mesh_of, partition_of, varying
 
 
-def check_vocab_axis(vocab_axis: str | None, rows: Mapping[str, Any] = MappingProxyType({})) -> None:
+def check_vocab_axis(vocab_axis: VocabAxis, rows: Mapping[str, Any]) -> None:
     """An unknown mesh axis is named here, before a collective fails in words about axis environments.
 
     `rows` are arguments with rows and no classes, as they came: split over the axis they would have a wrong shape too,
@@ -20,77 +20,90 @@ def check_vocab_axis(vocab_axis: str | None, rows: Mapping[str, Any] = MappingPr
     """
     if vocab_axis is None:
         return
-    if not isinstance(vocab_axis, str):
-        raise ArgumentTypeError(f"`vocab_axis` must be the name of a mesh axis, got {vocab_axis!r}")
-    try:
-        lax.axis_size(vocab_axis)
-    except NameError as error:
-        raise ArgumentValueError(
-            f"`vocab_axis` must name a mesh axis of the surrounding jax.shard_map, got "
-            f"{vocab_axis!r}; outside shard_map leave it out: automatic and explicit sharding do not need it"
-        ) from error
+    axes = vocab_axis if isinstance(vocab_axis, tuple) else (vocab_axis,)
+    if not axes or not all(isinstance(axis, str) for axis in axes):
+        expected = "be the name of a mesh axis or a tuple of names"
+        raise ArgumentTypeError(f"`vocab_axis` must {expected}, got {vocab_axis!r}")
+    manual = axes_of_type(jax.sharding.get_abstract_mesh(), AxisType.Manual)
+    for axis in axes:
+        try:
+            lax.axis_size(axis)
+        except NameError as error:
+            raise ArgumentValueError(
+                f"`vocab_axis` must name a mesh axis of the surrounding jax.shard_map, got {axis!r}; outside "
+                f"shard_map leave it out: automatic and explicit sharding do not need it"
+            ) from error
+        if axis not in manual:
+            raise ArgumentValueError(
+                f"`vocab_axis` must name a mesh axis of the surrounding jax.shard_map, got {axis!r}, the axis_name of "
+                f"a jax.vmap, whose sums have no derivative that knows of the other parts; use jax.shard_map"
+            )
     for name, x in rows.items():
-        if isinstance(x, jax.Array) and vocab_axis in varying(x):
+        differs = sorted(varying(x).intersection(axes)) if isinstance(x, jax.Array) else []
+        if differs:
             gathered = ", or take its jax.lax.pmean if it was gathered" if name.startswith("hidden") else ""
             raise ArgumentValueError(
                 f"`{name}` must be the same on all devices of `vocab_axis`, since labels count all "
-                f"classes and rows have all of them; got {jax.typeof(x)}, which differs along {vocab_axis!r}: leave "
+                f"classes and rows have all of them; got {jax.typeof(x)}, which differs along {differs[0]!r}: leave "
                 f"the axis out of its in_specs{gathered}"
             )
 
 
 def check_class_axis(
-    vocab_axis: str | None,
+    vocab_axis: VocabAxis,
     split: Mapping[str, tuple[jax.Array, int]],
     whole: Mapping[str, jax.Array | None],
-    along: Mapping[str, tuple[jax.Array | None, int]] = MappingProxyType({}),
+    class_weights: jax.Array | None = None,
 ) -> None:
     """Arrays with classes, `name: (array, class axis)`, are split over `vocab_axis`; those with rows only are not.
 
-    Those of `along` go with the first of `split`.
+    Class weights go with the first of `split`.
     """
-    check_vocab_axis(vocab_axis, whole)
     (first, (like, at)), *_ = split.items()
-    for name, (x, axis) in along.items():
-        if x is not None and partition_of(x)[axis] not in ((), partition_of(like)[at]):
-            raise ArgumentValueError(
-                f"`{name}` must be split over the mesh axes that split the classes of `{first}`, or "
-                f"over none, got {jax.typeof(x)} and {jax.typeof(like)}; `jax.sharding.reshard` it"
-            )
-    present = {name: x for name, x in whole.items() if x is not None}
+    if mesh_of(like, class_weights, *whole.values()).empty:
+        return
+    if class_weights is not None and partition_of(class_weights)[0] not in ((), partition_of(like)[at]):
+        raise ArgumentValueError(
+            f"`class_weights` must be split over the mesh axes that split the classes of `{first}`, or "
+            f"over none, got {jax.typeof(class_weights)} and {jax.typeof(like)}; `jax.sharding.reshard` it"
+        )
+    axes = vocab_axis if isinstance(vocab_axis, tuple) else (vocab_axis,)
     for name, (x, axis) in split.items():
         taken = partition_of(x)[axis]
-        for other, y in present.items():
-            both = sorted(set(taken) & set(axis_names(partition_of(y))))
+        for other, y in whole.items():
+            both = [] if y is None else sorted(set(taken) & set(axis_names(partition_of(y))))
             if both:
                 raise ArgumentValueError(
                     f"`{other}` must be whole on every device of the mesh axis that splits the "
                     f"classes of `{name}`, got {jax.typeof(y)} and {jax.typeof(x)}; "
                     f"`jax.sharding.reshard` it so that {both[0]!r} splits only classes"
                 )
-        if vocab_axis in axes_of_type(mesh_of(x), AxisType.Manual) and vocab_axis not in varying(x):
+        for missing in axes_of_type(mesh_of(x), AxisType.Manual).intersection(axes).difference(varying(x)):
             raise ArgumentValueError(
                 f"`{name}` must hold each device's own classes along `vocab_axis`, got the same "
-                f"classes on all devices of {vocab_axis!r}; name the axis in the in_specs of jax.shard_map, and leave "
+                f"classes on all devices of {missing!r}; name the axis in the in_specs of jax.shard_map, and leave "
                 f"its check_vma on"
             )
 
 
 def check_linear_layer(hidden: jax.Array, kernel: jax.Array, suffix: str = "") -> None:
     """On an explicit mesh rows and classes are split, each over mesh axes of its own, and features are not."""
-    types = f"got {jax.typeof(hidden)} and {jax.typeof(kernel)}"
-    features, classes = partition_of(kernel)
-    if features or partition_of(hidden)[-1]:
-        raise ArgumentValueError(
-            f"`hidden{suffix}` and `kernel{suffix}` must have whole features on every device, "
-            f"{types}; `jax.sharding.reshard` the kernel to PartitionSpec(None, classes) first"
-        )
-    both = sorted(set(axis_names(partition_of(hidden))) & set(classes))
-    if both:
-        raise ArgumentValueError(
-            f"`hidden{suffix}` and `kernel{suffix}` must be split over different mesh axes, "
-            f"{types}; {both[0]!r} cannot split both rows and classes: `jax.sharding.reshard` one of them"
-        )
+    if mesh_of(hidden, kernel).empty:
+        return
+    rows, (features, classes) = partition_of(hidden), partition_of(kernel)
+    both = sorted(set(axis_names(rows)) & set(classes))
+    if features or rows[-1]:
+        problem = "have whole features on every device"
+        remedy = "`jax.sharding.reshard` the kernel to PartitionSpec(None, classes) first"
+    elif both:
+        problem = "be split over different mesh axes"
+        remedy = f"{both[0]!r} cannot split both rows and classes: `jax.sharding.reshard` one of them"
+    else:
+        return
+    raise ArgumentValueError(
+        f"`hidden{suffix}` and `kernel{suffix}` must {problem}, got {jax.typeof(hidden)} and {jax.typeof(kernel)}; "
+        f"{remedy}"
+    )
 
 
 def check_same_split(arrays: Mapping[str, jax.Array], axis: int) -> None:

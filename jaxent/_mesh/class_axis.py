@@ -26,6 +26,9 @@ def row_sum(x: jax.Array, axis: int | tuple[int, ...], keepdims: bool = True) ->
     return lax.reduce_precision(total, exponent_bits=bits.nexp, mantissa_bits=bits.nmant)
 
 
+VocabAxis = str | tuple[str, ...] | None
+"""The mesh axes that split the classes inside `jax.shard_map`."""
+
 # Labels compared in one pass over the classes. Heuristic: the passes, not the comparisons, take the time.
 SPREAD_AT_ONCE = 8
 
@@ -39,7 +42,7 @@ class ClassAxis:
     """
 
     axis: int = -1
-    mesh_axis: str | tuple[str, ...] | None = None
+    mesh_axis: VocabAxis = None
 
     def size(self, x: jax.Array | jax.ShapeDtypeStruct) -> int:
         """How many classes there are, over all shards."""

@@ -39,10 +39,17 @@ def may_be_split_by_xla(x: jax.Array) -> bool:
     return jax.device_count() > 1 and (mesh.empty or bool(auto_axis_names(mesh)))
 
 
-def mesh_of(*arrays: jax.Array) -> AbstractMesh:
+NO_MESH = AbstractMesh((), ())
+
+
+def mesh_of(*arrays: jax.Array | None) -> AbstractMesh:
     """The mesh that any of the arrays is typed with; empty if none is."""
-    meshes = [jax.typeof(x).sharding.mesh for x in arrays]
-    return next((mesh for mesh in meshes if not mesh.empty), AbstractMesh((), ()))
+    for x in arrays:
+        if x is not None:
+            mesh = jax.typeof(x).sharding.mesh
+            if not mesh.empty:
+                return mesh
+    return NO_MESH
 
 
 def axes_of_type(mesh: AbstractMesh, kind: AxisType) -> frozenset[str]:
@@ -59,7 +66,10 @@ Partition = tuple[tuple[str, ...], ...]
 
 def partition_of(x: jax.Array) -> Partition:
     """The explicit mesh axes that each dimension is split over, without those of size 1, which split nothing."""
-    mesh, spec = mesh_of(x), jax.typeof(x).sharding.spec
+    sharding = jax.typeof(x).sharding
+    mesh, spec = sharding.mesh, sharding.spec
+    if mesh.empty:
+        return ((),) * x.ndim
     names = (() if s is None else s if isinstance(s, tuple) else (s,) for s in spec)
     return tuple(tuple(a for a in axes if mesh.shape[a] > 1) for axes in names)
 
@@ -71,6 +81,8 @@ def axis_names(split: Partition) -> tuple[str, ...]:
 def local_shape(x: jax.Array) -> tuple[int, ...]:
     """The shape of one device's part on an explicit mesh; the whole shape on others."""
     mesh = mesh_of(x)
+    if mesh.empty:
+        return x.shape
     return tuple(
         n // math.prod(mesh.shape[a] for a in names) for n, names in zip(x.shape, partition_of(x), strict=True)
     )
@@ -79,4 +91,4 @@ def local_shape(x: jax.Array) -> tuple[int, ...]:
 def automatic_devices(x: jax.Array) -> int:
     """Over how many devices XLA may have split an array, as far as its type knows."""
     mesh = mesh_of(x)
-    return math.prod(mesh.shape[name] for name in auto_axis_names(mesh))
+    return 1 if mesh.empty else math.prod(mesh.shape[name] for name in auto_axis_names(mesh))

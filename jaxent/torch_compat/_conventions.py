@@ -126,21 +126,22 @@ def class_loss_dtype(z: jax.Array, target: jax.Array, weight: jax.Array | None) 
     return z.dtype if jnp.issubdtype(target.dtype, jnp.integer) else promoted_dtype(z, target, weight)
 
 
-def check_target(target: ArrayLike, shape: tuple[int, ...], axis: int) -> jax.Array:
+def check_target(target: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
     """Class indices or class probabilities for logits of `shape`; PyTorch tells them apart by their shape, which for
     every valid target is what their type says.
     """
-    kind = getattr(target, "dtype", None) or np.asarray(target).dtype
-    if jnp.issubdtype(kind, jnp.integer):
+    target = arrays.as_array("target", target)
+    if jnp.issubdtype(target.dtype, jnp.integer):
         return check_class_indices(target, shape, axis)
     target = arrays.floating("target", target)
     arrays.check_shape("target", target, shape, f"class probabilities are shaped like the logits{_where(shape, axis)}")
     return target
 
 
-def check_class_indices(target: ArrayLike, shape: tuple[int, ...], axis: int) -> jax.Array:
+def check_class_indices(target: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
+    target = arrays.as_array("target", target)
     note = f"one class index for each row{_where(shape, axis)}"
-    if len(shape) > 2 and np.shape(target) == shape[:-1]:
+    if len(shape) > 2 and target.shape == shape[:-1]:
         note += "; if they lie on the last one, pass jnp.moveaxis(input, -1, 1)"
     return check_labels("target", target, rows_shape(shape, axis), note)
 
@@ -160,7 +161,7 @@ def check_class_weight(weight: ArrayLike | None, count: int) -> jax.Array | None
 def check_entry_weight(argument: str, weight: ArrayLike | None, shape: tuple[int, ...]) -> jax.Array | None:
     if weight is None:
         return None
-    weight = arrays.probability_or_flag(argument, weight)
+    weight = arrays.real(argument, weight)
     arrays.check_broadcast(argument, weight, shape, "`input`")
     return weight
 

@@ -130,7 +130,7 @@ def binary_cross_entropy(
 
 def _entries(input: ArrayLike, target: ArrayLike) -> tuple[jax.Array, jax.Array]:
     x = arrays.floating("input", input)
-    t = arrays.probability_or_flag("target", target)
+    t = arrays.real("target", target)
     arrays.check_shape("target", t, x.shape, "that of `input`")
     return x, t
 

@@ -56,7 +56,7 @@ class LinearCrossEntropyOptions:
     @named(_OPTIONS)
     def __post_init__(self) -> None:
         size, method = self.batch_chunk_size, self.chunking_method
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        if size is not None and arrays.as_int("batch_chunk_size", size, "be an int or None") < 1:
             raise ArgumentValueError(f"`batch_chunk_size` must be a positive int or None, got {size!r}")
         if method is not None and method != "auto" and _aspect_factor(method) is None:
             expected = "'auto', 'aspect_ratio', 'aspect_ratio:N' or None"
