@@ -10,14 +10,25 @@ Measures of distributions
     cross_entropy                     the mean self-information under Q, H(P, Q) = H(P) + D(P||Q)
     kl_divergence                     the extra cost of coding P with Q's code, D(P||Q)
     jensen_shannon_divergence         the mean divergence of two distributions from their mixture
+    generalized_jensen_shannon_divergence  the same for any number of distributions
     renyi_entropy                     the family with Shannon's entropy at order 1
     renyi_divergence                  the family with the Kullback-Leibler divergence at order 1
     tsallis_entropy                   the family with the Gini impurity at order 2
     perplexity                        the number of equally likely classes with the same entropy, exp(H)
+    total_variation_distance          the largest difference of the probabilities of an event
+    hellinger_distance                the distance of the square roots of the probabilities
+    brier_score                       the squared distance of forecasts from what came
+    empirical_distribution            relative frequencies of labels, or of several labels together
+
+Measures of several variables
+
     joint_entropy                     H(X, Y) of a table of joint probabilities
     conditional_entropy               H(X | Y) or H(Y | X)
     mutual_information                I(X; Y) = D(P_XY || P_X P_Y)
-    empirical_distribution            relative frequencies of labels
+    conditional_mutual_information    I(X; Y | Z)
+    pointwise_mutual_information      log p(x, y) / (p(x) p(y)) of each pair
+    normalized_mutual_information     I(X; Y) as a share of the entropies
+    variation_of_information          H(X | Y) + H(Y | X), a distance of partitions
 
 The same from logits (log-probabilities are logits too)
 
@@ -95,9 +106,12 @@ from jaxent.curvature import fisher_vector_product as fisher_vector_product
 from jaxent.curvature import ggn_vector_product as ggn_vector_product
 from jaxent.curvature import logit_hessian as logit_hessian
 from jaxent.curvature import logit_hessian_product as logit_hessian_product
+from jaxent.divergences import generalized_jensen_shannon_divergence as generalized_jensen_shannon_divergence
+from jaxent.divergences import hellinger_distance as hellinger_distance
 from jaxent.divergences import jensen_shannon_divergence as jensen_shannon_divergence
 from jaxent.divergences import kl_divergence as kl_divergence
 from jaxent.divergences import renyi_divergence as renyi_divergence
+from jaxent.divergences import total_variation_distance as total_variation_distance
 from jaxent.empirical import empirical_distribution as empirical_distribution
 from jaxent.gradient_norms import GradientNoise as GradientNoise
 from jaxent.gradient_norms import GradientNorms as GradientNorms
@@ -115,8 +129,12 @@ from jaxent.information_with_logits import entropy_with_logits as entropy_with_l
 from jaxent.information_with_logits import kl_divergence_with_logits as kl_divergence_with_logits
 from jaxent.information_with_logits import self_information_with_logits as self_information_with_logits
 from jaxent.joint_information import conditional_entropy as conditional_entropy
+from jaxent.joint_information import conditional_mutual_information as conditional_mutual_information
 from jaxent.joint_information import joint_entropy as joint_entropy
 from jaxent.joint_information import mutual_information as mutual_information
+from jaxent.joint_information import normalized_mutual_information as normalized_mutual_information
+from jaxent.joint_information import pointwise_mutual_information as pointwise_mutual_information
+from jaxent.joint_information import variation_of_information as variation_of_information
 from jaxent.linear import linear_softmax_cross_entropy as linear_softmax_cross_entropy
 from jaxent.linear_curvature import linear_fisher_vector_product as linear_fisher_vector_product
 from jaxent.linear_curvature import linear_ggn_vector_product as linear_ggn_vector_product
@@ -127,6 +145,7 @@ from jaxent.losses import nll_loss as nll_loss
 from jaxent.losses import sigmoid_cross_entropy as sigmoid_cross_entropy
 from jaxent.losses import softmax_cross_entropy as softmax_cross_entropy
 from jaxent.risk import EmpiricalRisk as EmpiricalRisk
+from jaxent.scores import brier_score as brier_score
 from jaxent.token_statistics import linear_token_statistics as linear_token_statistics
 from jaxent.token_statistics import token_statistics as token_statistics
 
@@ -143,9 +162,11 @@ __all__ = [
     "SparseTargets",
     "TokenStatistics",
     "WeightedSum",
+    "brier_score",
     "check_gradient",
     "checked",
     "conditional_entropy",
+    "conditional_mutual_information",
     "cross_entropy",
     "cross_entropy_with_logits",
     "diagnose",
@@ -153,8 +174,10 @@ __all__ = [
     "entropy",
     "entropy_with_logits",
     "fisher_vector_product",
+    "generalized_jensen_shannon_divergence",
     "ggn_vector_product",
     "gradient_noise_scale",
+    "hellinger_distance",
     "jensen_shannon_divergence",
     "joint_entropy",
     "kl_divergence",
@@ -171,8 +194,10 @@ __all__ = [
     "logit_hessian_product",
     "mutual_information",
     "nll_loss",
+    "normalized_mutual_information",
     "perplexity",
     "plan",
+    "pointwise_mutual_information",
     "renyi_divergence",
     "renyi_entropy",
     "self_information",
@@ -181,7 +206,9 @@ __all__ = [
     "softmax_cross_entropy",
     "softmax_cross_entropy_gradient",
     "token_statistics",
+    "total_variation_distance",
     "tsallis_entropy",
+    "variation_of_information",
 ]
 
 

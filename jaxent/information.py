@@ -1,6 +1,15 @@
 """Measures of a distribution, and the cross-entropy of two.
 
-Probabilities are taken as they are: nothing is rescaled to sum to one. A negative or nan probability gives nan.
+What all measures have in common, those of the other modules too:
+
+- Probabilities are taken as they are: nothing is rescaled to sum to one. Of a table that does not, the formulas give a
+  number all the same, which is no information. Integers raise an error: from counts, pass `counts / counts.sum()`, or
+  labels to `empirical_distribution`. A negative or nan probability gives nan.
+- `axis` is one class axis or a tuple of them, counted in the broadcast shape; `keepdims=True` keeps them with length 1.
+- `where` deletes classes. A row without any class left is 0, with derivative 0.
+- Results are float64 if any operand is, else float32.
+- Every measure can be differentiated any number of times. Where `p = 0`, a derivative with an infinite limit is 0
+  unless the value is infinite too, and one with a finite limit is that limit.
 """
 
 import jax
@@ -9,9 +18,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
-from jaxent._arguments.distributions import Axes, check_order, evaluate, of_distributions
+from jaxent._arguments.distributions import Axes, Axis, Options, check_order, evaluate, of_distributions, probabilities
 from jaxent._errors import public
-from jaxent._math import renyi, safe
+from jaxent._math import powers, renyi, safe
 from jaxent._mesh.class_axis import row_sum
 
 
@@ -32,13 +41,18 @@ def self_information(p: ArrayLike, *, base: ArrayLike | None = None) -> jax.Arra
     >>> self_information(jnp.array([1.0, 0.5, 0.25]), base=2)
     Array([0., 1., 2.], dtype=float32)
     """
-    p = arrays.floating("p", p)
+    p = probabilities("p", p)
     return evaluate(_self_information, (p,), None, arrays.log_base(base), axes=())
 
 
 @public
 def entropy(
-    p: ArrayLike, *, axis: int = -1, base: ArrayLike | None = None, where: ArrayLike | None = None
+    p: ArrayLike,
+    *,
+    axis: Axis = -1,
+    base: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    keepdims: bool = False,
 ) -> jax.Array:
     r"""Shannon entropy of distributions, in nats (or in units of log `base`; 2 gives bits).
 
@@ -49,9 +63,10 @@ def entropy(
 
     **Arguments:**
 
-    - `p`: probabilities, `(*batch, classes)`, floating; the classes lie at `axis`.
+    - `p`: probabilities, `(*batch, classes)`, floating; the classes lie at `axis`, or at all of a tuple of axes.
     - `base`: of the logarithm, positive and not 1; None is e.
-    - `where`: bool, broadcast to `p`; False deletes a class.
+    - `where`: bool, broadcast to `p`; False deletes a class. A row without classes has entropy 0, with derivative 0.
+    - `keepdims`: keep the class axes, with length 1.
 
     **Returns:** `(*batch,)`; float64 for float64, else float32. A class with `p = 0` adds 0 to the value and has
     derivative 0.
@@ -61,11 +76,11 @@ def entropy(
     >>> entropy(jnp.array([0.5, 0.25, 0.25]), base=2)
     Array(1.5, dtype=float32)
     """
-    return of_distributions(_entropy, {"p": p}, axis=axis, where=where, base=base)
+    return of_distributions(_entropy, {"p": p}, Options(axis, where, keepdims, base))
 
 
 @public
-def perplexity(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) -> jax.Array:
+def perplexity(p: ArrayLike, *, axis: Axis = -1, where: ArrayLike | None = None, keepdims: bool = False) -> jax.Array:
     r"""Perplexity of distributions: the number of equally likely classes with the same entropy.
 
     $$\mathrm{PP}(P) = \exp H(P)$$
@@ -74,14 +89,15 @@ def perplexity(p: ArrayLike, *, axis: int = -1, where: ArrayLike | None = None) 
 
     **Arguments:** as in `entropy`; the base does not matter.
 
-    **Returns:** `(*batch,)`, from 1 to the number of classes. Edges as in `entropy`.
+    **Returns:** `(*batch,)`, from 1 to the number of classes; 0 of a row that `where` leaves no class. Edges as in
+    `entropy`.
 
     **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or axis.
 
     >>> perplexity(jnp.array([0.5, 0.5, 0.0]))
     Array(2., dtype=float32)
     """
-    return jnp.exp(of_distributions(_entropy, {"p": p}, axis=axis, where=where))
+    return of_distributions(_perplexity, {"p": p}, Options(axis, where, keepdims))
 
 
 @public
@@ -89,9 +105,10 @@ def renyi_entropy(
     p: ArrayLike,
     order: float,
     *,
-    axis: int = -1,
+    axis: Axis = -1,
     base: ArrayLike | None = None,
     where: ArrayLike | None = None,
+    keepdims: bool = False,
 ) -> jax.Array:
     r"""Renyi entropy of distributions, in nats (or in units of log `base`; 2 gives bits).
 
@@ -104,8 +121,10 @@ def renyi_entropy(
     **Arguments:** `order`: a Python number in [0, inf]; it picks the formula, so it cannot be traced. The others as in
     `entropy`.
 
-    **Returns:** `(*batch,)`; float64 for float64, else float32. A class with `p = 0` adds 0. The derivative by that `p`
-    is 0 for orders up to 1, where its limit is infinite, and the limit above. At infinity ties share it.
+    **Returns:** `(*batch,)`; float64 for float64, else float32. A class with `p = 0` adds 0. Derivatives with respect
+    to that `p` are 0 for orders up to 1, where the first has an infinite limit. Above 1 they are the limit, or 0 where
+    that is infinite: the first from order 1 on, the second from order 2, the third from order 3 or at order 2. At
+    infinity ties share the derivative.
 
     **Raises:** `TypeError` for a wrong dtype or a traced order, `ValueError` for a wrong shape, axis, base or order.
 
@@ -113,11 +132,13 @@ def renyi_entropy(
     Array(1., dtype=float32)
     """
     order = check_order(order, np.inf)
-    return of_distributions(renyi.entropy, {"p": p}, axis=axis, where=where, base=base, order=order)
+    return of_distributions(renyi.entropy, {"p": p}, Options(axis, where, keepdims, base), order=order)
 
 
 @public
-def tsallis_entropy(p: ArrayLike, order: float, *, axis: int = -1, where: ArrayLike | None = None) -> jax.Array:
+def tsallis_entropy(
+    p: ArrayLike, order: float, *, axis: Axis = -1, where: ArrayLike | None = None, keepdims: bool = False
+) -> jax.Array:
     r"""Tsallis entropy of distributions, a pure number (nats at order 1).
 
     $$S_q(P) = \frac{1}{q-1} \sum_k (p_k - p_k^q), \quad = \frac{1 - \sum_k p_k^q}{q-1} \text{ if } \sum_k p_k = 1$$
@@ -127,8 +148,8 @@ def tsallis_entropy(p: ArrayLike, order: float, *, axis: int = -1, where: ArrayL
     **Arguments:** `order`: a Python number in [0, inf), not traced. The others as in `entropy`; there is no base, since
     the value is not a logarithm.
 
-    **Returns:** `(*batch,)`; float64 for float64, else float32. A class with `p = 0` adds 0. The derivative by that `p`
-    is 0 for orders up to 1, where its limit is infinite, and the limit above.
+    **Returns:** `(*batch,)`; float64 for float64, else float32. A class with `p = 0` adds 0. Derivatives with respect
+    to that `p` as in `renyi_entropy`.
 
     **Raises:** `TypeError` for a wrong dtype or a traced order, `ValueError` for a wrong shape, axis or order.
 
@@ -136,12 +157,18 @@ def tsallis_entropy(p: ArrayLike, order: float, *, axis: int = -1, where: ArrayL
     Array(0.5, dtype=float32)
     """
     order = check_order(order, float(np.finfo(np.float32).max))
-    return of_distributions(_tsallis_entropy, {"p": p}, axis=axis, where=where, order=order)
+    return of_distributions(_tsallis_entropy, {"p": p}, Options(axis, where, keepdims), order=order)
 
 
 @public
 def cross_entropy(
-    p: ArrayLike, q: ArrayLike, *, axis: int = -1, base: ArrayLike | None = None, where: ArrayLike | None = None
+    p: ArrayLike,
+    q: ArrayLike,
+    *,
+    axis: Axis = -1,
+    base: ArrayLike | None = None,
+    where: ArrayLike | None = None,
+    keepdims: bool = False,
 ) -> jax.Array:
     r"""Cross-entropy of `q` relative to `p`, in nats (or in units of log `base`; 2 gives bits).
 
@@ -153,19 +180,21 @@ def cross_entropy(
     **Arguments:**
 
     - `p`, `q`: probabilities, `(*batch, classes)`, floating; their batch dimensions broadcast. The classes lie at
-      `axis`, counted in the broadcast shape.
+      `axis`, or at all of a tuple of axes, counted in the broadcast shape.
     - `base`: of the logarithm, positive and not 1; None is e.
-    - `where`: bool, broadcast to the common shape; False deletes a class from both.
+    - `where`: bool, broadcast to the common shape; False deletes a class from both. A row without classes is 0.
+    - `keepdims`: keep the class axes, with length 1.
 
     **Returns:** `(*batch,)`; float64 if either is float64, else float32. A class with `p = 0` adds 0, with derivative
-    `-log q` by `p` (0 where `q = 0` too); `p > 0`, `q = 0` gives +inf, with derivative -inf by `q`.
+    `-log q` with respect to `p` (0 where `q = 0` too); `p > 0`, `q = 0` gives +inf, with derivative -inf with respect
+    to `q`.
 
     **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape, axis or base.
 
     >>> cross_entropy(jnp.array([0.0, 0.0, 1.0]), jnp.array([0.3, 0.3, 0.4]))
     Array(0.9162907, dtype=float32)
     """
-    return of_distributions(_cross_entropy, {"p": p, "q": q}, axis=axis, where=where, base=base)
+    return of_distributions(_cross_entropy, {"p": p, "q": q}, Options(axis, where, keepdims, base))
 
 
 def _self_information(p: jax.Array, *, axes: Axes) -> jax.Array:
@@ -176,8 +205,12 @@ def _entropy(p: jax.Array, *, axes: Axes) -> jax.Array:
     return row_sum(safe.entropy_term(p), axes)
 
 
+def _perplexity(p: jax.Array, *, axes: Axes) -> jax.Array:
+    return jnp.exp(_entropy(p, axes=axes))
+
+
 def _tsallis_entropy(p: jax.Array, *, axes: Axes, order: float) -> jax.Array:
-    return _entropy(p, axes=axes) if order == 1 else row_sum(safe.tsallis_term(p, order), axes)
+    return _entropy(p, axes=axes) if order == 1 else row_sum(powers.tsallis_term(p, order), axes)
 
 
 def _cross_entropy(p: jax.Array, q: jax.Array, *, axes: Axes) -> jax.Array:

@@ -1,90 +1,26 @@
 """Sums that know their weight: the empirical risk of a batch, of many batches, of many devices."""
 
 import dataclasses
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.reduction import WeightedSum
 from jaxent._errors import public
+from jaxent._math.two_float import TwoFloat, two_float_sum
 from jaxent._serialization import exportable
 
 
-@exportable
-class _TwoFloat(NamedTuple):
-    """The unevaluated sum `hi + lo`, where `lo` holds what rounding took from `hi`: 48 bits from two float32."""
-
-    hi: jax.Array
-    lo: jax.Array
-
-    def plus(self, other: "_TwoFloat") -> "_TwoFloat":
-        hi, error = _two_sum(self.hi, other.hi)
-        return _TwoFloat(*_two_sum(hi, (self.lo + other.lo) + error))
-
-    def astype(self, dtype: DTypeLike) -> "_TwoFloat":
-        """In a narrower type: `lo` takes what `hi` no longer holds."""
-        hi = self.hi.astype(dtype)
-        rest = lax.stop_gradient(self.hi - hi.astype(self.hi.dtype))
-        return _TwoFloat(hi, (jnp.where(jnp.isfinite(hi), rest, 0) + self.lo).astype(dtype))
-
-    def over(self, other: "_TwoFloat") -> jax.Array:
-        """The quotient, to one ulp; 0, with derivative 0, when `other` is 0.
-
-        `hi / hi` alone is up to three roundings off: each `hi` has been rounded once.
-        """
-        empty = other.hi == 0
-        divisor = jnp.where(empty, 1, other.hi)
-        ratio = self.hi / divisor
-        rest = (self.lo - ratio * other.lo) / divisor
-        return jnp.where(empty, 0, jnp.where(jnp.isfinite(ratio), ratio + rest, ratio))
-
-
-def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`a + b` and its rounding error, exactly (Knuth, 1969, section 4.2.2, theorem B).
-
-    As a real function the error is 0, and so is its derivative. Where the sum is infinite the formula gives
-    `inf - inf = nan`; the error is 0 there.
-    """
-    total = a + b
-    a, b, rounded = lax.stop_gradient((a, b, total))
-    b_used = rounded - a
-    error = (a - (rounded - b_used)) + (b - b_used)
-    return total, jnp.where(jnp.isfinite(rounded), error, 0)
-
-
-@jax.custom_jvp
-def _two_float_sum(x: jax.Array) -> _TwoFloat:
-    """The sum of all entries. `jnp.sum` of 10,000 float32 losses is 1e-7 off, however well such sums are then added."""
-    axes = tuple(range(x.ndim))
-    zero = jnp.zeros_like(x, shape=())
-    fixed = lax.stop_gradient(x)
-    total = _TwoFloat(
-        *lax.reduce(
-            (fixed, jnp.zeros_like(x)), (zero, zero), lambda a, b: tuple(_TwoFloat(*a).plus(_TwoFloat(*b))), axes
-        )
-    )
-    # Zeros with the derivative of the sum: jax 0.10 differentiates this and not the rule in a jvp of a grad through a
-    # scan, and a reduction of pairs has no derivative.
-    return total._replace(hi=total.hi + jnp.sum(jnp.where(jnp.isfinite(x), x - fixed, 0)))
-
-
-@_two_float_sum.defjvp
-def _two_float_sum_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[_TwoFloat, _TwoFloat]:
-    tangent = jnp.sum(tangents[0])
-    return _two_float_sum(*primals), _TwoFloat(tangent, jnp.zeros_like(tangent))
-
-
-def _count(n: int = 0) -> _TwoFloat:
+def _count(n: int = 0) -> TwoFloat:
     hi = np.float32(n)
-    return _TwoFloat(jnp.asarray(hi), jnp.asarray(np.float32(n - int(hi))))
+    return TwoFloat(jnp.asarray(hi), jnp.asarray(np.float32(n - int(hi))))
 
 
-def _two_float(argument: str, value: ArrayLike) -> _TwoFloat:
+def _two_float(argument: str, value: ArrayLike) -> TwoFloat:
     """A scalar; an integer that comes from the host, such as a number of bytes, keeps 48 bits."""
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
@@ -92,7 +28,7 @@ def _two_float(argument: str, value: ArrayLike) -> _TwoFloat:
         return _count(int(value))
     (x,) = arrays.accumulated(arrays.real(argument, value))
     arrays.check_shape(argument, x, (), "a scalar")
-    return _TwoFloat(x, jnp.zeros_like(x))
+    return TwoFloat(x, jnp.zeros_like(x))
 
 
 @exportable
@@ -114,8 +50,8 @@ class EmpiricalRisk:
     (3.5, 4.0)
     """
 
-    _total: _TwoFloat = dataclasses.field(default_factory=_count)
-    _weight: _TwoFloat = dataclasses.field(default_factory=_count)
+    _total: TwoFloat = dataclasses.field(default_factory=_count)
+    _weight: TwoFloat = dataclasses.field(default_factory=_count)
 
     @property
     def total(self) -> jax.Array:
@@ -138,7 +74,7 @@ class EmpiricalRisk:
         x = arrays.floating("losses", losses)
         if weights is None:
             (x,) = arrays.accumulated(x)
-            return self._plus(_two_float_sum(x), _count(x.size))
+            return self._plus(two_float_sum(x), _count(x.size))
         w = arrays.real("weights", weights)
         arrays.check_shape("weights", w, x.shape, "one for each loss")
         x, w = arrays.accumulated(x, w)
@@ -146,7 +82,7 @@ class EmpiricalRisk:
         # respect to a weight of 0 would lose its term.
         silenced = (w == 0) & ~jnp.isfinite(x)
         x, w = jnp.where(silenced, 0, x), jnp.where(silenced, 0, w)
-        return self._plus(_two_float_sum(x * w), _two_float_sum(w))
+        return self._plus(two_float_sum(x * w), two_float_sum(w))
 
     @public
     def merge(self, other: "EmpiricalRisk | WeightedSum") -> "EmpiricalRisk":
@@ -157,7 +93,7 @@ class EmpiricalRisk:
             raise arrays.dtype_error("other", "be an EmpiricalRisk or a WeightedSum", other)
         return self._plus(other._total, other._weight)
 
-    def _plus(self, total: _TwoFloat, weight: _TwoFloat) -> "EmpiricalRisk":
+    def _plus(self, total: TwoFloat, weight: TwoFloat) -> "EmpiricalRisk":
         return EmpiricalRisk(
             self._total.plus(total.astype(self._total.hi.dtype)),
             self._weight.plus(weight.astype(self._weight.hi.dtype)),
@@ -166,11 +102,11 @@ class EmpiricalRisk:
     def psum(self, axis_name: str | tuple[str, ...]) -> "EmpiricalRisk":
         """Summed over a mesh axis, inside `jax.shard_map` or `vmap(axis_name=...)`, as exactly as `merge` does it."""
 
-        def over_devices(part: _TwoFloat) -> _TwoFloat:
+        def over_devices(part: TwoFloat) -> TwoFloat:
             # psum of `hi` would round. Each device fills its own slot; adding zeros to it is exact.
             slot = jnp.arange(lax.axis_size(axis_name)) == lax.axis_index(axis_name)
             hi, lo = (lax.psum(jnp.where(slot, x, 0), axis_name) for x in part)
-            return _two_float_sum(hi).plus(_two_float_sum(lo))
+            return two_float_sum(hi).plus(two_float_sum(lo))
 
         return EmpiricalRisk(over_devices(self._total), over_devices(self._weight))
 

@@ -14,7 +14,7 @@ from oracles import exact, rounded
 
 # A divergence of 1e-15 loses 15 digits in its sum, a logit gap of 200 nats 87; differences take their own on top.
 DIGITS = 120
-DIFFERENCE_DIGITS = 50
+DIFFERENCE_DIGITS = 100  # so that a step of 1e-100 stays above 0 at 1e-60
 Measure = Callable[..., Any]
 
 
@@ -43,9 +43,22 @@ def kl_divergence(p: list, q: list) -> Any:
     return textbook + (mpmath.fsum(q) - mpmath.fsum(p))
 
 
-def jensen_shannon_divergence(p: list, q: list) -> Any:
-    m = [(x + y) / 2 for x, y in zip(p, q, strict=True)]
-    return (kl_divergence(p, m) + kl_divergence(q, m)) / 2
+def jensen_shannon_divergence(p: list, q: list, weight: float = 0.5) -> Any:
+    return generalized_jensen_shannon_divergence(p, q, weights=[weight, 1 - mpmath.mpf(weight)])
+
+
+def generalized_jensen_shannon_divergence(*distributions: list, weights: list) -> Any:
+    shares = [mpmath.mpf(w) / mpmath.fsum(weights) for w in weights]
+    mixture = [mpmath.fsum(map(mpmath.fmul, shares, column)) for column in zip(*distributions, strict=True)]
+    return mpmath.fsum(w * kl_divergence(p, mixture) for w, p in zip(shares, distributions, strict=True))
+
+
+def total_variation_distance(p: list, q: list) -> Any:
+    return mpmath.fsum(abs(x - y) for x, y in zip(p, q, strict=True)) / 2
+
+
+def hellinger_distance(p: list, q: list) -> Any:
+    return mpmath.sqrt(mpmath.fsum((mpmath.sqrt(x) - mpmath.sqrt(y)) ** 2 for x, y in zip(p, q, strict=True)) / 2)
 
 
 def renyi_entropy(p: list, order: float) -> Any:
@@ -69,7 +82,10 @@ def renyi_divergence(p: list, q: list, order: float) -> Any:
     if order == np.inf:
         return max(mpmath.log(x / y) for x, y in pairs)
     a = mpmath.mpf(order)
-    mass = a * mpmath.fsum(p) + (1 - a) * mpmath.fsum(q)
+    if order > 16:
+        p, q = ([x / mpmath.fsum(v) for x in v] for v in (p, q))
+        pairs = [(x, y) for x, y in zip(p, q, strict=True) if x]
+    mass = 1 if order > 16 else a * mpmath.fsum(p) + (1 - a) * mpmath.fsum(q)
     total = mpmath.fsum(x**a * y ** (1 - a) for x, y in pairs if y)
     return mpmath.inf if total == 0 else mpmath.log(total / mass) / (a - 1)
 
@@ -95,6 +111,39 @@ def mutual_information(p: list, columns: int) -> Any:
     rows = [mpmath.fsum(p[i : i + columns]) for i in range(0, len(p), columns)]
     cols = [mpmath.fsum(p[j::columns]) for j in range(columns)]
     return kl_divergence(p, [x * y for x in rows for y in cols])
+
+
+def conditional_mutual_information(p: list, rows: int, columns: int) -> Any:
+    """`p` is the table with the classes of Z last, laid end to end."""
+    depth = len(p) // (rows * columns)
+    cell = {at: p[n] for n, at in enumerate(np.ndindex(rows, columns, depth))}
+
+    def marginal(*kept: int) -> dict:
+        sums: dict = {}
+        for at, x in cell.items():
+            key = tuple(at[i] for i in kept)
+            sums[key] = sums.get(key, 0) + x
+        return sums
+
+    of_xz, of_yz, of_z = marginal(0, 2), marginal(1, 2), marginal(2)
+    return mpmath.fsum(v * mpmath.log(v * of_z[z,] / (of_xz[x, z] * of_yz[y, z])) for (x, y, z), v in cell.items() if v)
+
+
+def variation_of_information(p: list, columns: int) -> Any:
+    return conditional_entropy(p, columns, 0) + conditional_entropy(p, columns, 1)
+
+
+def normalized_mutual_information(p: list, columns: int, normalizer: str = "mean") -> Any:
+    h = entropy(p)
+    h_y, h_x = (h - conditional_entropy(p, columns, known) for known in (1, 0))
+    sizes = {
+        "mean": (h_x + h_y) / 2,
+        "min": min(h_x, h_y),
+        "max": max(h_x, h_y),
+        "geometric": mpmath.sqrt(h_x * h_y),
+        "joint": h,
+    }
+    return mutual_information(p, columns) / sizes[normalizer]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -130,7 +179,7 @@ def _softmax(z: list) -> list:
 
 
 def _partial(measure: Measure, vectors: Sequence[list], entries: Sequence[tuple[int, int]]) -> Any:
-    """The derivative by each of the entries (vector, class), by differences; mpmath takes twice the digits for them."""
+    """The derivative with respect to each of the entries, by differences; mpmath takes twice the digits for them."""
     entries = sorted(entries)
     points = list(dict.fromkeys(entries))
 
@@ -164,3 +213,20 @@ def hessian(measure: Measure, *vectors: np.ndarray) -> np.ndarray:
             for b, second in enumerate(entries[: a + 1]):
                 result[a, b] = result[b, a] = float(_partial(measure, numbers, [first, second]))
     return result
+
+
+def third(measure: Measure, at: int, *vectors: np.ndarray) -> np.ndarray:
+    """The derivative of the whole Hessian with respect to one entry, counted through the vectors laid end to end."""
+    entries = _entries(vectors)
+    result = np.zeros((len(entries), len(entries)))
+    with mpmath.workdps(DIFFERENCE_DIGITS):
+        numbers = [exact(v) for v in vectors]
+        for a, first in enumerate(entries):
+            for b, second in enumerate(entries[: a + 1]):
+                result[a, b] = result[b, a] = float(_partial(measure, numbers, [first, second, entries[at]]))
+    return result
+
+
+def above_zero(*vectors: np.ndarray) -> list[np.ndarray]:
+    """Every 0 moved to 1e-60, where a derivative is as good as its limit, if there is one."""
+    return [np.where(v == 0, 1e-60, v.astype(np.float64)) for v in vectors]

@@ -45,6 +45,14 @@ class SoftmaxOptions(CrossEntropyOptions, total=False):
     axis: int
 
 
+class ScoreOptions(TypedDict, total=False):
+    """Of `brier_score`."""
+
+    axis: int | tuple[int, ...]
+    where: ArrayLike | None
+    weights: ArrayLike | None
+
+
 class BinaryOptions(RowOptions, total=False):
     """Of `sigmoid_cross_entropy`."""
 

@@ -1,83 +1,182 @@
-"""Renyi's entropy and divergence of any order, each with its derivative in closed form."""
+"""Renyi's entropy and divergence of any order, with derivatives in closed form at every order of differentiation.
+
+With `d = order - 1` both are `log(S / mass) / d` of a sum `S = sum_k w_k r_k**d`. Their derivatives are made of the
+tilted terms `r_k**d / S`, times powers of the probabilities with small whole exponents, and the derivative of each of
+those is a sum of others. So a term is computed from its logarithm, and never as a difference.
+"""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jaxent._math import safe
+from jaxent._math.powers import power_slope
 from jaxent._mesh.class_axis import row_sum
 
 Axes = tuple[int, ...]
 
+# From here on the distributions are rescaled to sum to one: `order * sum(p) - (order - 1) * sum(q)` has the rounding
+# of two sums times the order. Heuristic: in bfloat16, where sums are 1/256 off, that is 1/16.
+_RESCALED = 16
 
-def _log_mean(
-    weights: jax.Array, exponents: jax.Array, excess: jax.Array, mass: jax.Array, d: float, axes: Axes
-) -> jax.Array:
-    """`log(S / mass) / d` of the sum `S = sum_k w_k exp(e_k)`, which is also `mass + d * excess`.
+# From here on order infinity is meant: powers of the two largest probabilities that float64 tells apart differ by a
+# factor of exp(2**11).
+_INFINITE = 2.0**64
+
+
+class _Tilt(NamedTuple):
+    """`log(S / mass) / d`, and what the tilted terms are made of."""
+
+    value: jax.Array
+    log_r: jax.Array
+    """`log(r_k / reference)`; 0 where `r_k` is 0 or undefined."""
+    log_reference: jax.Array
+    scale: jax.Array
+    """`reference**d / S`."""
+    exponent: jax.Array
+    """`log(r_k**d mass / S)`."""
+
+
+def _inner(x: jax.Array, y: jax.Array, axes: Axes) -> jax.Array:
+    return row_sum(x * y, axes)
+
+
+def _tilt(
+    total: jax.Array,
+    growth: jax.Array,
+    mass: jax.Array,
+    log_r: jax.Array,
+    log_from_reference: jax.Array,
+    log_reference: jax.Array,
+    d: float,
+) -> _Tilt:
+    """Of `total = S / reference**d`, where `S` is also `mass + growth`.
 
     Near order 1 `S` is nearly `mass` and its logarithm nearly 0: at d = 1e-6 `log(S) / d` has no digit. A sum below
-    mass / 2 would cancel in `mass + d * excess`, and one beyond 3 mass / 2 might overflow there.
+    mass / 2 would cancel in `mass + growth`, and one beyond 3 mass / 2 might overflow there.
     """
-    relative = d * excess / mass
+    relative = growth / mass
     near = jnp.abs(relative) <= 0.5
-    exponents = jnp.where(weights > 0, exponents, -jnp.inf)
-    shift = jnp.max(lax.stop_gradient(exponents), axis=axes, keepdims=True)  # the result does not depend on it
-    shift = jnp.where(jnp.isneginf(shift), 0, shift)
-    far = shift + jnp.log(row_sum(weights * jnp.exp(exponents - shift), axes) / mass)
-    return jnp.where(near, jnp.log1p(jnp.where(near, relative, 0)), far) / d
+    log_total = jnp.log(total / mass)
+    value = jnp.where(near, jnp.log1p(jnp.where(near, relative, 0)) / d, log_reference + log_total / d)
+    exponent = jnp.where(near, d * (log_r - value), d * log_from_reference - log_total)
+    return _Tilt(value, log_from_reference, log_reference, 1 / total, exponent)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Entropy
 
 
 def entropy(p: jax.Array, *, axes: Axes, order: float) -> jax.Array:
     if order == 0:
         return jnp.log(row_sum((p > 0).astype(jnp.int32), axes).astype(p.dtype)) + 0 * row_sum(p, axes)
+    if order <= 1:
+        p = jnp.where(p == 0, 0, p)  # a constant, since the derivative with respect to it has an infinite limit
     if order == 1:
         return row_sum(safe.entropy_term(p), axes) / row_sum(p, axes)
-    if order == float("inf"):
+    if order >= _INFINITE:
         return -jnp.log(jnp.max(p, axis=axes, keepdims=True))
     return _entropy(p, axes, order)
 
 
+def _tilted_entropy(p: jax.Array, axes: Axes, order: float) -> _Tilt:
+    d, mass = order - 1, row_sum(p, axes)
+    positive = jnp.where(p == 0, 1, p)
+    log_p = jnp.log(positive)
+    reference = jnp.max(p, axis=axes, keepdims=True) if d > 0 else jnp.ones_like(mass)
+    log_r = jnp.where(p == 0, 0, safe.log_ratio(positive, reference)) if d > 0 else log_p
+    # p**order as p r**d or exp(order log p): the smaller exponent has the smaller error.
+    if order >= 0.5:
+        terms, growth = p * jnp.exp(d * log_r), p * jnp.expm1(d * log_p)
+    else:
+        terms = jnp.where(p == 0, 0, jnp.exp(order * log_p))
+        growth = terms - p
+    return _tilt(row_sum(terms, axes), row_sum(growth, axes), mass, log_p, log_r, jnp.log(reference), d)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _entropy(p: jax.Array, axes: Axes, order: float) -> jax.Array:
-    d = order - 1
-    positive = jnp.where(p == 0, 1, p)
-    excess = row_sum(jnp.where(p == 0, 0, safe.power_excess(positive, order)), axes)
-    # p**order as p exp(d log p) or exp(order log p): the smaller exponent has the smaller error.
-    weights, exponent = (p, d) if order >= 0.5 else (jnp.where(p == 0, 0, p / positive), order)
-    return -_log_mean(weights, exponent * jnp.log(positive), excess, row_sum(p, axes), d, axes)
+    return -_tilted_entropy(p, axes, order).value
 
 
 @_entropy.defjvp
 def _entropy_jvp(axes, order, primals, tangents):
     (p,), (dp,) = primals, tangents
-    value = _entropy(p, axes, order)
-    slope = safe.power_entropy_slope(p, order, value) / row_sum(p, axes)
-    return value, row_sum(slope * dp, axes)
+    return _entropy(p, axes, order), -_inner(_entropy_slope(p, axes, order), dp, axes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _entropy_slope(p: jax.Array, axes: Axes, order: float) -> jax.Array:
+    """`(order p**d mass / S - 1) / (d mass)`, the derivative but for its sign."""
+    slope = power_slope(_tilted_entropy(p, axes, order).exponent, order)
+    return jnp.where(p == 0, 1 / (1 - order) if order > 1 else 0, slope) / row_sum(p, axes)
+
+
+@_entropy_slope.defjvp
+def _entropy_slope_jvp(axes, order, primals, tangents):
+    (p,), (dp,) = primals, tangents
+    _, d_entropy = _entropy_jvp(axes, order, primals, tangents)
+    slope, (own, shared) = _entropy_slope(p, axes, order), (_entropy_term(p, axes, order, i) for i in (-1, 0))
+    return slope, order * (own * dp + shared * d_entropy) - slope * (row_sum(dp, axes) / row_sum(p, axes))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
+def _entropy_term(p: jax.Array, axes: Axes, order: float, i: int) -> jax.Array:
+    """`p**(d + i) / S`; at `p = 0` its limit, or 0 where that is infinite."""
+    tilt, exponent = _tilted_entropy(p, axes, order), order - 1 + i
+    term = jnp.exp(exponent * tilt.log_r + i * tilt.log_reference) * tilt.scale
+    return term if exponent == 0 else jnp.where(p == 0, 0, term)
+
+
+@_entropy_term.defjvp
+def _entropy_term_jvp(axes, order, i, primals, tangents):
+    (p,), (dp,) = primals, tangents
+    term = _entropy_term(p, axes, order, i)
+    tangent = -term * (order * _inner(_entropy_term(p, axes, order, 0), dp, axes))
+    if order - 1 + i != 0:
+        tangent += (order - 1 + i) * _entropy_term(p, axes, order, i - 1) * dp
+    return term, tangent
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Divergence
 
 
 def divergence(p: jax.Array, q: jax.Array, *, axes: Axes, order: float) -> jax.Array:
     if 0 < order < 0.5:
         # D_a(P || Q) = a / (1 - a) D_{1-a}(Q || P): near a = 0 the terms below would cancel.
         return order / (1 - order) * divergence(q, p, axes=axes, order=1 - order)
-    if order == 0:
-        missed, met = (row_sum(jnp.where(kept, q, 0), axes) for kept in (p == 0, p > 0))
-        return jnp.log1p(missed / met) + 0 * row_sum(p, axes)
-    if order == 1:
-        return row_sum(safe.kl_term(p, q), axes) / row_sum(p, axes)
-    poles = jnp.zeros_like(p)
-    if order > 1:
+    if order >= 1:
         poles = safe.pole(p, q)
         infinite = jnp.any(jnp.isinf(poles), axis=axes, keepdims=True)
-        p, q = jnp.where(infinite, 1, p), jnp.where(infinite, 1, q)
-    if order == float("inf"):
+        infinity = row_sum(poles, axes)
+    else:
+        infinite = ~jnp.any((p > 0) & (q > 0) | jnp.isnan(p), axis=axes, keepdims=True)
+        infinity = jnp.where(infinite, jnp.inf, 0).astype(p.dtype)
+    p, q = jnp.where(infinite, 1, p), jnp.where(infinite, 1, q)
+    return _finite_divergence(p, q, axes, order) + infinity
+
+
+def _finite_divergence(p: jax.Array, q: jax.Array, axes: Axes, order: float) -> jax.Array:
+    if order == 0:
+        missed, met = (row_sum(jnp.where(kept, q, 0), axes) for kept in (p == 0, p > 0))
+        return jnp.log1p(safe.ratio(missed, met)) + 0 * row_sum(p, axes)
+    # A constant where the derivative has an infinite limit.
+    if order <= 1:
+        p = jnp.where(p == 0, 0, p)
+    if order < 1:
+        q = jnp.where(q == 0, 0, q)
+    if order == 1:
+        return row_sum(safe.kl_term(p, q), axes) / row_sum(p, axes)
+    if order >= _INFINITE:
         support, log_r = _supported_log_ratio(p, q)
         kept = jnp.where(p == 0, -jnp.inf, jnp.where(support, log_r, p + q))
-        regular = jnp.max(kept, axis=axes, keepdims=True)
-    else:
-        regular = _divergence(p, q, axes, order)
-    return regular + row_sum(poles, axes)
+        return jnp.max(kept, axis=axes, keepdims=True)
+    if order > _RESCALED:
+        p, q = (safe.ratio(x, row_sum(x, axes)) for x in (p, q))
+    return _divergence(p, q, axes, order)
 
 
 def _supported_log_ratio(p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -86,36 +185,109 @@ def _supported_log_ratio(p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Arr
     return support, safe.log_ratio(jnp.where(support, p, 1), jnp.where(support, q, 1))
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _divergence(p: jax.Array, q: jax.Array, axes: Axes, order: float) -> jax.Array:
-    # For orders of at least 1/2. With d = order - 1 and L = log(p / q), sum p exp(d L) = mass + d * sum of
-    #   excess_k = (p exp(d L) - p) / d - (p - q) = [p L + (q - p)] + p (exp(d L) - 1 - d L) / d,
+def _mass(p: jax.Array, q: jax.Array, axes: Axes, order: float) -> jax.Array:
+    """`order * sum(p) + (1 - order) * sum(q)`, and 1 of rescaled distributions."""
+    if order > _RESCALED:
+        return jnp.ones_like(row_sum(p, axes))
+    return row_sum(p, axes) + (order - 1) * row_sum(p - q, axes)
+
+
+def _mass_tangent(dp: jax.Array, dq: jax.Array, axes: Axes, order: float) -> jax.Array:
+    if order > _RESCALED:
+        return jnp.zeros_like(row_sum(dp, axes))
+    return order * row_sum(dp, axes) + (1 - order) * row_sum(dq, axes)
+
+
+def _tilted_divergence(p: jax.Array, q: jax.Array, axes: Axes, order: float) -> _Tilt:
+    # For orders of at least 1/2. With d = order - 1 and L = log(p / q), sum p exp(d L) = mass + the sum of
+    #   growth_k = (p exp(d L) - p) - d (p - q) = d [p L + (q - p)] + p (exp(d L) - 1 - d L),
     # no term of which is negative for d > 0: it is right for d = 1e-6 as well as for P almost equal to Q.
-    d = order - 1
+    d, mass = order - 1, _mass(p, q, axes, order)
     support, log_r = _supported_log_ratio(p, q)
     exponents = d * log_r
     near = jnp.abs(exponents) <= 1
     kl = safe.kl_given_log_ratio(p, q, log_r)
-    excess = jnp.where(
+    growth = jnp.where(
         near,
-        kl + p * safe.exp_tail(jnp.where(near, exponents, 0)) / d,
-        p * jnp.expm1(exponents) / d - (p - q),
+        d * kl + p * safe.exp_tail(jnp.where(near, exponents, 0)),
+        p * jnp.expm1(exponents) - d * (p - q),
     )
-    alone = jnp.where(p == 0, q, -order / d * p)
-    excess = jnp.where(support, excess, alone)
-    mass = row_sum(p, axes) + d * row_sum(p - q, axes)
-    return _log_mean(jnp.where(q == 0, 0, p), exponents, row_sum(excess, axes), mass, d, axes)
+    growth = jnp.where(support, growth, jnp.where(p == 0, d * q, -order * p))
+    log_reference = jnp.zeros_like(mass)
+    if d > 0:
+        log_reference = jnp.max(jnp.where(support, log_r, -jnp.inf), axis=axes, keepdims=True)
+    from_reference = jnp.where(support, log_r - log_reference, 0)
+    total = row_sum(jnp.where(support, p, 0) * jnp.exp(d * from_reference), axes)
+    return _tilt(total, row_sum(growth, axes), mass, log_r, from_reference, log_reference, d)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _divergence(p: jax.Array, q: jax.Array, axes: Axes, order: float) -> jax.Array:
+    return _tilted_divergence(p, q, axes, order).value
 
 
 @_divergence.defjvp
 def _divergence_jvp(axes, order, primals, tangents):
     (p, q), (dp, dq) = primals, tangents
+    in_p, in_q = (slope(p, q, axes, order) for slope in (_slope_in_p, _slope_in_q))
+    return _divergence(p, q, axes, order), order * _inner(in_p, dp, axes) + _inner(in_q, dq, axes)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _slope_in_p(p: jax.Array, q: jax.Array, axes: Axes, order: float) -> jax.Array:
+    """`(r**d mass / S - 1) / (d mass)`: the derivative with respect to `p`, divided by the order."""
     d = order - 1
-    value = _divergence(p, q, axes, order)
+    slope = jnp.expm1(_tilted_divergence(p, q, axes, order).exponent) / d
+    slope = jnp.where((p > 0) & (q > 0), slope, jnp.where((p == 0) & (d < 0), 0, -1 / d))
+    return slope / _mass(p, q, axes, order)
+
+
+@_slope_in_p.defjvp
+def _slope_in_p_jvp(axes, order, primals, tangents):
+    (p, q), (dp, dq) = primals, tangents
+    _, d_value = _divergence_jvp(axes, order, primals, tangents)
+    d_mass = _mass_tangent(dp, dq, axes, order) / _mass(p, q, axes, order)
+    slope = _slope_in_p(p, q, axes, order)
+    in_p, in_q, shared = (_divergence_term(p, q, axes, order, *at) for at in ((-1, 0), (0, -1), (0, 0)))
+    return slope, in_p * dp - in_q * dq - shared * d_value - slope * d_mass
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def _slope_in_q(p: jax.Array, q: jax.Array, axes: Axes, order: float) -> jax.Array:
+    """`1 / mass - r**order / S`: the derivative with respect to `q`."""
     support, log_r = _supported_log_ratio(p, q)
-    by_p = order / d * jnp.expm1(d * (log_r - value))
-    by_p = jnp.where(support, by_p, jnp.where((p == 0) & (d < 0), 0, -order / d))
-    by_q = -jnp.expm1(order * log_r - d * value)
-    by_q = jnp.where(support, by_q, jnp.where((p == 0) & ((q > 0) | (d > 0)), 1, 0))
-    mass = row_sum(p, axes) + d * row_sum(p - q, axes)
-    return value, row_sum(by_p * dp + by_q * dq, axes) / mass
+    slope = -jnp.expm1(_tilted_divergence(p, q, axes, order).exponent + log_r)
+    slope = jnp.where(support, slope, jnp.where((p == 0) & ((q > 0) | (order > 1)), 1, 0))
+    return slope / _mass(p, q, axes, order)
+
+
+@_slope_in_q.defjvp
+def _slope_in_q_jvp(axes, order, primals, tangents):
+    (p, q), (dp, dq) = primals, tangents
+    _, d_value = _divergence_jvp(axes, order, primals, tangents)
+    d_mass = _mass_tangent(dp, dq, axes, order) / _mass(p, q, axes, order)
+    slope = _slope_in_q(p, q, axes, order)
+    in_p, in_q, shared = (_divergence_term(p, q, axes, order, *at) for at in ((0, -1), (1, -2), (1, -1)))
+    return slope, order * (in_q * dq - in_p * dp) + (order - 1) * shared * d_value - slope * d_mass
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
+def _divergence_term(p: jax.Array, q: jax.Array, axes: Axes, order: float, i: int, j: int) -> jax.Array:
+    """`p**(d + i) q**(j - d) / S`; at `p = 0` its limit, or 0 where that is infinite or `q = 0` too."""
+    d, tilt = order - 1, _tilted_divergence(p, q, axes, order)
+    log_p, log_q = (jnp.log(jnp.where(x > 0, x, 1)) for x in (p, q))
+    own = jnp.where(p == 0, (j - d) * log_q - d * tilt.log_reference, d * tilt.log_r + i * log_p + j * log_q)
+    defined = (q > 0) & ((p > 0) | (d + i == 0))
+    return jnp.where(defined, jnp.exp(own) * tilt.scale, jnp.where(jnp.isnan(p), p, 0))
+
+
+@_divergence_term.defjvp
+def _divergence_term_jvp(axes, order, i, j, primals, tangents):
+    (p, q), (dp, dq) = primals, tangents
+    d = order - 1
+    term, in_p, in_q = (_divergence_term(p, q, axes, order, *at) for at in ((i, j), (0, 0), (1, -1)))
+    tangent = term * (d * _inner(in_q, dq, axes) - order * _inner(in_p, dp, axes))
+    for exponent, at, dx in ((d + i, (i - 1, j), dp), (j - d, (i, j - 1), dq)):
+        if exponent != 0:
+            tangent += exponent * _divergence_term(p, q, axes, order, *at) * dx
+    return term, tangent

@@ -1,4 +1,4 @@
-"""Safe arithmetic on probabilities: map_rows terms of the information measures and their closed-form derivatives.
+"""Safe arithmetic on probabilities: terms of the information measures and their closed-form derivatives.
 
 Every term is exact where the textbook formula subtracts two nearly equal numbers, and every singular point is taken
 out of the operand before the singular operation: a nan in the branch that `where` drops would reach the gradient as
@@ -13,6 +13,8 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+from jaxent._mesh.class_axis import row_sum
 
 
 def in_domain(*operands: jax.Array) -> tuple[jax.Array, ...]:
@@ -32,8 +34,6 @@ def _polynomial(coefficients: list[float], x: jax.Array) -> jax.Array:
 
 # 18 terms reach 1/20! = 4e-19 at |y| = 1, the 9 of float32 1/11! = 3e-8 of a sum that is about 1/2.
 _EXP_TAIL = [1 / math.factorial(n + 2) for n in range(18)]
-# At |s| = 1/3 the next term is 9**-17 / 612 = 1e-19 of the first, for the 9 of float32 9**-9 / 190 = 1e-11.
-_JENSEN_SHANNON = [1 / (2 * n * (2 * n - 1)) for n in range(1, 18)]
 
 
 def exp_tail(y: jax.Array) -> jax.Array:
@@ -109,6 +109,23 @@ def log_ratio(p: jax.Array, q: jax.Array) -> jax.Array:
 def _log_ratio_jvp(primals, tangents):
     (p, q), (dp, dq) = primals, tangents
     return log_ratio(p, q), dp / p - dq / q
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def sum_of_others(p: jax.Array, axis: int) -> jax.Array:
+    """`sum_{j != k} p_j` for each k; the largest entry is left out of its own sum, where `sum(p) - p` would cancel."""
+    p = lax.optimization_barrier(p)  # XLA may compute it anew in each use, and round it otherwise
+    largest = jnp.max(p, axis=axis, keepdims=True)
+    top = p == largest
+    ties = row_sum(top.astype(p.dtype), axis)
+    below = row_sum(jnp.where(top, 0, p), axis) + (ties - 1) * largest
+    return jnp.where(top, below, (below - p) + largest)
+
+
+@sum_of_others.defjvp
+def _sum_of_others_jvp(axis, primals, tangents):
+    (p,), (dp,) = primals, tangents
+    return sum_of_others(p, axis), row_sum(dp, axis) - dp
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -198,67 +215,3 @@ def kl_term(p: jax.Array, q: jax.Array) -> jax.Array:
     dropped = (p == 0) | (q == 0)
     term = kl_of_positive(jnp.where(dropped, 1, p), jnp.where(dropped, 1, q))
     return jnp.where(p == 0, q, term) + pole(p, q)
-
-
-@jax.custom_jvp
-def _log_over_mean(p: jax.Array, q: jax.Array) -> jax.Array:
-    """`log(p / m)`, `m = (p + q) / 2`, from `p - m = (p - q) / 2`, which does not see the rounding of `m`."""
-    return log_ratio_with_gap(p, (p + q) / 2, (p - q) / 2)
-
-
-@_log_over_mean.defjvp
-def _log_over_mean_jvp(primals, tangents):
-    (p, q), (dp, dq) = primals, tangents
-    return _log_over_mean(p, q), (ratio(q, p) * dp - dq) / (p + q)
-
-
-@jax.custom_jvp
-def _jensen_shannon(p: jax.Array, q: jax.Array) -> jax.Array:
-    # With s = (p - q) / (p + q): m ((1 + s) log(1 + s) + (1 - s) log(1 - s)) / 2, a series in s**2 for small s.
-    near = jnp.abs(p - q) <= (p + q) / 3
-    s = jnp.where(near, (p - q) / (p + q), 0)
-    series = s * s * _polynomial(_JENSEN_SHANNON, s * s)
-    far = p * _log_over_mean(p, q) + q * _log_over_mean(q, p)
-    return jnp.where(near, (p + q) * series, far) / 2
-
-
-@_jensen_shannon.defjvp
-def _jensen_shannon_jvp(primals, tangents):
-    (p, q), (dp, dq) = primals, tangents
-    return _jensen_shannon(p, q), (_log_over_mean(p, q) * dp + _log_over_mean(q, p) * dq) / 2
-
-
-def jensen_shannon_term(p: jax.Array, q: jax.Array) -> jax.Array:
-    """`(p log(p / m) + q log(q / m)) / 2`, `m = (p + q) / 2`; at 0, derivative 0 by that operand."""
-    dropped = (p == 0) | (q == 0)
-    term = _jensen_shannon(jnp.where(dropped, 1, p), jnp.where(dropped, 1, q))
-    alone = jnp.where(p == 0, q, p) * (math.log(2) / 2)
-    return jnp.where(dropped, alone, term)
-
-
-def power_excess(p: jax.Array, order: float) -> jax.Array:
-    """`(p**order - p) / (order - 1)` for positive `p` and orders other than 1.
-
-    Near order 1 the powers would cancel; near order 0 `p**(order - 1)` is large, and the rounding of its exponent too.
-    """
-    log_p = jnp.log(p)
-    return (p * jnp.expm1((order - 1) * log_p) if order >= 0.5 else jnp.exp(order * log_p) - p) / (order - 1)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def tsallis_term(p: jax.Array, order: float) -> jax.Array:
-    """`(p - p**order) / (order - 1)` for orders other than 1; at `p = 0` 0, with derivative 0 for orders below 1."""
-    return jnp.where(p == 0, 0, -power_excess(jnp.where(p == 0, 1, p), order))
-
-
-@tsallis_term.defjvp
-def _tsallis_term_jvp(order, primals, tangents):
-    (p,), (dp,) = primals, tangents
-    return tsallis_term(p, order), power_entropy_slope(p, order, jnp.zeros_like(p)) * dp
-
-
-def power_entropy_slope(p: jax.Array, order: float, shift: jax.Array) -> jax.Array:
-    """`-(order p**d exp(d shift) - 1) / d` with `d = order - 1`; at `p = 0` its limit, or 0 where that is infinite."""
-    d = order - 1
-    slope = -(order * jnp.expm1(d * (jnp.log(jnp.where(p == 0, 1, p)) + shift)) / d + 1)
-    return jnp.where(p == 0, 1 / d if d > 0 else 0, slope)

@@ -1,0 +1,131 @@
+"""Scores of forecasts: probabilities against what came."""
+
+import functools
+from typing import Literal, Unpack, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxent._arguments import arrays
+from jaxent._arguments.distributions import Axes, Axis, check_class_axes, probabilities
+from jaxent._arguments.options import ScoreOptions
+from jaxent._arguments.reduction import Reduction, WeightedSum, check_reduction, reduce_losses
+from jaxent._arguments.targets import check_labels, check_row_arguments
+from jaxent._errors import public
+from jaxent._math.label_loss import INVALID, encode_labels
+from jaxent._math.row_losses import weighted
+from jaxent._mesh.apply import map_rows
+from jaxent._mesh.class_axis import row_sum
+
+
+@overload
+def brier_score(
+    probabilities: ArrayLike,
+    targets: ArrayLike,
+    *,
+    reduction: Literal["sum_and_weight"],
+    **options: Unpack[ScoreOptions],
+) -> WeightedSum: ...
+@overload
+def brier_score(
+    probabilities: ArrayLike,
+    targets: ArrayLike,
+    *,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    **options: Unpack[ScoreOptions],
+) -> jax.Array: ...
+@public
+def brier_score(
+    probabilities: ArrayLike,
+    targets: ArrayLike,
+    *,
+    axis: Axis = -1,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    reduction: Reduction = "mean",
+) -> jax.Array | WeightedSum:
+    r"""Brier score of forecasts, a pure number from 0, for a certain and right one, to 2.
+
+    $$\mathrm{BS} = \frac{1}{\sum_n w_n} \sum_n w_n \sum_k (p_{nk} - t_{nk})^2$$
+
+    Brier (1950), equation 2, with $t$ one-hot for class indices. Of two classes it is twice
+    `sklearn.metrics.brier_score_loss`.
+
+    **Arguments:**
+
+    - `probabilities`: `(*batch, classes)`, floating; the classes lie at `axis`, or at all of a tuple of axes.
+    - `targets`: `(*batch,)` class indices of any integer dtype, or class probabilities shaped like `probabilities`. Of
+      several class axes an index counts the classes row by row.
+    - `where`: `(*batch,)` bool; False drops a row. `weights`: `(*batch,)`, row weights.
+    - `reduction`: `"mean"`, `"sum"`, `"none"` or `"sum_and_weight"`, as in `softmax_cross_entropy`.
+
+    **Returns:** float64 for float64 probabilities, else float32. A dropped row adds exactly 0, whatever it holds. A
+    label out of range, and a negative or nan probability, gives nan. The mean of nothing is 0.
+
+    **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape, axis or reduction.
+
+    >>> brier_score(jnp.array([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0]]), jnp.array([0, 1]))
+    Array(0.1875, dtype=float32)
+    """
+    p = _probabilities("probabilities", probabilities)
+    axes = arrays.canonical_axes(axis, max(p.ndim, 1))
+    check_class_axes("probabilities", p, axes)
+    rows = tuple(n for i, n in enumerate(p.shape) if i - p.ndim not in axes)
+    kind = getattr(targets, "dtype", None) or np.asarray(targets).dtype
+    if jnp.issubdtype(kind, jnp.floating):
+        t = arrays.floating("targets", targets)
+        arrays.check_shape("targets", t, p.shape, "class probabilities are shaped like the forecasts")
+    else:
+        t = check_labels("targets", targets, rows)
+    where, weights = check_row_arguments(rows, where, weights)
+    check_reduction(reduction, None)
+    return _brier_score(p, t, where, weights, axes=axes, reduction=reduction)
+
+
+_probabilities = probabilities  # which is also the name of an argument
+
+
+@functools.partial(jax.jit, static_argnames=("axes", "reduction"), inline=True)
+def _brier_score(
+    p: jax.Array,
+    t: jax.Array,
+    where: jax.Array | None,
+    weights: jax.Array | None,
+    *,
+    axes: Axes,
+    reduction: Reduction,
+) -> jax.Array | WeightedSum:
+    def flat(x: jax.Array) -> jax.Array:
+        """With the classes on one last axis."""
+        last = tuple(range(-len(axes), 0))
+        x = jnp.moveaxis(x, axes, last)
+        return x if len(axes) == 1 else x.reshape(*x.shape[: -len(axes)], -1)
+
+    p = flat(p)
+    t = flat(t) if jnp.issubdtype(t.dtype, jnp.floating) else t
+    losses, counted = map_rows(_weighted_losses, p, t, where, weights, without=-1)
+    return reduce_losses(losses, counted, reduction, None)
+
+
+def _weighted_losses(
+    p: jax.Array, t: jax.Array, where: jax.Array | None, weights: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    (p,) = arrays.accumulated(p)
+    bad = ~jnp.all(p >= 0, axis=-1)
+    if jnp.issubdtype(t.dtype, jnp.integer):
+        labels = encode_labels(t, p.shape[-1])
+        bad |= labels == INVALID
+        t = (jnp.arange(p.shape[-1], dtype=jnp.int32) == labels[..., None]).astype(p.dtype)
+    else:
+        t = t.astype(p.dtype)
+        bad |= jnp.any(jnp.isnan(t), axis=-1)
+    counted = jnp.ones(p.shape[:-1], p.dtype) if weights is None else weights.astype(p.dtype)
+    dropped = bad & (counted == 0)
+    if where is not None:
+        dropped |= ~where
+    gaps = jnp.where(dropped[..., None], 0, p - t)
+    losses = jnp.where(bad & ~dropped, jnp.nan, row_sum(gaps * gaps, -1, keepdims=False))
+    counted = jnp.where(dropped, 0, counted)
+    return weighted(counted, losses), counted

@@ -1,0 +1,338 @@
+"""The information measures at the edges, where a probability is 0 or tiny, and for bad input."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles_information as oracle
+import pytest
+from measures import CASES, FEW, INF, LOGITS, NAN, differentiated, draw_positive, f32, third_derivative
+from oracles import assert_close
+
+import jaxent as info
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The edges: value, derivative with respect to p, to q; None is "not looked at"
+
+L2, E = math.log(2), math.e
+D = {a: CASES[f"renyi_{a:g}(p, q)"].measure for a in (0, 0.25, 0.5, 1, 2, 1e3, INF)}
+H = {a: CASES[f"renyi_{a:g}(p)"].measure for a in (0.5, 1, 2, 1e38, INF)}
+S = {a: CASES[f"tsallis_{a:g}(p)"].measure for a in (0.5, 2)}
+PP, JS, TV, HELLINGER = (
+    CASES[f"{name}"].measure for name in ("perplexity(p)", "js(p, q)", "tv(p, q)", "hellinger(p, q)")
+)
+EDGES = {
+    "entropy: p = 0": (info.entropy, [[0.5, 0.5, 0]], L2, [[L2 - 1, L2 - 1, 0]]),
+    "entropy: certain": (info.entropy, [[0, 1, 0]], 0, [[0, -1, 0]]),
+    "kl: p = 0": (info.kl_divergence, [[0, 1, 0], [0.5, 0.5, 0]], L2, [[0, L2, 0], [1, -1, 1]]),
+    "kl: q = 0": (info.kl_divergence, [[0.5, 0.5, 0], [0, 1, 0]], INF, [[INF, -L2, 0], [-INF, 0.5, 1]]),
+    "ce: p = 0": (info.cross_entropy, [[0, 1, 0], [0.5, 0.5, 0]], L2, [[L2, L2, 0], [0, -2, 0]]),
+    "ce: q = 0": (info.cross_entropy, [[0.5, 0.5, 0], [0, 1, 0]], INF, [[INF, 0, 0], [-INF, -0.5, 0]]),
+    "ce: q = 1e-20": (info.cross_entropy, [[0, 1, 0], [1e-20, 1, 0]], 0, [[20 * math.log(10), 0, 0], [0, -1, 0]]),
+    "js: 0": (info.jensen_shannon_divergence, [[0, 1, 0], [1, 0, 0]], L2, [[0, L2 / 2, 0], [L2 / 2, 0, 0]]),
+    "js: p = q = 0": (JS, [[0, 1], [0, 1]], 0, [[0, 0], [0, 0]]),
+    "perplexity: p = 0": (PP, [[0.5, 0.5, 0]], 2, [[2 * (L2 - 1), 2 * (L2 - 1), 0]]),
+    "tv: 0": (TV, [[0, 1, 0], [0, 0.5, 0.5]], 0.5, [[0, 0.5, -0.5], [0, -0.5, 0.5]]),
+    "tv: p = q": (TV, [[0.5, 0.5], [0.5, 0.5]], 0, [[0, 0], [0, 0]]),
+    "hellinger: 0": (HELLINGER, [[0, 1, 0], [1, 0, 0]], 1, [[0, 0.25, 0], [0.25, 0, 0]]),
+    "hellinger: p = q": (HELLINGER, [[0, 1, 0], [0, 1, 0]], 0, [[0, 0, 0], [0, 0, 0]]),
+    "H_1: p = 0": (H[1], [[0.5, 0.5, 0]], L2, [[-1, -1, 0]]),
+    "H_1e38: p = 0": (H[1e38], [[0.5, 0.25, 0]], L2, [[-2, 0, 0]]),
+    "D_1: p = 0": (D[1], [[0, 1, 0], [0.5, 0.5, 0]], L2, [[0, 0, 0], [1, -1, 1]]),
+    "D_1: q = 0": (D[1], [[0.5, 0.5, 0], [0, 1, 0]], INF, [[INF, 0, 0], [-INF, 0, 0]]),
+    "D_1000: p = 0": (D[1e3], [[0, 1, 0], [0.5, 0.5, 0]], L2, [[-1e3 / 999, 0, -1e3 / 999], [1, -1, 1]]),
+    "H_1/2: p = 0": (H[0.5], [[0.5, 0.5, 0]], L2, [[-1, -1, 0]]),
+    "H_2: p = 0": (H[2], [[0.5, 0.5, 0]], L2, [[-1, -1, 1]]),
+    "H_inf: p = 0": (H[INF], [[0.5, 0.25, 0]], L2, [[-2, 0, 0]]),
+    "S_1/2: p = 0": (S[0.5], [[1, 0, 0]], 0, [[-1, 0, 0]]),
+    "S_2: p = 0": (S[2], [[1, 0, 0]], 0, [[-1, 1, 1]]),
+    "D_0: p = 0": (D[0], [[0, 1, 0], [0.5, 0.5, 0]], L2, [[0, 0, 0], [1, -1, 1]]),
+    "D_1/4: p = q = 0": (D[0.25], [[0, 1, 0], [0, 1, 0]], 0, [[0, 0, 0], [0, 0, 0]]),
+    "D_1/2: p = 0": (D[0.5], [[0, 1, 0], [0.75, 0.25, 0]], 2 * L2, [[0, 0, 0], [1, -3, 0]]),
+    "D_1/2: q = 0": (D[0.5], [[0.75, 0.25, 0], [0, 1, 0]], 2 * L2, [[1, -3, 0], [0, 0, 0]]),
+    "D_1/2: disjoint": (D[0.5], [[0, 1, 0], [1, 0, 0]], INF, [[0, 0, 0], [0, 0, 0]]),
+    "D_0: disjoint": (D[0], [[0, 1, 0], [1, 0, 0]], INF, [[0, 0, 0], [0, 0, 0]]),
+    "D_2: p = 0": (D[2], [[0, 1, 0], [0.5, 0.5, 0]], L2, [[-2, 0, -2], [1, -1, 1]]),
+    "D_2: q = 0": (D[2], [[0.5, 0.5, 0], [0, 1, 0]], INF, [[INF, 0, 0], [-INF, 0, 0]]),
+    "D_inf: p = 0": (D[INF], [[0, 1, 0], [0.5, 0.5, 0]], L2, [[0, 1, 0], [0, -2, 0]]),
+    "D_inf: q = 0": (D[INF], [[0.5, 0.5, 0], [0, 1, 0]], INF, [[INF, 0, 0], [-INF, 0, 0]]),
+    "H(z): -inf": (info.entropy_with_logits, [[0, -INF, 0]], L2, [[0, 0, 0]]),
+    "H(z): +inf": (info.entropy_with_logits, [[0, INF, 0]], NAN, [[NAN] * 3]),
+    "H(z): only -inf": (info.entropy_with_logits, [[-INF] * 3], NAN, [[NAN] * 3]),
+    "H(z, z): p = q = 0": (info.cross_entropy_with_logits, [[0, -INF, 0]] * 2, L2, [[0, 0, 0]] * 2),
+    "H(z, z): q = 0": (
+        info.cross_entropy_with_logits, [[0, 0, -INF], [0, -INF, -INF]], INF, [[-INF, INF, 0], [0.5, -0.5, 0]],
+    ),
+    "D(z, z): p = q = 0": (info.kl_divergence_with_logits, [[0, -INF, 0]] * 2, 0, [[0, 0, 0]] * 2),
+    "D(z, z): p = 0": (
+        info.kl_divergence_with_logits, [[0, -INF, -INF], [0, 0, -INF]], L2, [[0, 0, 0], [-0.5, 0.5, 0]],
+    ),
+    "D(z, z): q = 0": (
+        info.kl_divergence_with_logits, [[0, 0, 1], [0, -INF, 1]], INF,
+        [[-INF, INF, -INF], [1 / (1 + E) - 1 / (2 + E), -1 / (2 + E), E / (1 + E) - E / (2 + E)]],
+    ),
+    "D(z, z): nan": (info.kl_divergence_with_logits, [[0, 0, 0], [0, NAN, 0]], NAN, [[NAN] * 3] * 2),
+    "D(z, z): far": (
+        info.kl_divergence_with_logits, [[1e30, 0, -1e30], [0, 1e4, 0]], 1e4, [[0, 0, 0], [-1, 1, 0]],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_edges(name: str):
+    measure, operands, value, slopes = EDGES[name]
+    got = differentiated(measure, len(operands))(*(f32(x) for x in operands))
+    near = {"ulp": 4, "dtype": np.float32, "size": 1.0}
+    assert_close(got.value, value, **near)
+    if slopes is not None:
+        assert_close(got.gradient, slopes, **near)
+        assert_close(got.forward, slopes, **near)
+    if math.isfinite(value):
+        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(got.hessian))
+
+
+def test_second_derivatives_at_a_pole():
+    p, q = f32([0.5, 0.5, 0]), f32([0, 1, 0])
+    for measure in (info.kl_divergence, info.cross_entropy):
+        (_, pq), (qp, qq) = differentiated(measure, 2)(p, q).hessian
+        np.testing.assert_array_equal(pq, np.diag([-INF, -1, 0]))
+        np.testing.assert_array_equal(qp, pq)
+        np.testing.assert_array_equal(qq, np.diag([INF, 0.5, 0]))
+    z_p, z_q = f32([0, 0, 1]), f32([0, -INF, 0])
+    _, (_, qq) = differentiated(info.kl_divergence_with_logits, 2)(z_p, z_q).hessian
+    np.testing.assert_allclose(qq, [[0.25, 0, -0.25], [0, 0, 0], [-0.25, 0, 0.25]], atol=1e-7)
+
+
+def test_self_information_edges():
+    x = f32([0, 0.5, 1])
+    np.testing.assert_allclose(info.self_information(x), [INF, L2, 0], rtol=1e-7)
+    want = np.diag([-INF, -2, -1])
+    for derivative in (jax.jacfwd, jax.jacrev):
+        np.testing.assert_array_equal(derivative(info.self_information)(x), want)
+    assert jnp.isnan(info.self_information(jnp.float32(-0.5)))
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("bad", [-0.25, -1e-30, NAN])
+def test_no_plausible_number_for_what_is_no_probability(name: str, bad: float):
+    case = CASES[name]
+    good, wrong = f32([0.25, 0.25, 0.5]), f32([bad, 0.5, 0.5])
+    for at in range(case.operands):
+        got = differentiated(case.measure, case.operands)(*(wrong if i == at else good for i in range(case.operands)))
+        assert np.isnan(got.value)
+        # Order infinity looks at one entry only, and the derivative of a distance is a sign.
+        assert np.isnan(got.gradient[at][0]) or name == "renyi_inf(p)"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Second and third derivatives
+
+# Of orders whose derivatives at 0 have a finite limit, as far as they are looked at here.
+AT_ZERO = [
+    ("renyi_0.5(p)", 3), ("renyi_1(p)", 3), ("renyi_2(p)", 3), ("renyi_2.5(p)", 2), ("renyi_3(p)", 3),
+    ("tsallis_0.5(p)", 3), ("tsallis_1(p)", 3), ("tsallis_2(p)", 3), ("tsallis_2.5(p)", 2), ("tsallis_3(p)", 3),
+    ("tsallis_7(p)", 3), ("entropy(p)", 3), ("perplexity(p)", 3), ("cross_entropy(p, q)", 3), ("kl(p, q)", 3),
+    ("js(p, q)", 3), ("js_1/8(p, q)", 3), ("hellinger(p, q)", 3), ("renyi_0.25(p, q)", 3), ("renyi_0.5(p, q)", 3),
+    ("renyi_1(p, q)", 3), ("renyi_2(p, q)", 3), ("renyi_2.5(p, q)", 2), ("renyi_3(p, q)", 3),
+]  # fmt: skip
+# Up to order 1 the first derivative with respect to `p = 0` has an infinite limit, and so `p` is a constant there.
+CONSTANT = [n for n, _ in AT_ZERO if any(s in n for s in ("_0.", "_1(", "entropy(p)", "perpl", "kl", "js", "hell"))]
+
+
+@pytest.mark.parametrize(("name", "order"), AT_ZERO)
+def test_derivatives_at_zero(name: str, order: int):
+    case = CASES[name]
+    vectors = [f32([0.625, 0.375, 0]), f32([0.25, 0.25, 0.5])][: case.operands]
+    above = oracle.above_zero(*vectors)
+    kept = np.ones(3 * case.operands, bool)
+    kept[2] = name not in CONSTANT
+    kept = np.outer(kept, kept)
+    got = differentiated(case.measure, case.operands)(*vectors).hessian
+    want = oracle.hessian(case.oracle, *above)
+    got = np.block([list(row) for row in got])
+    assert_close(got, np.where(kept, want, 0), ulp=16, dtype="f4", size=np.abs(want[kept]).max())
+    if order == 3:
+        for at in (0, 2):
+            want = oracle.third(case.oracle, at, *above)
+            want = np.where(kept & (name not in CONSTANT or at != 2), want, 0)
+            got = third_derivative(case.measure, case.operands)(jnp.int32(at), *vectors)
+            assert_close(got, want, ulp=32, dtype="f4", size=max(np.abs(want).max(), 1))
+
+
+@pytest.mark.parametrize("order", [1.5, 1.75])
+def test_infinite_terms_are_left_out(order: float):
+    """Between orders 1 and 2 the slope at 0 is finite, and the curvature is not."""
+    p, q = f32([0.625, 0.375, 0]), f32([0.25, 0.25, 0.5])
+    got = jax.hessian(info.tsallis_entropy)(p, order)
+    want = np.diag([-order * 0.625 ** (order - 2), -order * 0.375 ** (order - 2), 0])
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    for measure, vectors in ((info.renyi_entropy, (p,)), (info.renyi_divergence, (p, q))):
+        exact = functools.partial(getattr(oracle, measure.__name__), order=order)
+        got = np.asarray(jax.hessian(measure)(*vectors, order))
+        want = oracle.hessian(exact, *oracle.above_zero(*vectors))[:3, :3]
+        finite = ~np.diag([False, False, True])
+        assert_close(got[finite], want[finite], ulp=64, dtype="f4", size=np.abs(want[finite]).max())
+        assert np.all(np.isfinite(got))
+        np.testing.assert_allclose(got, got.T, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [n for n, _ in AT_ZERO] + ["renyi_1.5(p)", "tsallis_1.5(p)", "renyi_1.5(p, q)"])
+def test_derivatives_at_tiny_probabilities(name: str):
+    case = CASES[name]
+    vectors = [f32([1, 1e-7, 1e-10]), f32([0.5, 0.5, 1e-9])][: case.operands]
+    got = differentiated(case.measure, case.operands)(*vectors)
+    want = oracle.hessian(case.oracle, *vectors)
+    got = np.block([list(row) for row in got.hessian])
+    # The entries differ by factors of 1e10; each is measured against the terms of its row and column.
+    scale = np.sqrt(np.abs(np.diag(want)))
+    assert_close(got, want, ulp=64, dtype="f4", size=np.maximum(np.outer(scale, scale), np.abs(want)))
+    third = third_derivative(case.measure, case.operands)(jnp.int32(1), *vectors)
+    want = oracle.third(case.oracle, 1, *vectors)
+    assert_close(np.diag(third), np.diag(want), ulp=128, dtype="f4", size=1e-3 * np.abs(np.diag(want)).max())
+
+
+def test_the_curvature_of_the_gini_impurity():
+    hessian = jax.hessian(info.tsallis_entropy)(f32([1, 1e-7, 1e-8]), 2)
+    np.testing.assert_array_equal(hessian, np.diag([-2, -2, -2]))
+
+
+@pytest.mark.parametrize("shape", [(50,), (3,)])
+@pytest.mark.parametrize("order", [17, 1e4, 1e8, 1e18, 1e30, 1e38, 1e300])
+def test_orders_without_bound(order: float, shape: tuple[int, ...], rng: np.random.Generator):
+    p, q = draw_positive(rng, *shape), draw_positive(rng, *shape)
+    for measure, vectors in ((info.renyi_entropy, (p,)), (info.renyi_divergence, (p, q))):
+        exact = functools.partial(getattr(oracle, measure.__name__), order=order)
+        value, gradient = jax.value_and_grad(measure)(*vectors, order)
+        # The rounding of a ratio of two probabilities, times the order, is what the weights of near ties can lose.
+        assert_close(value, oracle.value(exact, *vectors), ulp=16, dtype="f4")
+        assert np.all(np.isfinite(gradient))
+        if order < 1e18:
+            along = -1 if measure is info.renyi_entropy else 0
+            np.testing.assert_allclose(np.sum(gradient * p), along, atol=1e-3)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rows without a class
+
+MASKED = {**{n: CASES[n] for n in FEW}, **LOGITS}
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_row_without_classes_is_nothing(name: str):
+    case = MASKED[name]
+    mask = np.array([[True, True, False], [False, False, False]])
+    vectors = [f32([[0.25, 0.75, NAN], [0.5, NAN, -1]]), f32([[0.5, 0.5, INF], [NAN, 1, 0]])][: case.operands]
+
+    @jax.jit
+    def every(*x: jax.Array) -> Any:
+        def total(*x: jax.Array) -> jax.Array:
+            return case.measure(*x, where=mask).sum()
+
+        return case.measure(*x, where=mask), jax.grad(total, tuple(range(len(x))))(*x), jax.hessian(total)(*x)
+
+    value, gradient, hessian = every(*vectors)
+    assert value[1] == 0
+    assert value[0] != 0
+    for x in gradient:
+        np.testing.assert_array_equal(x[1], 0)
+        assert np.all(np.isfinite(x))
+    assert np.all(np.isfinite(hessian))
+    np.testing.assert_array_equal(hessian[1], 0)
+
+
+def test_the_self_information_of_a_row_without_classes():
+    z, mask = f32([[0, 0], [NAN, 1]]), np.array([[True, False], [False, False]])
+    got = info.self_information_with_logits(z, where=mask)
+    np.testing.assert_array_equal(got, [[0, INF], [0, 0]])
+    slope = jax.jacfwd(lambda z: info.self_information_with_logits(z, where=mask)[1])(z)
+    np.testing.assert_array_equal(slope, 0)
+    stacked = info.generalized_jensen_shannon_divergence(f32([[[0.5, 0.5], [NAN, 1]]] * 2), where=mask)
+    np.testing.assert_array_equal(stacked, [0, 0])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Bad input
+
+P3, P4 = np.full(3, 1 / 3, np.float32), np.full(4, 0.25, np.float32)
+BAD = {
+    "counts": (
+        info.entropy, (jnp.array([3, 5, 2]),), {}, TypeError,
+        r"`p` must have a floating dtype, got int32\[3\]; the probabilities of counts are `counts / counts.sum\(\)`",
+    ),
+    "axis twice": (info.entropy, (np.ones((2, 3), "f4"),), {"axis": (0, -2)}, ValueError, r"none twice, got \(0, -2\)"),
+    "no axis": (info.entropy, (P3,), {"axis": ()}, ValueError, r"`axis` must name at least one axis"),
+    "axis None": (info.entropy, (P3,), {"axis": None}, TypeError, r"`axis` must be an int or a tuple of them, got N"),
+    "weight": (
+        info.jensen_shannon_divergence, (P3, P3), {"weight": 2}, ValueError, r"`weight` must lie in \[0, 1\], got 2",
+    ),
+    "distribution axis": (
+        info.generalized_jensen_shannon_divergence, (np.ones((2, 3), "f4"),), {"distribution_axis": 1}, ValueError,
+        r"`axis` must leave out `distribution_axis`, got -1 and 1",
+    ),
+    "one distribution": (
+        info.generalized_jensen_shannon_divergence, (P3,), {}, ValueError, r"have a distribution axis and a class axis",
+    ),
+    "weights of distributions": (
+        info.generalized_jensen_shannon_divergence, (np.ones((2, 3), "f4"),), {"weights": [1]}, ValueError,
+        r"`weights` must have shape \(2,\)",
+    ),
+    "integers": (info.entropy, ([1, 0],), {}, TypeError, r"jaxent\.entropy: `p` must have a floating dtype, got int"),
+    "q of integers": (info.kl_divergence, (P3, [1, 0, 0]), {}, TypeError, r"`q` must have a floating dtype"),
+    "text": (info.self_information, ("half",), {}, TypeError, r"self_information: `p` must have a floating dtype"),
+    "a scalar": (info.entropy, (0.5,), {}, ValueError, r"entropy: `p` must have a class axis at -1, got float"),
+    "no classes": (info.entropy, (P3[:0],), {}, ValueError, r"entropy: `p` must have at least one class"),
+    "axis": (info.entropy, (P3,), {"axis": 1}, ValueError, r"entropy: `axis` must lie in \[-1, 1\)"),
+    "axis of bool": (info.entropy, (P3,), {"axis": True}, TypeError, r"entropy: `axis` must be an int"),
+    "where": (info.entropy, (P3,), {"where": P3}, TypeError, r"entropy: `where` must have dtype bool"),
+    "where's shape": (
+        info.kl_divergence, (P3, P3), {"where": [True, False]}, ValueError,
+        r"`where` must broadcast to shape \(3,\), that of `p` and `q`, got bool\[2\]",
+    ),
+    "classes": (
+        info.kl_divergence, (P3, P4), {}, ValueError,
+        r"kl_divergence: `q` must have 3 classes at axis -1, as `p` has, got float32\[4\]",
+    ),
+    "one class is not broadcast": (info.kl_divergence, (P3, P3[:1]), {}, ValueError, r"`q` must have 3 classes"),
+    "batch": (
+        info.cross_entropy, (np.ones((2, 3), "f4"), np.ones((4, 3), "f4")), {}, ValueError,
+        r"cross_entropy: `q` must broadcast against `p`, float32\[2,3\], got float32\[4,3\]",
+    ),
+    "logits": (info.kl_divergence_with_logits, (P3, P4), {}, ValueError, r"`q_logits` must have 3 classes"),
+    "base of text": (info.entropy, (P3,), {"base": "two"}, TypeError, r"entropy: `base` must have a floating dtype"),
+    "base of two numbers": (info.entropy, (P3,), {"base": [2, 3]}, ValueError, r"entropy: `base` must be a scalar"),
+    "order": (info.renyi_entropy, (P3, -1), {}, ValueError, r"renyi_entropy: `order` must lie in \[0, inf\], got -1"),
+    "order nan": (info.renyi_divergence, (P3, P3, NAN), {}, ValueError, r"renyi_divergence: `order` must lie in"),
+    "order inf": (info.tsallis_entropy, (P3, INF), {}, ValueError, r"`order` must lie in \[0, inf\), got inf"),
+    "order array": (
+        info.renyi_entropy, (P3, jnp.float32(2)), {}, TypeError,
+        r"renyi_entropy: `order` must be a Python number, known when the function is traced, got float32\[\]",
+    ),
+    "one variable": (info.joint_entropy, (P3,), {}, ValueError, r"joint_entropy: `pxy` must have two class axes"),
+    "batch axis": (
+        info.conditional_entropy, (np.ones((2, 3, 4), "f4"),), {"axis": 0}, ValueError,
+        r"conditional_entropy: `axis` must be one of the last two of 3, got -3",
+    ),
+    "float labels": (info.empirical_distribution, (P3, 3), {}, TypeError, r"`labels` must have an integer dtype"),
+    "num_classes": (info.empirical_distribution, ([0], 0), {}, ValueError, r"`num_classes` must be at least 1, got 0"),
+    "num_classes of float": (info.empirical_distribution, ([0], 3.0), {}, TypeError, r"`num_classes` must be an int"),
+    "weights": (info.empirical_distribution, ([0], 3), {"weights": P3}, ValueError, r"must have shape \(1,\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str):
+    function, arguments, options, error, match = BAD[name]
+    with pytest.raises(error, match=match):
+        function(*arguments, **options)
+
+
+def test_a_base_of_the_host_is_checked_under_jit_too():
+    for base in (0, 1, -2.0, INF):
+        with pytest.raises(ValueError, match="entropy: `base` must be positive, finite and not 1, got"):
+            jax.jit(lambda p, base=base: info.entropy(p, base=base))(P3)
+    for base in (2**32 + 2, 2**40, np.int64(2**40)):
+        want = info.entropy(P3) / math.log(float(base))
+        np.testing.assert_allclose(info.entropy(P3, base=base), want, rtol=1e-6)
