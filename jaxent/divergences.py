@@ -86,7 +86,7 @@ def jensen_shannon_divergence(
     Array(1., dtype=float32)
     """
     options = Options(axis, where, keepdims, base)
-    share = arrays.scalar("weight", weight, low=0.0, high=1.0)
+    share = jnp.asarray(arrays.scalar("weight", weight, low=0.0, high=1.0))
     return of_distributions(_jensen_shannon, {"p": p, "q": q}, options, jnp.stack([share, 1 - share]))
 
 
@@ -141,7 +141,8 @@ def generalized_jensen_shannon_divergence(
         w = arrays.real("weights", weights)
         arrays.check_shape("weights", w, (count,), "one for each distribution")
     # The distributions come first, which shifts the axes that were before theirs.
-    p, where = (x if x is None else jnp.moveaxis(x, stacked, 0) for x in (p, where))
+    p = jnp.moveaxis(p, stacked, 0)
+    where = None if where is None else jnp.moveaxis(where, stacked, 0)
     axes = (-p.ndim, *(a + 1 if a < stacked else a for a in axes))
     value = evaluate(_mixture, (p,), where, arrays.log_base(base), w, axes=axes, keepdims=bool(keepdims))
     return jnp.moveaxis(value, 0, stacked) if keepdims else value

@@ -61,7 +61,8 @@ def empirical_distribution(
         for i, y in enumerate(variables):
             arrays.check_shape(f"labels[{i}]", y, variables[0].shape, "that of `labels[0]`")
     else:
-        counts, variables = (_class_count(num_classes),), (arrays.integer("labels", labels),)
+        sample: Any = labels
+        counts, variables = (_class_count(num_classes),), (arrays.integer("labels", sample),)
     if math.prod(counts) > np.iinfo(np.int32).max:
         raise ArgumentValueError(f"`num_classes` must have a product below 2**31, got {num_classes}")
     _, weights = check_row_arguments(variables[0].shape, None, weights)

@@ -17,7 +17,7 @@ from jaxent._errors import public
 from jaxent._math.label_loss import INVALID, encode_labels
 from jaxent._math.row_losses import weighted
 from jaxent._mesh.apply import map_rows
-from jaxent._mesh.class_axis import row_sum
+from jaxent._mesh.class_axis import ClassAxis, row_sum
 
 
 @overload
@@ -117,7 +117,7 @@ def _weighted_losses(
     if jnp.issubdtype(t.dtype, jnp.integer):
         labels = encode_labels(t, p.shape[-1])
         bad |= labels == INVALID
-        t = (jnp.arange(p.shape[-1], dtype=jnp.int32) == labels[..., None]).astype(p.dtype)
+        t = ClassAxis().is_class(labels[..., None], p).astype(p.dtype)
     else:
         t = t.astype(p.dtype)
         bad |= jnp.any(jnp.isnan(t), axis=-1)

@@ -16,7 +16,13 @@ from oracles import assert_close
 
 import jaxent as info
 
-NORMALIZERS = {"mean": "arithmetic", "min": "min", "max": "max", "geometric": "geometric", "joint": None}
+NORMALIZERS: dict[Any, Any] = {
+    "mean": "arithmetic",
+    "min": "min",
+    "max": "max",
+    "geometric": "geometric",
+    "joint": None,
+}
 
 
 # Each measure of a table of two variables, beside its oracle of the table laid end to end.
@@ -85,7 +91,7 @@ def test_conditional_mutual_information_near_independence(rng: np.random.Generat
 
 
 @pytest.mark.parametrize("normalizer", [n for n, average in NORMALIZERS.items() if average])
-def test_shares_are_those_of_scikit_learn(normalizer: str, rng: np.random.Generator):
+def test_shares_are_those_of_scikit_learn(normalizer: Any, rng: np.random.Generator):
     several = rng.integers(0, 4, size=(2, 200))
     one = np.zeros(200, np.int64)
     a, b = several
