@@ -66,7 +66,7 @@ def empirical_distribution(
     if math.prod(counts) > np.iinfo(np.int32).max:
         raise ArgumentValueError(f"`num_classes` must have a product below 2**31, got {num_classes}")
     _, weights = check_row_arguments(variables[0].shape, None, weights)
-    return _empirical_distribution(variables, weights, counts=counts)
+    return _empirical_distribution(variables, nan_if_negative(weights), counts=counts)
 
 
 def _class_count(count: Any) -> int:
@@ -100,7 +100,7 @@ def _table(variables: tuple[jax.Array, ...], weights: jax.Array | None, *, count
     else:
         (amounts,) = arrays.accumulated(weights.reshape(-1))
         invalid &= amounts != 0
-        sums = two_float_histogram(cell, nan_if_negative(amounts), cells)
+        sums = two_float_histogram(cell, amounts, cells)
         total = two_float_sum(sums.hi).plus(two_float_sum(sums.lo))
         p = jnp.where(total.hi == 0, jnp.nan, sums.over(total))
     return jnp.where(jnp.any(invalid), jnp.nan, p).reshape(counts)

@@ -157,11 +157,8 @@ def canonical_axis(axis: Any, ndim: int, argument: str = "axis") -> int:
 
 def canonical_axes(axis: Any, ndim: int) -> tuple[int, ...]:
     """One axis or several, counted from the end, in rising order."""
-    if not isinstance(axis, tuple):
-        if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
-            raise dtype_error("axis", "be an int or a tuple of them", axis)
-        axis = (axis,)
-    axes = sorted(canonical_axis(a, ndim) for a in axis)
+    given = axis if isinstance(axis, tuple) else (as_int("axis", axis, "be an int or a tuple of them"),)
+    axes = sorted(canonical_axis(a, ndim) for a in given)
     if not axes or len(set(axes)) < len(axes):
         raise ArgumentValueError(f"`axis` must name at least one axis, and none twice, got {axis}")
     return tuple(axes)
