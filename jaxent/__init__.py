@@ -52,6 +52,7 @@ Losses from hidden states (without the logits)
     linear_softmax_cross_entropy      softmax_cross_entropy of hidden @ kernel + bias in three matrix products
     linear_token_statistics           token_statistics of the same
     linear_kl_divergence              a divergence between two heads, for distillation
+    linear_kl_divergence_from_top     the same from a teacher's stored top k classes
     linear_loss                       the engine for a row loss of your own
     linear_rows                       what a function of your own gives for each row
     plan                              memory and work of a call, estimated in advance
@@ -139,6 +140,7 @@ from jaxent.linear import linear_softmax_cross_entropy as linear_softmax_cross_e
 from jaxent.linear_curvature import linear_fisher_vector_product as linear_fisher_vector_product
 from jaxent.linear_curvature import linear_ggn_vector_product as linear_ggn_vector_product
 from jaxent.linear_divergence import linear_kl_divergence as linear_kl_divergence
+from jaxent.linear_divergence import linear_kl_divergence_from_top as linear_kl_divergence_from_top
 from jaxent.linear_functions import linear_loss as linear_loss
 from jaxent.linear_functions import linear_rows as linear_rows
 from jaxent.losses import nll_loss as nll_loss
@@ -186,6 +188,7 @@ __all__ = [
     "linear_ggn_vector_product",
     "linear_gradient_norms",
     "linear_kl_divergence",
+    "linear_kl_divergence_from_top",
     "linear_loss",
     "linear_rows",
     "linear_softmax_cross_entropy",

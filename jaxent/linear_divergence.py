@@ -10,17 +10,20 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
-from jaxent._arguments.options import Divergence, DivergenceOptions, Precision
+from jaxent._arguments.options import Divergence, DivergenceOptions, Precision, TopDivergenceOptions
 from jaxent._arguments.reduction import Reduction, WeightedSum, check_reduction
 from jaxent._arguments.targets import (
     SoftmaxArguments,
+    SparseTargets,
     check_row_arguments,
     row_targets,
 )
 from jaxent._engine.chunking import Chunking
 from jaxent._engine.linear_head import (
+    LinearCall,
     LogitTransform,
     check_head,
+    check_linear_call,
     check_logit_transform,
     chunking_for,
     counted_rows,
@@ -32,7 +35,9 @@ from jaxent._engine.linear_head import (
 from jaxent._engine.streaming import Head, Logits, MatrixProducts
 from jaxent._errors import ArgumentValueError, public
 from jaxent._math.divergences import jensen_shannon_rows, kl_rows
+from jaxent._math.label_loss import has_label
 from jaxent._math.row_losses import RowTargets, ignore_zero_weight_rows, weighted
+from jaxent._math.top_divergence import Tail, top_divergence_rows
 from jaxent._mesh.apply import Batch
 from jaxent._mesh.check import check_class_axis, check_same_split, check_vocab_axis
 from jaxent._mesh.class_axis import (
@@ -168,10 +173,15 @@ class DivergenceRowLoss:
             losses = kl_rows(z_q, z_p, self.classes)
         else:
             losses = jensen_shannon_rows(z_p, z_q, mixture.astype(z_p.dtype), self.classes)
-        losses = jnp.where(ignored, 0, losses)
-        if rows.weights is not None:
-            losses = weighted(jnp.where(ignored, 0, rows.weights), losses)
-        return losses[:, 0], None
+        return weighted_rows(losses, rows), None
+
+
+def weighted_rows(losses: jax.Array, rows: RowTargets) -> jax.Array:
+    """The losses times the weights of their rows, 0 where ignored, without the class axis."""
+    losses = jnp.where(rows.ignored, 0, losses)
+    if rows.weights is not None:
+        losses = weighted(jnp.where(rows.ignored, 0, rows.weights), losses)
+    return losses[:, 0]
 
 
 @functools.partial(jax.jit, static_argnames=("row_fn", "reduction", "chunking", "products"), inline=True)
@@ -202,3 +212,146 @@ def _linear_kl_divergence(
         chunking,
         products,
     )[0]
+
+
+@overload
+def linear_kl_divergence_from_top(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    classes: ArrayLike,
+    log_probs: ArrayLike,
+    *,
+    reduction: Literal["sum_and_weight"],
+    **options: Unpack[TopDivergenceOptions],
+) -> WeightedSum: ...
+@overload
+def linear_kl_divergence_from_top(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    classes: ArrayLike,
+    log_probs: ArrayLike,
+    *,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    **options: Unpack[TopDivergenceOptions],
+) -> jax.Array: ...
+@public
+def linear_kl_divergence_from_top(
+    hidden: ArrayLike,
+    kernel: ArrayLike,
+    classes: ArrayLike,
+    log_probs: ArrayLike,
+    *,
+    tail: Tail = "bucket",
+    divergence: Literal["forward", "reverse"] = "forward",
+    bias: ArrayLike | None = None,
+    soft_cap: ArrayLike | None = None,
+    temperature: ArrayLike = 1.0,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    ignore_index: int | None = -100,
+    reduction: Reduction = "mean",
+    denominator: ArrayLike | None = None,
+    chunk_rows: int | None = None,
+    precision: Precision = None,
+    vocab_axis: VocabAxis = None,
+) -> jax.Array | WeightedSum:
+    r"""Divergence of a linear layer's softmax from a teacher of whom the top k classes were stored, in nats.
+
+    $$\ell_n = w_n \Big[\sum_{j \le k} p_{nj} \log \frac{p_{nj}}{q_{nj}}
+    + \bar p_n \log \frac{\bar p_n}{\bar q_n}\Big], \qquad \bar p_n = 1 - \sum_{j \le k} p_{nj}, \quad
+    Q_n = \mathrm{softmax}(\mathrm{cap}(h_n W + b)/T)$$
+
+    Distillation as in Hinton et al. (2015), from what a stored teacher gives. The teacher is P.
+
+    **Arguments:**
+
+    - `hidden`: `(*batch, features)`, `kernel`: `(features, classes)`, `bias`: `(classes,)`: of the student.
+    - `classes`: `(*batch, k)`, integer; `log_probs`: `(*batch, k)`, the teacher's `log p`, normalised over the whole
+      vocabulary. Entries whose class is `ignore_index` are left out, and rows that have no others are dropped. A class
+      should stand once in a row.
+    - `divergence`: `"forward"` is the formula, `"reverse"` exchanges P and Q.
+    - `tail`: `"bucket"` makes one more outcome of all other classes, on both sides; with k = V it is empty and adds 0.
+      `"drop"` leaves it out, and sums only the k terms. `"renormalize"` rescales the teacher's k to one, against the
+      student's whole softmax (forward) or its k rescaled likewise (reverse). Only `"bucket"` is a divergence that is 0
+      where the student equals the teacher, and never negative; the other two have their minimum elsewhere.
+    - `soft_cap`, `temperature`, `chunk_rows`, `precision`, `vocab_axis`: as in `linear_softmax_cross_entropy`.
+    - `where`, `weights`: `(*batch,)`. `reduction`, `denominator`: as in `softmax_cross_entropy`.
+
+    **Returns:** float64 for float64 inputs, else float32. The rest of the student is a sum over its classes, so that it
+    keeps its digits where the top k hold nearly everything. +inf where the first of the two has a class that the
+    second has removed. A class outside the vocabulary makes its row nan.
+
+    **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or option.
+
+    >>> hidden, kernel = jnp.eye(3), jnp.eye(3)
+    >>> teacher = linear_token_statistics(hidden, kernel, top_k=2)
+    >>> linear_kl_divergence_from_top(hidden, kernel, teacher.top_classes, teacher.top_log_probs).round(6)
+    Array(0., dtype=float32)
+    """
+    if tail not in get_args(Tail):
+        raise ArgumentValueError(f"`tail` must be 'bucket', 'renormalize' or 'drop', got {tail!r}")
+    if divergence not in ("forward", "reverse"):
+        raise ArgumentValueError(f"`divergence` must be 'forward' or 'reverse', got {divergence!r}")
+    rows = arrays.floating("hidden", hidden).shape[:-1]
+    chosen, stored = arrays.integer("classes", classes), arrays.floating("log_probs", log_probs)
+    if chosen.ndim != len(rows) + 1 or chosen.shape[:-1] != rows:
+        raise arrays.shape_error("classes", f"have shape {(*rows, 'k')}, k classes for each row", chosen)
+    arrays.check_shape("log_probs", stored, chosen.shape, "one for each class of `classes`")
+    call = check_linear_call(
+        hidden,
+        kernel,
+        bias,
+        SoftmaxArguments(SparseTargets(chosen, stored), where, weights, smoothing=0.0, z_loss=0.0),
+        ignore_index=ignore_index,
+        soft_cap=soft_cap,
+        temperature=temperature,
+        reduction=reduction,
+        denominator=denominator,
+        chunk_rows=chunk_rows,
+        precision=precision,
+        vocab_axis=vocab_axis,
+    )
+    row_fn = TopDivergenceRowLoss(call.classes, tail, reverse=divergence == "reverse")
+    return _linear_kl_divergence_from_top(call, row_fn=row_fn)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopDivergenceRowLoss:
+    """The weighted divergence of each row of logits from what was stored of a teacher."""
+
+    classes: ClassAxis
+    tail: Tail
+    reverse: bool
+
+    def __call__(self, logits: Logits, rows: RowTargets, transform: LogitTransform) -> tuple[jax.Array, None]:
+        z = transform(logits[0])
+        rows = ignore_zero_weight_rows(rows, self.classes, z)
+        ignored, top = rows.ignored, rows.sparse
+        assert top is not None
+        top = top._replace(shares=jnp.where(ignored, -jnp.inf, top.shares))
+        losses = top_divergence_rows(jnp.where(ignored, 0, z), top, self.classes, self.tail, reverse=self.reverse)
+        return weighted_rows(losses, rows), None
+
+
+@functools.partial(jax.jit, static_argnames=("row_fn",), inline=True)
+def _linear_kl_divergence_from_top(call: LinearCall, *, row_fn: TopDivergenceRowLoss) -> jax.Array | WeightedSum:
+    rows, _, counted = call.rows()
+    targets = call.arguments.targets
+    assert rows.sparse is not None
+    assert isinstance(targets, SparseTargets)
+    # An entry that is left out has probability 0, not log-probability 0.
+    absent = has_label(jnp.asarray(targets.classes), call.ignore_index)
+    top = rows.sparse._replace(shares=jnp.where(absent, -jnp.inf, rows.sparse.shares))
+    losses, _ = stream_reduced(
+        row_fn,
+        (call.head,),
+        rows._replace(sparse=top),
+        call.transform,
+        counted,
+        rows.total_weights(ClassAxis()),
+        call.reduction,
+        call.divisor,
+        call.chunking,
+        call.products,
+    )
+    return call.batch.unflatten(losses) if call.reduction == "none" else losses

@@ -67,6 +67,9 @@ linear_token_statistics(hidden, kernel, labels=None, *, bias=None, soft_cap=None
 linear_kl_divergence(hidden_p, kernel_p, hidden_q, kernel_q, *, bias_p=None, bias_q=None, divergence="forward",
     mixture=0.5, soft_cap_p=None, soft_cap_q=None, temperature=1.0, where=None, weights=None, reduction="mean",
     denominator=None, chunk_rows=None, precision=None, vocab_axis=None)
+linear_kl_divergence_from_top(hidden, kernel, classes, log_probs, *, tail="bucket", divergence="forward", bias=None,
+    soft_cap=None, temperature=1.0, where=None, weights=None, ignore_index=-100, reduction="mean", denominator=None,
+    chunk_rows=None, precision=None, vocab_axis=None)
 linear_loss(row_loss, hidden, kernel, *row_args, bias=None, params=None, where=None, weights=None, reduction="mean",
     denominator=None, has_aux=False, soft_cap=None, temperature=1.0, chunk_rows=None, precision=None, vocab_axis=None)
 linear_rows(row_fn, hidden, kernel, *row_args, bias=None, params=None, where=None, soft_cap=None, temperature=1.0,

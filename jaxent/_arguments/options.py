@@ -82,3 +82,17 @@ class DivergenceOptions(RowOptions, total=False):
     chunk_rows: int | None
     precision: Precision
     vocab_axis: VocabAxis
+
+
+class TopDivergenceOptions(RowOptions, total=False):
+    """Of `linear_kl_divergence_from_top`."""
+
+    tail: Literal["bucket", "renormalize", "drop"]
+    divergence: Literal["forward", "reverse"]
+    bias: ArrayLike | None
+    soft_cap: ArrayLike | None
+    temperature: ArrayLike
+    ignore_index: int | None
+    chunk_rows: int | None
+    precision: Precision
+    vocab_axis: VocabAxis
