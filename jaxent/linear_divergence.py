@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Literal, Unpack, get_args, overload
+from typing import Any, Literal, Unpack, get_args, overload
 
 import jax
 import jax.extend
@@ -342,6 +342,7 @@ def _linear_kl_divergence_from_top(call: LinearCall, *, row_fn: TopDivergenceRow
     # An entry that is left out has probability 0, not log-probability 0.
     absent = has_label(jnp.asarray(targets.classes), call.ignore_index)
     top = rows.sparse._replace(shares=jnp.where(absent, -jnp.inf, rows.sparse.shares))
+    losses: Any
     losses, _ = stream_reduced(
         row_fn,
         (call.head,),
