@@ -179,7 +179,7 @@ PAIR = np.array([[0.5, 0.25, 0.25], [0.25, 0.25, 0.5]], np.float32)
 TABLE = np.array([[0.25, 0.25], [0.5, 0.0]], np.float32)
 IMAGES = np.array(np.moveaxis(CLEAN.reshape(2, 2, 3), -1, 1))
 # function, arguments, options, and what is found: kind, how many, of how many, the first place
-OTHER_MISTAKES: dict[str, tuple[Any, tuple[np.ndarray, ...], Options, list[tuple[Any, ...]]]] = {
+OTHER_MISTAKES: dict[str, tuple[Any, tuple[Any, ...], Options, list[tuple[Any, ...]]]] = {
     "mask_of_255": (None, (CLEAN[:2], FLAGS * 255), {}, [("targets_out_of_range", 2, 6, (0, 1))]),
     "missing": (
         jaxent.sigmoid_cross_entropy,
@@ -252,7 +252,29 @@ OTHER_MISTAKES: dict[str, tuple[Any, tuple[np.ndarray, ...], Options, list[tuple
     "logits_of_nan": (jaxent.entropy_with_logits, (changed(CLEAN, {(2, 1): NAN}),), {}, [("not_finite", 1, 4, (2,))]),
     "no_labels": (jaxent.token_statistics, (changed(CLEAN, {3: -INF}),), {}, [("fully_masked", 1, 4, (3,))]),
 }
-OTHERS_FINE: dict[str, tuple[Any, tuple[np.ndarray, ...], Options]] = {
+TWO = np.array([[0, 1], [2, 2], [1, -100], [0, 2]])
+HALVES = np.array([[0.5, 0.5], [0.25, 0.75], [1.0, 9.0], [0.5, 0.5]], np.float32)
+OTHER_MISTAKES |= {
+    "sparse_class": (
+        softmax_cross_entropy,
+        (CLEAN, jaxent.SparseTargets(changed(TWO, {(3, 1): 3}), HALVES)),
+        {},
+        [("labels_out_of_range", 1, 4, (3,))],
+    ),
+    "sparse_masses": (
+        softmax_cross_entropy,
+        (changed(CLEAN, {(0, 1): -INF}), jaxent.SparseTargets(TWO, changed(HALVES, {(1, 0): 0.5, (3, 0): -0.5}))),
+        {},
+        [("infinite_loss", 1, 4, (0,)), ("negative_targets", 1, 4, (3,)), ("not_normalized", 1, 4, (1,))],
+    ),
+}
+OTHERS_FINE: dict[str, tuple[Any, tuple[Any, ...], Options]] = {
+    "sparse": (softmax_cross_entropy, (CLEAN, jaxent.SparseTargets(TWO, HALVES)), {}),
+    "sparse_and_dropped": (
+        softmax_cross_entropy,
+        (changed(CLEAN, {0: NAN}), jaxent.SparseTargets(changed(TWO, {0: -100}), HALVES)),
+        {},
+    ),
     "flags": (None, (CLEAN[:2], FLAGS), {}),
     "bools": (None, (CLEAN[:2], FLAGS == 1), {}),
     "fractions": (jaxent.sigmoid_cross_entropy, (CLEAN, SOFT), {}),
@@ -300,7 +322,7 @@ def test_what_is_no_mistake_of_another_loss(name: str):
         assert checked_error(loss, args, options) is None
 
 
-def checked_error(loss: Any, args: tuple[np.ndarray, ...], options: Options) -> str | None:
+def checked_error(loss: Any, args: tuple[Any, ...], options: Options) -> str | None:
     static = {k: v for k, v in options.items() if k == "axis"}
     traced = {k: v for k, v in options.items() if k != "axis"}
     with warnings.catch_warnings():

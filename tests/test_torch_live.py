@@ -339,3 +339,25 @@ def test_chunks_are_those_of_pytorch():
         theirs = torch.nn.LinearCrossEntropyOptions(chunking_method=method)
         want = theirs._adjust(rows, features, classes, torch.float32).batch_chunk_size
         assert twin.LinearCrossEntropyOptions(chunking_method=method).chunk_rows(rows, features, classes) == want
+
+
+def test_tensors_go_in():
+    z, t = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]]), torch.tensor([[0.5, 0.25, 0.25], [0.0, 0.5, 0.5]])
+    y, w = torch.tensor([2, 0]), torch.tensor([0.5, 2.0, 1.0])
+    calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+        ("cross_entropy", (z, y), {"weight": w}),
+        ("cross_entropy", (z, t), {"label_smoothing": 0.125}),
+        ("nll_loss", (z.log_softmax(1), y), {"weight": w}),
+        ("kl_div", (z.log_softmax(1), t), {"reduction": "batchmean"}),
+        ("binary_cross_entropy", (t, t.flip(0)), {}),
+        ("binary_cross_entropy_with_logits", (z, t), {"pos_weight": w}),
+        ("linear_cross_entropy", (z, torch.eye(3), y), {}),
+        ("softmax", (z, 1), {}),
+        ("log_softmax", (z.bfloat16(), 1), {}),
+    ]
+    for name, args, options in calls:
+        got, want = getattr(twin, name)(*args, **options), getattr(torch.nn.functional, name)(*args, **options)
+        assert str(got.dtype) == str(want.dtype).removeprefix("torch.")
+        np.testing.assert_allclose(to_double(got), to_double(want), rtol=1e-2 if name == "log_softmax" else 1e-5)
+    with pytest.raises(TypeError, match=r"torch_compat.cross_entropy: `input` must be array-like .*detach"):
+        twin.cross_entropy(z.requires_grad_(), y)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from jaxent._arguments import arrays
-from jaxent._check.input_rules import Counted, RuleMatch, row_weights
+from jaxent._check.rule_match import Counted, RuleMatch, row_weights
 
 
 class BinaryRows(Counted):

@@ -16,7 +16,7 @@ from jaxent._arguments.targets import (
     rows_shape,
 )
 from jaxent._check.binary_rules import BinaryRows, binary_rule_matches
-from jaxent._check.input_rules import Rows, RuleMatch, rule_matches
+from jaxent._check.input_rules import Rows, rule_matches
 from jaxent._check.loss_calls import LossSignature
 from jaxent._check.measure_rules import (
     Distribution,
@@ -24,6 +24,7 @@ from jaxent._check.measure_rules import (
     logit_rule_matches,
     probability_rule_matches,
 )
+from jaxent._check.rule_match import RuleMatch
 
 # The shape of the batch, and the rules' matches in its rows.
 Matches = tuple[tuple[int, ...], Iterator[RuleMatch]]

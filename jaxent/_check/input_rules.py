@@ -6,14 +6,15 @@ A `RuleMatch` says in which rows, and what to say of the first one.
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxent._arguments import arrays
-from jaxent._arguments.targets import SoftmaxArguments, rows_shape
+from jaxent._arguments.targets import SoftmaxArguments, SparseTargets, rows_shape
+from jaxent._check.rule_match import Counted, RuleMatch, not_finite, row_weights
 from jaxent._math.label_loss import INVALID, encode_labels, has_label
 
 # Heuristics: how seldom uniform logits may look like probabilities before it is said that they are some; by how much
@@ -26,48 +27,6 @@ IGNORED_TENTHS = 9
 MASK = -1e8
 # The least number that becomes an infinite float16: half a unit above the largest, 65504.
 FLOAT16_LIMIT = 65520.0
-
-
-class RuleMatch(NamedTuple):
-    """Rows in which something is wrong; `example` is a format for the `values` of the first of them."""
-
-    kind: str
-    what: str
-    rows: Any
-    total: Any
-    example: str
-    values: dict[str, Any]
-    advice: str
-    allowed: bool = False
-    """Whether it is only worth a word: `checked` does not stop a program for it."""
-
-
-class Counted:
-    """Rows of arrays of `xp`, which is `numpy` or `jax.numpy`, of which `counted` are looked at."""
-
-    def __init__(self, xp: Any, counted: Any):
-        self.xp, self.counted = xp, counted
-
-    def match(
-        self,
-        kind: str,
-        what: str,
-        rows: Any,
-        example: str,
-        advice: str,
-        values: dict[str, Any] | None = None,
-        allowed: bool = False,
-    ) -> RuleMatch:
-        return RuleMatch(kind, what, rows, self.xp.sum(self.counted), example, values or {}, advice, allowed)
-
-    def at(self, x: Any, index: Any) -> Any:
-        """One entry of each row."""
-        return self.xp.take_along_axis(x, index[:, None], axis=-1)[:, 0]
-
-    def first(self, bad: Any, x: Any) -> dict[str, Any]:
-        """The first bad entry of each row, and where it is."""
-        index = self.xp.argmax(bad, axis=-1)
-        return {"value": self.at(x, index), "at": index}
 
 
 class Rows(Counted):
@@ -89,16 +48,23 @@ class Rows(Counted):
         self.epsilon = float(jnp.finfo(inputs.dtype).eps)
         self.inputs = self._last(inputs, axis)
         targets: Any = arguments.targets
+        self.sparse_classes = None
+        if isinstance(targets, SparseTargets):
+            self.sparse_classes, targets = self._sparse(targets, ignore_index)
         by_label = jnp.issubdtype(targets.dtype, jnp.integer)
         self.labels: Any = xp.asarray(targets).reshape(-1) if by_label else None
         self.classes: Any = xp.asarray(encode_labels(targets, count)).reshape(-1) if by_label else None
-        self.probabilities: Any = None if by_label else self._last(targets, axis)
+        # Of sparse targets those of the few classes.
+        self.probabilities: Any = None if by_label else self._last(targets, axis if self.sparse_classes is None else -1)
         self.target_epsilon = 0.0 if by_label else float(jnp.finfo(targets.dtype).eps)
         self.weights = None if arguments.weights is None else xp.asarray(arguments.weights).reshape(-1)
         self.class_weights = None if arguments.class_weights is None else xp.asarray(arguments.class_weights)
         counted = xp.ones(self.inputs.shape[0], bool)
         if by_label:
             counted = ~xp.asarray(has_label(targets, ignore_index)).reshape(-1)
+        if isinstance(arguments.targets, SparseTargets):
+            ignored = xp.asarray(has_label(jnp.asarray(arguments.targets.classes), ignore_index))
+            counted = ~xp.all(ignored.reshape(counted.shape[0], -1), axis=-1)
         if arguments.where is not None:
             counted = counted & xp.asarray(arguments.where).reshape(-1)
         super().__init__(xp, counted if self.weights is None else counted & (self.weights != 0))
@@ -108,11 +74,29 @@ class Rows(Counted):
         wide = self.xp.asarray(x).astype(arrays.accumulation_dtype(x))
         return self.xp.moveaxis(wide, axis, -1).reshape(rows, x.shape[axis])
 
+    def _sparse(self, targets: SparseTargets, ignore_index: int | None) -> tuple[Any, jax.Array]:
+        """The classes as `(rows, k)`, and the probabilities, which are 0 for entries that are ignored."""
+        classes, probabilities = jnp.asarray(targets.classes), jnp.asarray(targets.probabilities)
+        ignored = has_label(classes, ignore_index)
+        encoded = jnp.where(ignored, 0, encode_labels(classes, self.count))
+        return self.xp.asarray(encoded).reshape(-1, classes.shape[-1]), jnp.where(ignored, 0, probabilities)
+
+    @functools.cached_property
+    def shares(self) -> Any:
+        """`(rows, classes)`: the target probabilities; those of sparse targets spread out."""
+        if self.sparse_classes is None:
+            return self.probabilities
+        classes = self.xp.arange(self.count, dtype=np.int32)[None, :]
+        return sum(
+            self.xp.where(classes == self.sparse_classes[:, i, None], self.probabilities[:, i, None], 0)
+            for i in range(self.sparse_classes.shape[1])
+        )
+
     @functools.cached_property
     def target_classes(self) -> Any:
         """`(rows, classes)`: the target counts on this class."""
         if self.probabilities is not None:
-            return self.probabilities > 0
+            return self.shares > 0
         return self.xp.arange(self.count, dtype=np.int32)[None, :] == self.classes[:, None]
 
 
@@ -128,6 +112,8 @@ def rule_matches(r: Rows, inputs: str) -> Iterator[RuleMatch]:
         yield _not_log_probabilities(r)
     if r.labels is not None:
         yield from _labels(r)
+    if r.sparse_classes is not None:
+        yield _sparse_classes(r)
     if inputs == "hidden":
         yield not_finite(r, r.inputs, ~r.xp.isfinite(r.inputs), "hidden states")
     else:
@@ -203,14 +189,15 @@ def _labels(r: Rows) -> Iterator[RuleMatch]:
     )
 
 
-def not_finite(r: Counted, x: Any, bad: Any, what: str) -> RuleMatch:
+def _sparse_classes(r: Rows) -> RuleMatch:
+    invalid = r.sparse_classes == INVALID
     return r.match(
-        "not_finite",
-        f"{what} with nan or inf",
-        r.counted & r.xp.any(bad, axis=-1),
-        "{value} at {at}",
-        "Loss and gradient are nan there: look for where it starts (jax.debug_nans), or drop padding with `where`.",
-        r.first(bad, x),
+        "labels_out_of_range",
+        "classes of sparse targets out of range",
+        r.counted & r.xp.any(invalid, axis=-1),
+        f"entry {{at}}, where classes are 0 to {r.count - 1}",
+        "The loss is nan there: pass the class as `ignore_index` if it marks padding, else see how they are made.",
+        {"at": r.xp.argmax(invalid, axis=-1)},
     )
 
 
@@ -292,28 +279,6 @@ def _weights(r: Rows) -> Iterator[RuleMatch]:
         yield r.match(kind, what, r.counted & xp.any(used, axis=-1), "class {at}", say, {"at": at})
 
 
-def row_weights(r: Counted, weights: Any) -> Iterator[RuleMatch]:
-    """Of either sign, as advantages and unlikelihood are, but the mean of the loss divides by their sum."""
-    value = {"value": weights}
-    yield r.match(
-        "bad_weights",
-        "row weights of nan",
-        r.counted & r.xp.isnan(weights),
-        "weight {value}",
-        "The loss is nan there: drop the row with `where`, or give it a weight of 0.",
-        value,
-    )
-    yield r.match(
-        "bad_weights",
-        "row weights that are negative",
-        r.counted & (weights < 0),
-        "weight {value:.4g}",
-        'They reward mistakes. If that is meant, as for advantages, pass a `denominator`: "mean" divides by the sum.',
-        value,
-        allowed=True,
-    )
-
-
 def _ranges(r: Rows) -> Iterator[RuleMatch]:
     xp, z = r.xp, r.inputs
     top, asked, removed = xp.max(z, axis=-1), r.target_classes, xp.isneginf(z)
@@ -331,7 +296,7 @@ def _ranges(r: Rows) -> Iterator[RuleMatch]:
         {"value": decisive},
     )
     log_total = xp.log(xp.sum(xp.exp(z - top[:, None]), axis=-1))
-    shares = asked.astype(z.dtype) if r.probabilities is None else r.probabilities
+    shares = asked.astype(z.dtype) if r.probabilities is None else r.shares
     usual = xp.sum(xp.where(asked, shares * ((z - top[:, None]) - log_total[:, None]), 0), axis=-1)
     others = ~asked & (z > MASK)
     loss = xp.log1p(xp.sum(xp.where(others, xp.exp(z - lowest[:, None]), 0), axis=-1))

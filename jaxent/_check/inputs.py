@@ -16,9 +16,10 @@ from jax.experimental import checkify
 from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
+from jaxent._arguments.targets import SparseTargets
 from jaxent._check.call_inputs import read_inputs
-from jaxent._check.input_rules import RuleMatch
 from jaxent._check.loss_calls import LossSignature, read_signature
+from jaxent._check.rule_match import RuleMatch
 from jaxent._errors import ArgumentTypeError, ArgumentValueError, named, public
 from jaxent.losses import sigmoid_cross_entropy, softmax_cross_entropy
 
@@ -54,7 +55,7 @@ def _sentence(what: str, count: Any, total: Any, first: tuple[Any, ...], example
 @public
 def diagnose(
     logits: ArrayLike,
-    targets: ArrayLike | None = None,
+    targets: ArrayLike | SparseTargets | None = None,
     *,
     loss: Callable[..., Any] | None = None,
     axis: int = -1,
@@ -138,9 +139,9 @@ def _is_default(option: str, value: Any) -> bool:
     return value is DEFAULTS[option] or (isinstance(value, (int, float)) and value == DEFAULTS[option])
 
 
-def _are_flags(logits: ArrayLike, targets: ArrayLike | None) -> bool:
+def _are_flags(logits: ArrayLike, targets: ArrayLike | SparseTargets | None) -> bool:
     """Integers or bools shaped like the logits are no labels, of which there is one for each row."""
-    if targets is None or isinstance(targets, (bool, int)):
+    if targets is None or isinstance(targets, (bool, int, SparseTargets)):
         return False
     kind = np.asarray(targets).dtype.kind
     return kind in "biu" and np.ndim(targets) > 0 and np.shape(targets) == np.shape(logits)

@@ -6,7 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxent._arguments import arrays
-from jaxent._check.input_rules import NORMALIZED, Counted, RuleMatch, not_finite, probabilities_as_logits
+from jaxent._check.input_rules import NORMALIZED, probabilities_as_logits
+from jaxent._check.rule_match import Counted, RuleMatch, not_finite
 
 
 class Distribution(Counted):

@@ -175,7 +175,9 @@ def binary_cross_entropy_with_logits(
     """
     reduction = check_reduction(reduction, size_average, reduce)
     z, t = _entries(input, target)
-    dtype = t.dtype if jnp.issubdtype(getattr(target, "dtype", z.dtype), jnp.floating) else z.dtype
+    given = target if isinstance(target, jax.Array) else arrays.as_array("target", target)
+    # The type of a list is NumPy's, not the caller's.
+    dtype = t.dtype if hasattr(target, "dtype") and jnp.issubdtype(given.dtype, jnp.floating) else z.dtype
     weight = check_entry_weight("weight", weight, z.shape)
     pos_weight = check_entry_weight("pos_weight", pos_weight, z.shape)
     return _binary_cross_entropy_with_logits(z, t, weight, pos_weight, reduction=reduction, dtype=dtype)
