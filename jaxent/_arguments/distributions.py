@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
-from jaxent._errors import ArgumentTypeError, ArgumentValueError
+from jaxent._errors import ArgumentValueError
 from jaxent._math import safe
 from jaxent._mesh.class_axis import ClassAxis
 
@@ -127,12 +127,7 @@ def _in_base(value: jax.Array, log_base: jax.Array | None) -> jax.Array:
 
 def probabilities(argument: str, value: ArrayLike) -> jax.Array:
     """A floating array; integers are taken for counts, which are not rescaled behind the caller's back."""
-    try:
-        return arrays.floating(argument, value)
-    except TypeError as error:
-        if not jnp.issubdtype(getattr(value, "dtype", None) or np.asarray(value).dtype, jnp.integer):
-            raise
-        raise ArgumentTypeError(f"{error}; the probabilities of counts are `counts / counts.sum()`") from None
+    return arrays.floating(argument, value, " (the probabilities of counts are `counts / counts.sum()`)")
 
 
 def check_operands(
