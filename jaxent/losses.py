@@ -79,7 +79,8 @@ def softmax_cross_entropy(
     - `logits`: `(*batch, classes)`, floating; the classes lie at `axis`.
     - `targets`: `(*batch,)` class indices of any integer dtype, or class probabilities shaped like `logits`, or
       `SparseTargets`.
-    - `where`: `(*batch,)` bool; False drops a row. `weights`: `(*batch,)`, row weights `w >= 0`; a negative one is nan.
+    - `where`: `(*batch,)` bool; False drops a row. `weights`: `(*batch,)`, row weights `w` of either sign (advantages,
+      unlikelihood). With weights that may sum to 0 pass `denominator`: a mean over weights of sum 0 is 0.
     - `class_weights`: `(classes,)`, `c`.
     - `ignore_index`: rows with this label are dropped; None drops none. Only for class indices.
     - `label_smoothing`: `epsilon` in [0, 1]. `z_loss`: `zeta >= 0`; the class weights do not touch its term.
@@ -87,8 +88,11 @@ def softmax_cross_entropy(
       `"none"` gives `(*batch,)`; `"sum_and_weight"` gives `WeightedSum(total, weight)`, whose sums over microbatches or
       devices have the exact mean.
     - `denominator`: replaces the divisor of `"mean"`.
-    - `vocab_axis`: the mesh axis that splits the classes, inside `jax.shard_map`; labels count all classes, and
-      `class_weights` and probabilities are split like the logits.
+    - `vocab_axis`: the mesh axis that splits the classes, or a tuple of them, inside `jax.shard_map`; labels count all
+      classes, and `class_weights` and probabilities are split like the logits.
+
+    Numbers from the host (weights, divisors) pass through float64: none wraps, and one that float32 cannot hold is an
+    error.
 
     **Returns:** float64 for float64 logits, else float32; the gradient comes back in the dtype of `logits`.
 
@@ -233,7 +237,7 @@ def sigmoid_cross_entropy(
 
     - `logits`: any shape, floating.
     - `targets`: the same shape; probabilities of the positive class, or bool or integer 0 and 1.
-    - `where`, `weights`: the same shape; what to drop, and weights `w >= 0`.
+    - `where`, `weights`: the same shape; what to drop, and weights `w` of either sign.
     - `pos_weight`: `c`, broadcast against the logits from the last axis.
     - `reduction`, `denominator`: as in `softmax_cross_entropy`.
 

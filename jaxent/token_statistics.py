@@ -52,7 +52,7 @@ def token_statistics(
     - `where`: `(*batch,)`, bool; `ignore_index`: a label. Which rows are dropped: the statistics of a dropped row are 0
       in floating and -1 in integer fields, and its gradient is exactly 0.
     - `top_k`: how many of the best classes to return; 0 for none.
-    - `vocab_axis`: the mesh axis that splits the classes, inside `jax.shard_map`.
+    - `vocab_axis`: the mesh axis that splits the classes, or a tuple of them, inside `jax.shard_map`.
 
     **Returns:** `TokenStatistics` with leaves of shape `(*batch,)`, and `(*batch, top_k)` for the top classes.
     A label out of range has log-probability nan and rank -1; a row with nan, +inf or only -inf has nan everywhere, and
