@@ -10,7 +10,8 @@ import numpy as np
 from jax import lax
 
 from jaxent._math import safe
-from jaxent._math.softmax import Normalizer, log_probabilities_jvp, shift_of
+from jaxent._math.one_pass import largest_and_others
+from jaxent._math.softmax import Normalizer, finite_or_nan, log_probabilities_jvp, shift_of
 from jaxent._mesh.class_axis import ClassAxis, row_sum
 from jaxent._mesh.types import may_be_split_by_xla
 
@@ -79,11 +80,33 @@ def _nll_from_maximum(
     If it holds the maximum, that sum is `r`. If not, `r` is that sum less what the label lacks to one, and may lose
     digits when it is small; but then `m - z_y` is the loss, and `log1p(r)` is lost in it.
     """
-    shift = _of_valid(jnp.squeeze(shift_of(z, classes), classes.axis), label, ignored)
-    others = classes.psum(sum_of_others(z, label, shift, classes))
+    shift, others = _shift_and_others(z, label, ignored, classes, sum_of_others)
+    others = classes.psum(others)
     others = jnp.where(others < 2.0**90, others, jnp.nan)  # a row with nan, whose sum of distances did not show it
     row = Normalizer(shift, jnp.where(ignored, 0, others + (jnp.exp(label_logit - shift) - 1)))
     return (shift - label_logit) + row.log_total, row
+
+
+def _shift_and_others(
+    z: jax.Array, label: jax.Array, ignored: jax.Array, classes: ClassAxis, sum_of_others: SumOfOthers
+) -> tuple[jax.Array, jax.Array]:
+    """The shift of each row, and this device's sum over the other classes.
+
+    NVIDIA's compiler reads the logits once for both if one reduction computes them; a TPU's finds the maximum while it
+    multiplies; on a CPU such a reduction is slow.
+    """
+
+    def in_two_passes(z: jax.Array, label: jax.Array, ignored: jax.Array) -> tuple[jax.Array, jax.Array]:
+        shift = _of_valid(jnp.squeeze(shift_of(z, classes), classes.axis), label, ignored)
+        return shift, sum_of_others(z, label, shift, classes)
+
+    def in_one_pass(z: jax.Array, label: jax.Array, ignored: jax.Array) -> tuple[jax.Array, jax.Array]:
+        largest, others = largest_and_others(z, label, classes)
+        return _of_valid(finite_or_nan(largest), label, ignored), others
+
+    if may_be_split_by_xla(z):
+        return in_two_passes(z, label, ignored)  # a reduction to two results would be gathered
+    return lax.platform_dependent(z, label, ignored, cuda=in_one_pass, default=in_two_passes)
 
 
 def _nll_for_value(

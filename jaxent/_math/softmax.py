@@ -45,7 +45,10 @@ def has_softmax(z: jax.Array, classes: ClassAxis) -> jax.Array:
 
 def shift_of(z: jax.Array, classes: ClassAxis) -> jax.Array:
     """The row maximum; nan where no shift makes sense (a row of -inf, or one with +inf or nan)."""
-    largest = classes.max(z)
+    return finite_or_nan(classes.max(z))
+
+
+def finite_or_nan(largest: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(largest), largest, jnp.nan)
 
 
