@@ -20,7 +20,7 @@ from benchmarks.compiled import Reading, compile_for
 from benchmarks.compiled_scale import Step, compile_step, numbers_sent
 from benchmarks.kernels import Kernel
 
-pytestmark = pytest.mark.compiler
+pytestmark = [pytest.mark.compiler, pytest.mark.usefixtures("one_device")]
 
 N, D, V, CHUNK = 8192, 1024, 32768, 2048
 GPU, TPU = "h100", "v5p"
@@ -74,18 +74,18 @@ def test_three_products_of_bf16_operands_that_add_up_in_float32(target: str):
     assert sum(flops for _, flops in found) == 3 * 2 * N * D * V
 
 
-@pytest.mark.parametrize(("target", "most"), [(GPU, 22), (TPU, 18)])
-def test_passes_over_a_chunk(target: str, most: int):
+@pytest.mark.parametrize("target", TARGETS)
+def test_passes_over_a_chunk(target: str):
     """Bytes moved for each logit: 4 for a pass in float32, 2 for one in bf16.
 
-    The logits are written once. Each product of the gradient reads `dz`, which is written once, or computes it from the
-    logits again, as the TPU's compiler likes to do.
+    The logits are written once and read twice, for their sums and for `dz`, which is written once and read by both
+    products of the gradient; or these compute it from the logits again, as the TPU's compiler likes to do.
     """
     written, read = passes(step(target, False).kernels, "f32")
     narrow_written, narrow_read = passes(step(target, False).kernels, "bf16")
     assert written == 1
     assert narrow_written <= 1
-    assert 4 * (written + read) + 2 * (narrow_written + narrow_read) <= most
+    assert 4 * (written + read) + 2 * (narrow_written + narrow_read) <= 18
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -118,7 +118,7 @@ def test_statistics_take_one_product(target: str):
     function = functools.partial(jaxent.linear_token_statistics, chunk_rows=CHUNK)
     reading = compiled_for(target, function, ((N, D), jnp.bfloat16), ((D, V), jnp.bfloat16), ((N,), jnp.int32))
     assert sum(kernel.times * kernel.flops for kernel in reading.kernels) == 2 * N * D * V
-    assert passes(reading.kernels, "f32")[0] == 1
+    assert passes(reading.kernels, "f32")[0] <= 2  # rows that are ignored are zeroed in a copy
 
 
 def test_a_pod_sends_what_the_formula_says():
