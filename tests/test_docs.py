@@ -1,0 +1,42 @@
+"""The documentation is a claim: its code runs, its outputs are what comes out, and it has every public name."""
+
+import doctest
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+import jaxent
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = sorted(path for path in DOCS.glob("*.md"))
+BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_code_of_a_page_runs(page: Path):
+    """The blocks of a page share their names, as a reader would type them one after the other."""
+    scope: dict[str, object] = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # as readers have it
+        for kind, code in BLOCK.findall(page.read_text(encoding="utf-8")):
+            if kind == "python":
+                exec(compile(code, page.name, "exec"), scope)
+            else:
+                test = doctest.DocTestParser().get_doctest(code, scope, page.name, page.name, 0)
+                runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+                assert runner.run(test, clear_globs=False).failed == 0
+                scope.update(test.globs)
+
+
+def test_the_reference_has_every_public_name():
+    pages = "".join(path.read_text(encoding="utf-8") for path in DOCS.glob("api/*.md"))
+    assert sorted(re.findall(r"^::: jaxent\.(\w+)$", pages, flags=re.MULTILINE)) == sorted(
+        [*jaxent.__all__, "torch_compat"]
+    )
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = DOCS.parent.joinpath("mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1]
+    pages = {str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md")}
+    assert set(re.findall(r"([\w/]+\.md)$", navigation, flags=re.MULTILINE)) == pages
