@@ -5,7 +5,9 @@ import re
 from pathlib import Path
 
 import jax
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 import jaxent
 
@@ -27,6 +29,19 @@ def test_the_code_of_a_page_runs(page: Path):
                 runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
                 assert runner.run(test, clear_globs=False).failed == 0
                 scope.update(test.globs)
+
+
+@pytest.mark.grid
+def test_the_notebook_runs_and_prints_what_it_shows():
+    notebook = nbformat.read(DOCS / "from_surprise_to_loss.ipynb", as_version=4)
+    shown = printed(notebook)
+    NotebookClient(notebook, timeout=300).execute()
+    assert printed(notebook) == shown
+
+
+def printed(notebook: nbformat.NotebookNode) -> list[str]:
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    return [output.text for output in outputs if output.output_type == "stream" and output.name == "stdout"]
 
 
 def test_the_reference_has_every_public_name():

@@ -17,4 +17,6 @@ def on_page_content(html_of_page: str, **_: Any) -> str:
 def _mathml(match: re.Match[str]) -> str:
     latex = html.unescape(match[2]).strip()
     display = "block" if match[1] == "div" else "inline"
-    return convert(latex.removeprefix(r"\(").removesuffix(r"\)").removeprefix(r"\[").removesuffix(r"\]"), display=display)
+    return convert(
+        latex.removeprefix(r"\(").removesuffix(r"\)").removeprefix(r"\[").removesuffix(r"\]"), display=display
+    )
