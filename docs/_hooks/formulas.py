@@ -1,4 +1,4 @@
-"""Formulas become MathML while the site is built: browsers draw it themselves, and the site needs no script for them."""
+"""Formulas become MathML while the site is built: browsers draw it themselves, without a script."""
 
 import html
 import re
@@ -15,8 +15,6 @@ def on_page_content(html_of_page: str, **_: Any) -> str:
 
 
 def _mathml(match: re.Match[str]) -> str:
-    latex = html.unescape(match[2]).strip()
+    latex = html.unescape(match[2]).strip()[2:-2]  # without the delimiters of arithmatex
     display = "block" if match[1] == "div" else "inline"
-    return convert(
-        latex.removeprefix(r"\(").removesuffix(r"\)").removeprefix(r"\[").removesuffix(r"\]"), display=display
-    )
+    return convert(latex, display=display)
