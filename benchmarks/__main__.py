@@ -109,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     comparison = commands.add_parser("compare", help="what changed between two records beyond the noise")
     comparison.add_argument("before", type=Path)
     comparison.add_argument("after", type=Path)
-    table = commands.add_parser("readme", help="write the README's speed table from a record")
+    table = commands.add_parser("readme", help="write the documentation's table of speed from a record")
     table.add_argument("record", type=Path)
     options = parser.parse_args(arguments)
     if options.command == "compare":

@@ -1,7 +1,8 @@
-"""The README's chart and table of speed, generated from a record."""
+"""The table of speed in the documentation, and the chart that the README shows too, generated from a record."""
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from benchmarks import pictures
 from benchmarks.report import mib, number, sweep
 
+PAGE, CHART = Path("docs/speed.md"), Path("docs/images/speed.png")
 SECTION = re.compile(r"<!-- speed: (\S+) -->\n.*?<!-- speed ends -->", flags=re.DOTALL)
 PEERS = {
     "optax": "optax",
@@ -56,22 +58,23 @@ def _rows(record: dict[str, Any], mode: str) -> Iterator[str]:
 
 
 def section(repository: Path, record: Path) -> str:
-    """What the README says between its two marks, with the marks."""
+    """What the page says between its two marks, with the marks."""
     read = json.loads(record.read_text())
-    path, picture = (
-        p.resolve().relative_to(repository.resolve()).as_posix() for p in (record, pictures.path_of("classes", record))
-    )
+    path = record.resolve().relative_to(repository.resolve()).as_posix()
     text = f"Memory and time against the vocabulary on {read['machine']['device']}"
-    chart = [f"![{text}]({picture})", ""] if sweep(read, "classes") else []
+    chart = [f"![{text}]({CHART.relative_to(PAGE.parent).as_posix()})", ""] if sweep(read, "classes") else []
     return "\n".join([f"<!-- speed: {path} -->", *chart, table(read), "<!-- speed ends -->"])
 
 
 def update(repository: Path, record: Path) -> None:
-    """Draws the record's pictures anew and writes the README's section."""
+    """Redraws the record's pictures, and writes the page's section and its chart."""
     if not pictures.draw(json.loads(record.read_text()), record):
-        raise SystemExit("the README shows a chart: nothing was written")
-    readme = repository / "README.md"
-    text, count = SECTION.subn(lambda _: section(repository, record), readme.read_text(encoding="utf-8"))
+        raise SystemExit("the page shows a chart: nothing was written")
+    page = repository / PAGE
+    text, count = SECTION.subn(lambda _: section(repository, record), page.read_text(encoding="utf-8"))
     if count != 1:
-        raise ValueError(f"{readme}: expected one section between `<!-- speed: ... -->` and `<!-- speed ends -->`")
-    readme.write_text(text, encoding="utf-8")
+        raise ValueError(f"{page}: expected one section between `<!-- speed: ... -->` and `<!-- speed ends -->`")
+    page.write_text(text, encoding="utf-8")
+    chart = pictures.path_of("classes", record)
+    if chart.exists():
+        shutil.copyfile(chart, repository / CHART)

@@ -1,4 +1,4 @@
-"""The benchmarks run, refuse to time what disagrees, tell change from noise; the README is what its record gives."""
+"""The benchmarks run, refuse to time what disagrees, tell change from noise; the page on speed is what its record gives."""
 
 import copy
 import json
@@ -240,24 +240,25 @@ def test_heads_are_scaled_to_the_memory():
 
 
 def assert_belongs_to_its_record(text, repository):
-    """The section of the README between the marks, and the chart that it shows."""
+    """The section of the page between the marks, and the chart that it shows."""
     (match,) = readme.SECTION.finditer(text)
     record = repository / match[1]
     assert match[0] == readme.section(repository, record)
     (chart,) = re.findall(r"^!\[.*\]\((.*)\)$", match[0], flags=re.MULTILINE)
-    assert f"Source\0{pictures.source(record)}".encode() in (repository / chart).read_bytes()
+    assert f"Source\0{pictures.source(record)}".encode() in (repository / readme.PAGE.parent / chart).read_bytes()
 
 
-def test_the_readme_is_written_from_the_record(record, tmp_path):
+def test_the_page_is_written_from_the_record(record, tmp_path):
     path = tmp_path / "benchmarks" / "record.json"
     path.parent.mkdir()
     changed = copy.deepcopy(record)
     for case in changed["cases"]:
         case["case"]["donated"] = False
     path.write_text(json.dumps(changed))
-    (tmp_path / "README.md").write_text("before\n<!-- speed: none -->\n<!-- speed ends -->\nafter\n")
+    (tmp_path / readme.CHART).parent.mkdir(parents=True)
+    (tmp_path / readme.PAGE).write_text("before\n<!-- speed: none -->\n<!-- speed ends -->\nafter\n")
     readme.update(tmp_path, path)
-    text = (tmp_path / "README.md").read_text()
+    text = (tmp_path / readme.PAGE).read_text()
     assert text.startswith("before\n<!-- speed: benchmarks/record.json -->\n")
     assert text.endswith("<!-- speed ends -->\nafter\n")
     ours = changed["cases"][1]["rows"][0]
@@ -271,11 +272,11 @@ def test_the_readme_is_written_from_the_record(record, tmp_path):
     with pytest.raises(AssertionError):
         assert_belongs_to_its_record(readme.SECTION.sub(lambda _: readme.section(tmp_path, path), text), tmp_path)
     readme.update(tmp_path, path)
-    assert_belongs_to_its_record((tmp_path / "README.md").read_text(), tmp_path)
+    assert_belongs_to_its_record((tmp_path / readme.PAGE).read_text(), tmp_path)
 
 
-def test_the_speed_in_the_readme_is_that_of_its_record():
-    text = (command.REPOSITORY / "README.md").read_text(encoding="utf-8")
+def test_the_speed_in_the_documentation_is_that_of_its_record():
+    text = (command.REPOSITORY / readme.PAGE).read_text(encoding="utf-8")
     if any(command.RESULTS.glob("*.json")):
         assert_belongs_to_its_record(text, command.REPOSITORY)
     else:
