@@ -1,4 +1,4 @@
-"""The benchmarks run, refuse to time what disagrees, tell change from noise; the page on speed is what its record gives."""
+"""The benchmarks run, refuse to time what disagrees, tell change from noise; the page on speed has its record."""
 
 import copy
 import json

@@ -1,6 +1,6 @@
 """Every classification loss of `optax.losses` that jaxent covers, in one line: equal, and right where optax is not.
 
-The lines are those of the README's table.
+The lines are those of the table in `docs/optax_flax.md`.
 """
 
 import contextlib
@@ -38,12 +38,12 @@ P = np.array([[0.5, 0.25, 0.25], [0.125, 0.125, 0.75], [0.25, 0.5, 0.25], [0.375
 FLAGS = (Z > 0).astype(np.float32)
 MEASURE = 2 * P[::-1] + np.float32(0.125)  # does not sum to one
 
-README = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
-TABLE = README.split("### From optax and flax")[1].split("\n## ")[0]
+PAGE = Path(__file__).parents[1].joinpath("docs", "optax_flax.md").read_text(encoding="utf-8")
+TABLE = PAGE.split("\n## ")[0]
 
 
 def line_of(call: str) -> str:
-    """The README's line for a call of `optax.losses`, which must be the first of its row."""
+    """The page's line for a call of `optax.losses`, which must be the first of its row."""
     (row,) = [row for row in TABLE.splitlines() if row.startswith(f"| `{call}")]
     return row.split(" | ")[-1].removesuffix(" |").strip("`")
 
