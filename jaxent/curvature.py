@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.reduction import MatrixReduction, check_matrix_reduction, reduce_losses
@@ -25,6 +24,7 @@ from jaxent._mesh.class_axis import (
     ClassAxis,
     VocabAxis,
 )
+from jaxent._typing import ArrayLike
 
 Pytree = Any
 
@@ -176,7 +176,7 @@ def ggn_vector_product(
 def fisher_vector_product(
     logits_fn: Callable[[Any], jax.Array],
     params: Pytree,
-    labels: ArrayLike,
+    targets: ArrayLike,
     v: Pytree,
     *,
     axis: int = -1,
@@ -194,14 +194,14 @@ def fisher_vector_product(
     g_n = J_n^\top \frac{\partial \ell_n}{\partial z_n} = J_n^\top (p_n - y_n), \qquad W = \textstyle\sum_n w_n$$
 
     Martens (2020), section 11. It is not the Fisher matrix, whose labels come from the model and not from the data, and
-    it need not be near it (Kunstner et al., 2019): it vanishes where every row is fitted. With `labels` drawn from the
+    it need not be near it (Kunstner et al., 2019): it vanishes where every row is fitted. With `targets` drawn from the
     model (`jax.random.categorical(key, logits_fn(params))`) its expectation is the true Fisher matrix, which
     `ggn_vector_product` gives without drawing.
 
     **Arguments:**
 
     - `logits_fn`, `params`, `v`: as in `ggn_vector_product`.
-    - `labels`: `(*batch,)` class indices, or probabilities `t` shaped like the logits. `g_n` is the gradient of the
+    - `targets`: `(*batch,)` class indices, or probabilities `t` shaped like the logits. `g_n` is the gradient of the
       row's loss as it is, so that smoothing and probabilities go into `y_n` before the product, not a product into the
       mean over labels.
     - `weights`: how often a row counts: 2 is the row twice, and `w_n` appears once, not squared. For class weights
@@ -223,7 +223,7 @@ def fisher_vector_product(
         logits_fn,
         params,
         v,
-        SoftmaxArguments(labels, where, weights, None, label_smoothing, 0.0),
+        SoftmaxArguments(targets, where, weights, None, label_smoothing, 0.0),
         axis=axis,
         ignore_index=ignore_index,
         reduction=reduction,

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.distributions import (
@@ -21,6 +20,7 @@ from jaxent._errors import ArgumentValueError, public
 from jaxent._math import distances, renyi, safe
 from jaxent._math.mixture import jensen_shannon_term
 from jaxent._mesh.class_axis import row_sum
+from jaxent._typing import ArrayLike
 
 
 @public

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
-from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.targets import check_row_arguments, nan_if_negative
@@ -17,6 +16,7 @@ from jaxent._math.label_loss import INVALID, encode_labels
 from jaxent._math.two_float import two_float_histogram, two_float_sum
 from jaxent._mesh.apply import with_auto_axes
 from jaxent._mesh.types import mesh_of
+from jaxent._typing import ArrayLike
 
 
 @public

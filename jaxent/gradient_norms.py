@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.options import Precision
@@ -27,6 +26,7 @@ from jaxent._mesh.class_axis import (
     VocabAxis,
 )
 from jaxent._serialization import exportable
+from jaxent._typing import ArrayLike
 
 
 @exportable

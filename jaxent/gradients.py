@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.reduction import Reduction, quotient
@@ -21,6 +20,7 @@ from jaxent._mesh.apply import map_rows
 from jaxent._mesh.class_axis import (
     VocabAxis,
 )
+from jaxent._typing import ArrayLike
 
 
 @public

@@ -15,13 +15,13 @@ What all measures have in common, those of the other modules too:
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.distributions import Axes, Axis, Options, check_order, evaluate, of_distributions, probabilities
 from jaxent._errors import public
 from jaxent._math import powers, renyi, safe
 from jaxent._mesh.class_axis import row_sum
+from jaxent._typing import ArrayLike
 
 
 @public

@@ -1,13 +1,13 @@
 """The measures of distributions that are given by their logits. Log-probabilities are logits too."""
 
 import jax
-from jax.typing import ArrayLike
 
 from jaxent._arguments.distributions import Axis, Options, of_logits
 from jaxent._errors import public
 from jaxent._math import softmax
 from jaxent._math.divergences import cross_entropy_rows, kl_rows
 from jaxent._mesh.class_axis import ClassAxis
+from jaxent._typing import ArrayLike
 
 
 @public

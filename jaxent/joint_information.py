@@ -6,12 +6,12 @@ What all measures have in common is told in `jaxent.information`; a table of lab
 from typing import Literal
 
 import jax
-from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.distributions import Measure, check_joint, evaluate
 from jaxent._errors import ArgumentValueError, public
 from jaxent._math import joint
+from jaxent._typing import ArrayLike
 
 Normalizer = Literal["mean", "min", "max", "geometric", "joint"]
 

@@ -7,7 +7,6 @@ from typing import Any, Literal, Unpack, overload
 import jax
 import jax.extend
 from jax import lax
-from jax.typing import ArrayLike
 
 from jaxent._arguments.options import LinearOptions, Precision
 from jaxent._arguments.reduction import Reduction, WeightedSum
@@ -29,6 +28,7 @@ from jaxent._mesh.class_axis import (
     ClassAxis,
     VocabAxis,
 )
+from jaxent._typing import ArrayLike
 
 
 @overload

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.options import Precision
@@ -30,6 +29,7 @@ from jaxent._mesh.class_axis import (
     ClassAxis,
     VocabAxis,
 )
+from jaxent._typing import ArrayLike
 
 
 @public
@@ -104,7 +104,7 @@ def linear_ggn_vector_product(
 def linear_fisher_vector_product(
     hidden: ArrayLike,
     kernel: ArrayLike,
-    labels: ArrayLike,
+    targets: ArrayLike,
     v: tuple[ArrayLike | None, ...],
     *,
     bias: ArrayLike | None = None,
@@ -126,7 +126,7 @@ def linear_fisher_vector_product(
     \langle g_n, v \rangle = (p_n - y_n)^\top (v^h_n W + h_n V^W + v^b)$$
 
     **Arguments:** `hidden`, `kernel`, `bias`, `v`, `soft_cap`, `temperature`, `chunk_rows`, `precision` and
-    `vocab_axis` as in `linear_ggn_vector_product`; `labels` and the other options as in `fisher_vector_product`.
+    `vocab_axis` as in `linear_ggn_vector_product`; `targets` and the other options as in `fisher_vector_product`.
 
     **Returns:** a tuple with the shapes and dtypes of `v`, None where it is None. A row that is not counted adds
     exactly 0, whatever it holds. Costs what `linear_ggn_vector_product` costs.
@@ -144,7 +144,7 @@ def linear_fisher_vector_product(
         kernel,
         bias,
         v,
-        SoftmaxArguments(labels, where, weights, None, label_smoothing, 0.0),
+        SoftmaxArguments(targets, where, weights, None, label_smoothing, 0.0),
         ignore_index=ignore_index,
         soft_cap=soft_cap,
         temperature=temperature,

@@ -7,7 +7,6 @@ from typing import Any, Literal, Unpack, get_args, overload
 import jax
 import jax.extend
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.options import Divergence, DivergenceOptions, Precision, TopDivergenceOptions
@@ -44,6 +43,7 @@ from jaxent._mesh.class_axis import (
     ClassAxis,
     VocabAxis,
 )
+from jaxent._typing import ArrayLike
 
 
 @overload

@@ -11,7 +11,6 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.options import Precision
@@ -33,6 +32,7 @@ from jaxent._errors import public
 from jaxent._math.row_losses import weighted
 from jaxent._mesh.class_axis import VocabAxis
 from jaxent._mesh.types import pcast_like
+from jaxent._typing import ArrayLike
 
 
 @public

@@ -5,7 +5,6 @@ from typing import Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.options import BinaryOptions, LabelOptions, SoftmaxOptions
@@ -30,6 +29,7 @@ from jaxent._mesh.apply import map_rows
 from jaxent._mesh.class_axis import (
     VocabAxis,
 )
+from jaxent._typing import ArrayLike
 
 
 @overload

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.reduction import WeightedSum
 from jaxent._errors import public
 from jaxent._math.two_float import TwoFloat, two_float_sum
 from jaxent._serialization import exportable
+from jaxent._typing import ArrayLike
 
 
 def _count(n: int = 0) -> TwoFloat:

@@ -6,7 +6,6 @@ from typing import Literal, Unpack, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.distributions import Axes, Axis, check_class_axes, probabilities
@@ -18,6 +17,7 @@ from jaxent._math.label_loss import INVALID, encode_labels
 from jaxent._math.row_losses import weighted
 from jaxent._mesh.apply import map_rows
 from jaxent._mesh.class_axis import ClassAxis, row_sum
+from jaxent._typing import ArrayLike
 
 
 @overload

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.options import Precision
@@ -27,6 +26,7 @@ from jaxent._mesh.apply import map_rows
 from jaxent._mesh.class_axis import (
     VocabAxis,
 )
+from jaxent._typing import ArrayLike
 
 
 @public

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "jaxent"
 # The wings from the ground up; the public modules are the files of the package's own folder.
 GROUND_UP = "_mesh", "_math", "_arguments", "_engine", "public", "torch_compat _check", "__init__", "cli"
 LEVEL = {wing: level for level, wings in enumerate(GROUND_UP) for wing in wings.split()}
-GROUND = "_serialization", "_errors"  # import nothing of the package, and any module may import them
+GROUND = "_serialization", "_errors", "_typing"  # import nothing of the package, and any module may import them
 
 
 def wing(path: Path) -> str:

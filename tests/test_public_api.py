@@ -82,12 +82,12 @@ logit_hessian(logits, *, axis=-1)
 logit_hessian_product(logits, v, *, axis=-1)
 ggn_vector_product(logits_fn, params, v, *, targets=None, axis=-1, where=None, weights=None, class_weights=None,
     ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean", denominator=None, vocab_axis=None)
-fisher_vector_product(logits_fn, params, labels, v, *, axis=-1, where=None, weights=None, ignore_index=-100,
+fisher_vector_product(logits_fn, params, targets, v, *, axis=-1, where=None, weights=None, ignore_index=-100,
     label_smoothing=0.0, reduction="mean", denominator=None, vocab_axis=None)
 linear_ggn_vector_product(hidden, kernel, v, *, targets=None, bias=None, where=None, weights=None, class_weights=None,
     ignore_index=-100, label_smoothing=0.0, z_loss=0.0, soft_cap=None, temperature=1.0, reduction="mean",
     denominator=None, chunk_rows=None, precision=None, vocab_axis=None)
-linear_fisher_vector_product(hidden, kernel, labels, v, *, bias=None, where=None, weights=None, ignore_index=-100,
+linear_fisher_vector_product(hidden, kernel, targets, v, *, bias=None, where=None, weights=None, ignore_index=-100,
     label_smoothing=0.0, soft_cap=None, temperature=1.0, reduction="mean", denominator=None, chunk_rows=None,
     precision=None, vocab_axis=None)
 linear_gradient_norms(hidden, kernel, targets, *, bias=None, where=None, weights=None, class_weights=None,

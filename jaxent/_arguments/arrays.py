@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from jaxent._errors import ArgumentTypeError, ArgumentValueError
+from jaxent._typing import ArrayLike
 
 
 def describe(value: Any) -> str:

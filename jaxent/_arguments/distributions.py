@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._errors import ArgumentValueError
 from jaxent._math import safe
 from jaxent._mesh.class_axis import ClassAxis
+from jaxent._typing import ArrayLike
 
 Axis = int | tuple[int, ...]
 """Where the classes lie, as the caller says it."""

@@ -2,9 +2,8 @@
 
 from typing import Any, Literal, TypedDict
 
-from jax.typing import ArrayLike
-
 from jaxent._mesh.class_axis import VocabAxis
+from jaxent._typing import ArrayLike
 
 Precision = Any  # what `jax.lax.dot_general` takes as `precision`
 Divergence = Literal["forward", "reverse", "jensen_shannon"]

@@ -6,11 +6,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._errors import ArgumentValueError
 from jaxent._serialization import exportable
+from jaxent._typing import ArrayLike
 
 Reduction = Literal["mean", "sum", "none", "sum_and_weight"]
 MatrixReduction = Literal["mean", "sum"]

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.reduction import Reduction, check_reduction
@@ -18,6 +17,7 @@ from jaxent._math.sparse_targets import SparseRow
 from jaxent._mesh.check import check_class_axis, check_vocab_axis
 from jaxent._mesh.class_axis import ClassAxis, VocabAxis
 from jaxent._serialization import exportable
+from jaxent._typing import ArrayLike
 
 
 @exportable

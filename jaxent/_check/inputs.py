@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
-from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.targets import SparseTargets
@@ -21,6 +20,7 @@ from jaxent._check.call_inputs import read_inputs
 from jaxent._check.loss_calls import LossSignature, read_signature
 from jaxent._check.rule_match import RuleMatch
 from jaxent._errors import ArgumentTypeError, ArgumentValueError, named, public
+from jaxent._typing import ArrayLike
 from jaxent.losses import sigmoid_cross_entropy, softmax_cross_entropy
 
 

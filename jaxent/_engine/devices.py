@@ -3,7 +3,8 @@
 import dataclasses
 
 import numpy as np
-from jax.typing import DTypeLike
+
+from jaxent._typing import DTypeLike
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.options import Precision
@@ -25,6 +24,7 @@ from jaxent._mesh.apply import Batch
 from jaxent._mesh.check import check_class_axis, check_linear_layer, check_vocab_axis
 from jaxent._mesh.class_axis import ClassAxis, VocabAxis
 from jaxent._mesh.types import automatic_devices, local_shape, may_be_split_by_xla, mesh_of
+from jaxent._typing import ArrayLike
 
 
 class LogitTransform(NamedTuple):

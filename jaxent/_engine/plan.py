@@ -4,12 +4,12 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 
 from jaxent._arguments import arrays
 from jaxent._arguments.reduction import Reduction, check_reduction
 from jaxent._engine.chunking import chunking_of
 from jaxent._errors import ArgumentValueError, public
+from jaxent._typing import DTypeLike
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,10 +21,13 @@ INVALID = -2  # a label that is no class: loss nan, gradient nan
 def encode_labels(labels: jax.Array, count: int) -> jax.Array:
     """Labels of any integer dtype as int32 classes or `INVALID`.
 
-    The range is decided in the labels' own dtype: as int8, the class count 1000 would be -24.
+    The range is decided before labels that may be wider are cut to 32 bits, and after narrower ones are widened: as
+    int8, the class count 1000 would be -24.
     """
     bounds = jnp.iinfo(labels.dtype)
-    inside = labels <= min(count - 1, bounds.max)
+    if bounds.bits < 32:
+        labels = labels.astype(jnp.int32)
+    inside = labels <= count - 1
     if bounds.min < 0:
         inside &= labels >= 0
     return jnp.where(inside, labels.astype(jnp.int32), INVALID)

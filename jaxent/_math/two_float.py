@@ -6,10 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.typing import DTypeLike
 
 from jaxent._mesh.types import pcast_like
 from jaxent._serialization import exportable
+from jaxent._typing import DTypeLike
 
 _HISTOGRAM = 2**22  # entries of all lanes of a histogram: 32 MiB in float32
 

@@ -25,8 +25,8 @@ from dataclasses import InitVar
 from typing import Any
 
 import jax
-from jax.typing import ArrayLike
 
+from jaxent._typing import ArrayLike
 from jaxent.torch_compat import _conventions
 from jaxent.torch_compat._entrywise import binary_cross_entropy as binary_cross_entropy
 from jaxent.torch_compat._entrywise import binary_cross_entropy_with_logits as binary_cross_entropy_with_logits

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike, DTypeLike
 
 from jaxent._arguments import arrays, targets
 from jaxent._arguments.targets import SoftmaxArguments, check_labels, rows_shape
@@ -16,6 +15,7 @@ from jaxent._errors import ArgumentValueError
 from jaxent._math.label_loss import has_label
 from jaxent._math.row_losses import RowTargets
 from jaxent._mesh.class_axis import ClassAxis
+from jaxent._typing import ArrayLike, DTypeLike
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reductions

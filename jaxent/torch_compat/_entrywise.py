@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import ArrayLike
 
 from jaxent._arguments import arrays
 from jaxent._errors import public
 from jaxent._math import safe
 from jaxent._math.row_losses import binary_nll
+from jaxent._typing import ArrayLike
 from jaxent.torch_compat._conventions import (
     check_entry_weight,
     check_reduction,

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike, DTypeLike
 
 from jaxent import losses
 from jaxent._arguments import arrays
@@ -15,6 +14,7 @@ from jaxent._errors import ArgumentValueError, public
 from jaxent._math.softmax import log_softmax as log_softmax_of_rows
 from jaxent._math.softmax import softmax as softmax_of_rows
 from jaxent._mesh.class_axis import ClassAxis
+from jaxent._typing import ArrayLike, DTypeLike
 from jaxent.torch_compat._conventions import (
     cast,
     check_class_indices,

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 
 from jaxent import linear, losses
 from jaxent._arguments import arrays
@@ -18,6 +17,7 @@ from jaxent._engine.streaming import Counted, Head, Logits, stream_rows, stream_
 from jaxent._errors import ArgumentValueError, named, public
 from jaxent._math.row_losses import RowTargets
 from jaxent._mesh.class_axis import ClassAxis
+from jaxent._typing import ArrayLike
 from jaxent.torch_compat._conventions import (
     check_class_weight,
     check_reduction,
