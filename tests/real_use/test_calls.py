@@ -1,5 +1,6 @@
 """Calls as people write them: right, or an error that names the function, the argument and what to do."""
 
+import importlib
 import re
 import subprocess
 import sys
@@ -17,9 +18,9 @@ from jax import monitoring
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-import jaxent
-import jaxent.torch_compat as nn
-
+# Untyped: options come in dictionaries, and some calls are wrong on purpose.
+jaxent: Any = importlib.import_module("jaxent")
+nn: Any = importlib.import_module("jaxent.torch_compat")
 Call = Callable[..., Any]
 ROOT = Path(__file__).resolve().parents[2]
 RNG = np.random.default_rng(0)
@@ -266,7 +267,7 @@ def test_numpy_integers_are_integers() -> None:
     close(jaxent.linear_kl_divergence(H, W, H, 2 * W, chunk_rows=np.int32(2)), ref.kl(Z, 2 * Z).mean())
     stats = jaxent.linear_token_statistics(H, W, Y, chunk_rows=np.uint8(2), top_k=n(2))
     close(stats.top_log_probs, -np.sort(-ref.log_softmax(Z))[:, :2])
-    assert jaxent.token_statistics(Z, Y, top_k=n(2)).top_classes.shape == (6, 2)  # pyright: ignore[reportOptionalMemberAccess]
+    assert jaxent.token_statistics(Z, Y, top_k=n(2)).top_classes.shape == (6, 2)
     close(jaxent.linear_gradient_norms(H, W, Y, chunk_rows=n(2)).residual, np.linalg.norm(DZ, axis=-1))
     close(jaxent.softmax_cross_entropy(Z, Y, ignore_index=n(3), axis=n(-1)), ref.nll(Z, Y)[1:].mean())
     product = jaxent.linear_ggn_vector_product(H, W, (H, None), chunk_rows=n(2))[0]
@@ -504,7 +505,7 @@ def compiled():
     """How many programs were compiled since it was last asked."""
     count = 0
 
-    def on(event: str, duration: float, **_: Any) -> None:
+    def on(event: str, duration_secs: float, **_: Any) -> None:
         nonlocal count
         count += event == "/jax/core/compile/backend_compile_duration"
 

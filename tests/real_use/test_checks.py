@@ -1,6 +1,7 @@
 """Checks that check: `check_gradient`, `checked` and `diagnose` on inputs where they were silent or wrong."""
 
 import functools
+import importlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +12,10 @@ import numpy as np
 import pytest
 from jax.experimental import checkify
 
-import jaxent
-import jaxent.torch_compat as nn
-from jaxent import check_gradient
-
+# Untyped: options come in dictionaries, and some calls are wrong on purpose.
+jaxent: Any = importlib.import_module("jaxent")
+nn: Any = importlib.import_module("jaxent.torch_compat")
+check_gradient = jaxent.check_gradient
 Call = Callable[..., Any]
 NAN = float("nan")
 

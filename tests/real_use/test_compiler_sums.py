@@ -6,6 +6,7 @@ goes through a Hessian product for many directions at once, and is compared with
 where there is a formula, with float64 NumPy.
 """
 
+import importlib
 import os
 import re
 import subprocess
@@ -23,9 +24,9 @@ import reference as ref
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import jaxent
-import jaxent.torch_compat as nn
-
+# Untyped: options come in dictionaries, and some calls are wrong on purpose.
+jaxent: Any = importlib.import_module("jaxent")
+nn: Any = importlib.import_module("jaxent.torch_compat")
 Call = Callable[..., Any]
 ROOT = Path(__file__).resolve().parents[2]
 ROWS, CLASSES, FEATURES, DIRECTIONS = 100, 10, 4, 40  # 40,000 elements

@@ -1,5 +1,6 @@
 """Sums that are differentiated by their weights, weights of either sign, and binary targets that are none."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,8 @@ from jax.experimental import checkify
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-import jaxent
-
+# Untyped: options come in dictionaries, and some calls are wrong on purpose.
+jaxent: Any = importlib.import_module("jaxent")
 Call = Callable[..., Any]
 RNG = np.random.default_rng(0)
 H, W = RNG.normal(size=(4, 3)).astype(np.float32), RNG.normal(size=(3, 8)).astype(np.float32)
