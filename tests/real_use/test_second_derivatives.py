@@ -1,0 +1,304 @@
+"""Second and third derivatives keep their relative accuracy where they are tiny, and their finite limits at p = 0."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+import reference as ref
+
+# Untyped: options come in dictionaries, and some calls are wrong on purpose.
+jaxent: Any = importlib.import_module("jaxent")
+nn: Any = importlib.import_module("jaxent.torch_compat")
+Call = Callable[..., Any]
+mpf = mpmath.mpf
+
+
+def close(got: Any, want: Any, rtol: float = 1e-5, atol: float = 0.0) -> None:
+    np.testing.assert_allclose(ref.wide(got), ref.wide(want), rtol=rtol, atol=atol)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The binary loss: p (1 - p) far from 0
+
+
+def logistic_slopes(z: float) -> tuple[float, float, float]:
+    """The curvature p (1 - p) and its first two derivatives."""
+    with mpmath.workdps(60):
+        p = 1 / (1 + mpmath.exp(-mpf(z)))
+        s = p * (1 - p)
+        return float(s), float(s * (1 - 2 * p)), float(s * (1 - 6 * s))
+
+
+BINARY: dict[str, Call] = {
+    "dense": jaxent.sigmoid_cross_entropy,
+    "twin": nn.binary_cross_entropy_with_logits,
+    "twin module": lambda z, t: nn.BCEWithLogitsLoss()(z, t),
+    "pos_weight": lambda z, t: jaxent.sigmoid_cross_entropy(z, t, pos_weight=1.0),
+    "weights": lambda z, t: jaxent.sigmoid_cross_entropy(z, t, weights=2.0, where=True),
+}
+MODES: dict[str, Call] = {
+    "hessian": jax.hessian,
+    "jit hessian": lambda f: jax.jit(jax.hessian(f)),
+    "forward over forward": lambda f: jax.jacfwd(jax.jacfwd(f)),
+    "reverse over reverse": lambda f: jax.grad(jax.grad(f)),
+    "vmap": lambda f: lambda z: jax.vmap(jax.grad(jax.grad(f)))(z[None])[0],
+    "product": lambda f: lambda z: jax.jvp(jax.grad(f), (z,), (jnp.ones_like(z),))[1],
+}
+
+
+@pytest.mark.parametrize("target", [0.0, 0.25, 1.0])
+@pytest.mark.parametrize("name", BINARY)
+def test_binary_curvature(name: str, target: float) -> None:
+    t = jnp.float32(target)
+    second = jax.jit(jax.vmap(jax.hessian(lambda z: BINARY[name](z, t))))
+    z = np.array([0.0, 1.0, 10.0, 15.0, 17.0, 20.0, 40.0, 80.0], np.float32)
+    for sign in (1, -1):
+        close(second(jnp.asarray(sign * z)), [logistic_slopes(sign * float(x))[0] for x in z], rtol=2e-6)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ["dense", "twin"])
+def test_binary_curvature_in_every_mode(name: str, mode: str) -> None:
+    transformed = MODES[mode](lambda z: BINARY[name](z, jnp.float32(0)))
+    close(transformed(jnp.float32(20)), 2.061e-9, rtol=1e-3)
+    close(transformed(jnp.float32(20)), logistic_slopes(20)[0], rtol=2e-6)
+
+
+def test_binary_curvature_of_python_numbers() -> None:
+    close(jax.hessian(jaxent.sigmoid_cross_entropy)(20.0, 0.0), 2.0611537e-9)
+    close(jax.hessian(nn.binary_cross_entropy_with_logits)(15.0, 1.0), 3.0590213e-7)
+
+
+@pytest.mark.parametrize("name", ["dense", "twin", "pos_weight"])
+def test_third_and_fourth_derivatives_of_the_binary_loss(name: str) -> None:
+    f = lambda z: BINARY[name](z, jnp.float32(0.5))  # noqa: E731
+    third = jax.jit(jax.vmap(jax.jacfwd(jax.hessian(f))))
+    fourth = jax.jit(jax.vmap(jax.hessian(jax.hessian(f))))
+    z = np.array([2.0, 15.0, 20.0, -20.0, 60.0], np.float32)
+    close(third(jnp.asarray(z)), [logistic_slopes(float(x))[1] for x in z])
+    close(fourth(jnp.asarray(z)), [logistic_slopes(float(x))[2] for x in z])
+
+
+def test_curvature_with_a_positive_weight_and_mixed_derivatives() -> None:
+    z, c, t = jnp.array([18.0, -18.0, 3.0]), jnp.array([3.0, 0.5, 2.0]), jnp.array([1.0, 0.25, 0.0])
+    s = np.array([logistic_slopes(float(x))[0] for x in z])
+    f = lambda z, c, t: jaxent.sigmoid_cross_entropy(z, t, pos_weight=c, reduction="sum")  # noqa: E731
+    close(np.diag(jax.hessian(f)(z, c, t)), (ref.wide(c) * t + 1 - ref.wide(t)) * s)
+    p_low = np.exp(-np.logaddexp(0, ref.wide(z)))  # 1 - p
+    close(np.diag(jax.jacfwd(jax.grad(f), 1)(z, c, t)), -ref.wide(t) * p_low)
+    close(np.diag(jax.jacfwd(jax.grad(f), 2)(z, c, t)), -ref.wide(c) * p_low - (1 - p_low))
+
+
+def test_binary_curvature_in_other_dtypes() -> None:
+    got = jax.hessian(jaxent.sigmoid_cross_entropy)(jnp.bfloat16(20), jnp.bfloat16(0))
+    close(got, logistic_slopes(20)[0], rtol=1e-2)
+    with jax.enable_x64(True):
+        for z in (20.0, 40.0, -300.0, 700.0):
+            got = jax.hessian(jaxent.sigmoid_cross_entropy)(np.float64(z), np.float64(0))
+            close(got, logistic_slopes(z)[0], rtol=1e-14)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The same curvature from two classes
+
+TWO = np.array([20.0, 0.0], np.float32)
+EYE = np.eye(2, dtype=np.float32)
+CURVED: dict[str, Call] = {
+    "softmax_cross_entropy": lambda z: jaxent.softmax_cross_entropy(z, np.int32(0)),
+    "of probabilities": lambda z: jaxent.softmax_cross_entropy(z, np.array([0.25, 0.75], np.float32)),
+    "smoothed": lambda z: jaxent.softmax_cross_entropy(z, np.int32(1), label_smoothing=0.5),
+    "log_normalizer": lambda z: jaxent.token_statistics(z).log_normalizer,
+    "log_prob": lambda z: -jaxent.token_statistics(z, np.int32(1)).log_prob,
+    "cross_entropy_with_logits": lambda z: jaxent.cross_entropy_with_logits(TWO / 4, z),
+    "kl_divergence_with_logits": lambda z: jaxent.kl_divergence_with_logits(TWO / 4, z),
+    "linear": lambda z: jaxent.linear_softmax_cross_entropy(z, EYE, np.int32(0)),
+    "linear_token_statistics": lambda z: -jaxent.linear_token_statistics(z, EYE, np.int32(0)).log_prob,
+    "linear_kl_divergence": lambda z: jaxent.linear_kl_divergence(TWO / 4, EYE, z, EYE),
+    "torch_compat": lambda z: nn.cross_entropy(z, np.int32(1)),
+}
+
+
+@pytest.mark.parametrize("name", CURVED)
+def test_curvature_of_two_classes(name: str) -> None:
+    s = logistic_slopes(20)[0]
+    close(jax.hessian(CURVED[name])(jnp.asarray(TWO)), [[s, -s], [-s, s]])
+
+
+def test_closed_curvature_of_two_classes() -> None:
+    s = logistic_slopes(20)[0]
+    close(jaxent.logit_hessian(TWO), [[s, -s], [-s, s]])
+    close(jaxent.logit_hessian_product(TWO, np.array([1.0, 0.0], np.float32)), [s, -s])
+    close(jax.jacfwd(lambda z: jaxent.softmax_cross_entropy_gradient(z, np.int32(0)))(TWO), [[s, -s], [-s, s]])
+    close(jaxent.ggn_vector_product(lambda z: z, TWO, np.array([1.0, 0.0], np.float32)), [s, -s])
+
+
+def test_curvature_of_an_entropy_of_two_classes() -> None:
+    s, slope, _ = logistic_slopes(20)
+    want = -s - 20 * slope
+    close(jax.hessian(jaxent.entropy_with_logits)(jnp.asarray(TWO)), [[want, -want], [-want, want]])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measures with small and with zero probabilities
+
+SMALL = np.array([1.0, 1e-7, 1e-8], np.float32)
+
+
+def diagonal(f: Call, p: Any) -> np.ndarray:
+    return np.diag(ref.wide(jax.hessian(f)(jnp.asarray(p))))
+
+
+def power(x: Any, e: float) -> np.ndarray:
+    """`x ** e` with 0 ** 0 = 1, in float64; an infinite limit is left infinite."""
+    with np.errstate(divide="ignore"):
+        return np.power(ref.wide(x), e)
+
+
+def test_the_gini_impurity_of_the_issue() -> None:
+    close(diagonal(lambda p: jaxent.tsallis_entropy(p, 2), SMALL), [-2, -2, -2])
+
+
+@pytest.mark.parametrize(
+    "p", [SMALL, [0.5, 0.5, 0.0], [0.25, 1e-20, 0.75], [1.0, 0.0, 0.0], [1.0, 2e-38, 1e-3]], ids=str
+)
+@pytest.mark.parametrize("order", [2, 2.5, 3, 4])
+def test_tsallis_curvature(order: float, p: Any) -> None:
+    p = np.asarray(p, np.float32)
+    f = lambda p: jaxent.tsallis_entropy(p, order)  # noqa: E731
+    close(jax.hessian(f)(jnp.asarray(p)), np.diag(-order * power(p, order - 2)), atol=1e-37)
+    close(jax.jit(jax.grad(f))(p), (1 - order * power(p, order - 1)) / (order - 1), rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("order", [0.5, 1, 1.5, 1 + 1e-6])
+def test_tsallis_curvature_of_small_probabilities(order: float) -> None:
+    """At p = 0 it is infinite."""
+    close(diagonal(lambda p: jaxent.tsallis_entropy(p, order), SMALL), -order * power(SMALL, order - 2))
+
+
+@pytest.mark.parametrize("order", [2, 3, 4])
+def test_third_derivatives_of_tsallis(order: float) -> None:
+    p = jnp.array([0.5, 1e-7, 0.0, 0.5])
+    third = jax.jacfwd(jax.hessian(lambda p: jaxent.tsallis_entropy(p, order)))(p)
+    want = np.zeros(4) if order == 2 else -order * (order - 2) * power(p, order - 3)
+    close(np.einsum("iii->i", third), want, atol=1e-30)
+
+
+@pytest.mark.parametrize("mode", ["reverse over reverse", "forward over forward", "product", "vmap"])
+def test_gini_curvature_in_every_mode(mode: str) -> None:
+    f, p = (lambda p: jaxent.tsallis_entropy(p, 2)), jnp.array([1.0, 1e-8, 0.0])
+    if mode == "product":
+        close(jax.jvp(jax.grad(f), (p,), (jnp.ones(3),))[1], [-2, -2, -2])
+    elif mode == "vmap":
+        close(jax.vmap(jax.hessian(f))(p[None])[0], -2 * np.eye(3))
+    else:
+        outer = jax.jacrev if mode.startswith("reverse") else jax.jacfwd
+        close(outer(outer(f))(p), -2 * np.eye(3))
+
+
+def renyi_curvature(p: Any, a: float) -> np.ndarray:
+    """Of log(sum p^a / sum p) / (1 - a), with the limits at p = 0 of orders from 2 on."""
+    p = ref.wide(p)
+    s, m = power(p, a).sum(), p.sum()
+    first = a * power(p, a - 1)
+    second = np.diag(a * (a - 1) * power(p, a - 2))
+    return (second / s - np.outer(first, first) / s**2 + 1 / m**2) / (1 - a)
+
+
+@pytest.mark.parametrize("p", [SMALL, [0.5, 0.5, 0.0], [0.25, 1e-20, 0.75], [1.0, 0.0, 0.0]], ids=str)
+@pytest.mark.parametrize("order", [2, 2.5, 3, 5])
+def test_renyi_entropy_curvature(order: float, p: Any) -> None:
+    p = np.asarray(p, np.float32)
+    got = jax.jit(jax.hessian(lambda p: jaxent.renyi_entropy(p, order)))(p)
+    close(got, renyi_curvature(p, order), atol=3e-6)
+
+
+@pytest.mark.parametrize("order", [0.5, 1.5])
+def test_renyi_entropy_curvature_of_small_probabilities(order: float) -> None:
+    want = renyi_curvature(SMALL, order)
+    close(jax.hessian(lambda p: jaxent.renyi_entropy(p, order))(jnp.asarray(SMALL)), want, rtol=2e-5)
+
+
+def renyi_divergence_curvature(p: Any, q: Any, a: float) -> np.ndarray:
+    """With respect to p, of log(sum p^a q^(1-a) / (a sum p + (1 - a) sum q)) / (a - 1)."""
+    p, q = ref.wide(p), ref.wide(q)
+    s, m = (power(p, a) * power(q, 1 - a)).sum(), a * p.sum() + (1 - a) * q.sum()
+    first = a * power(p, a - 1) * power(q, 1 - a)
+    second = np.diag(a * (a - 1) * power(p, a - 2) * power(q, 1 - a))
+    return (second / s - np.outer(first, first) / s**2 + a**2 / m**2) / (a - 1)
+
+
+@pytest.mark.parametrize("p", [SMALL, [0.5, 0.5, 0.0], [0.25, 1e-20, 0.75], [1.0, 0.0, 0.0]], ids=str)
+@pytest.mark.parametrize("order", [2, 3])
+def test_renyi_divergence_curvature(order: float, p: Any) -> None:
+    p, q = np.asarray(p, np.float32), np.array([0.5, 0.25, 0.25], np.float32)
+    got = jax.jit(jax.hessian(lambda p: jaxent.renyi_divergence(p, q, order)))(p)
+    close(got, renyi_divergence_curvature(p, q, order), rtol=3e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["entropy", "self_information", "perplexity", "cross_entropy", "kl", "kl of q", "js"])
+def test_curvature_of_other_measures_of_small_probabilities(name: str) -> None:
+    p, q = ref.wide(SMALL), np.array([0.5, 0.25, 0.25])
+    q32 = q.astype(np.float32)
+    pp, grad = np.exp(ref.entropy(p)), -np.log(p) - 1
+    table: dict[str, tuple[Call, Any]] = {
+        "entropy": (jaxent.entropy, -1 / p),
+        "self_information": (lambda p: jaxent.self_information(p).sum(), 1 / p**2),
+        "perplexity": (jaxent.perplexity, pp * (grad**2 - 1 / p)),
+        "cross_entropy": (lambda p: jaxent.cross_entropy(q32, p), q / p**2),
+        "kl": (lambda p: jaxent.kl_divergence(p, q32), 1 / p),
+        "kl of q": (lambda p: jaxent.kl_divergence(q32, p), q / p**2),
+        "js": (lambda p: jaxent.jensen_shannon_divergence(p, q32), 1 / (2 * p) - 1 / (2 * (p + q))),
+    }
+    f, want = table[name]
+    close(diagonal(f, SMALL), want, rtol=5e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Renyi's orders: infinite gradients are not nan, large orders are the min-entropy
+
+
+@pytest.mark.parametrize("order", [1, 1.000001, 2, 0.999999])
+@pytest.mark.parametrize("transform", [jax.grad, jax.jacfwd, lambda f: jax.jit(jax.grad(f))])
+def test_gradient_of_an_infinite_renyi_divergence(order: float, transform: Call) -> None:
+    p, q = jnp.array([0.5, 0.5]), jnp.array([1.0, 0.0])
+    by_p = ref.wide(transform(lambda p: jaxent.renyi_divergence(p, q, order))(p))
+    by_q = ref.wide(transform(lambda q: jaxent.renyi_divergence(p, q, order))(q))
+    if order >= 1:
+        assert np.isposinf(by_p[1])
+        assert np.isneginf(by_q[1])
+    assert np.all(np.isfinite([by_p[0], by_q[0]])), (by_p, by_q)
+    assert not np.any(np.isnan([by_p, by_q]))
+
+
+def test_gradient_of_other_infinite_divergences() -> None:
+    p, q = jnp.array([0.5, 0.5]), jnp.array([1.0, 0.0])
+    for f in (jaxent.kl_divergence, jaxent.cross_entropy, lambda p, q: jaxent.renyi_divergence(p, q, float("inf"))):
+        by_p, by_q = jax.grad(f, (0, 1))(p, q)
+        assert np.isposinf(by_p[1])
+        assert np.isneginf(by_q[1])
+        assert np.isfinite(by_p[0])
+        assert np.isfinite(by_q[0])
+
+
+@pytest.mark.parametrize("order", [1e6, 1e30, 1e38, 3e38, 1e39, 1e300, float("inf")], ids=str)
+def test_large_orders(order: float) -> None:
+    p = jnp.array([0.5, 0.25, 0.25])
+    q = p[::-1]
+    close((jaxent.renyi_entropy(p, order), jaxent.renyi_divergence(p, q, order)), [np.log(2)] * 2, rtol=3e-6)
+    close(jax.grad(jaxent.renyi_entropy)(p, order), [-2, 0, 0], rtol=1e-4, atol=3e-6)
+    by_p, by_q = jax.grad(jaxent.renyi_divergence, (0, 1))(p, q, order)
+    # The sum is taken relative to order * sum(p) + (1 - order) * sum(q), which adds a constant to every entry.
+    close(by_p - by_p[1], [2, 0, 0], rtol=1e-3, atol=1e-3)
+    close(by_q - by_q[1], [-4, 0, 0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("order", [1e38, 1e39, 1e300])
+def test_large_orders_in_float64(order: float) -> None:
+    p = np.array([0.5, 0.25, 0.25])
+    close((jaxent.renyi_entropy(p, order), jaxent.renyi_divergence(p, p[::-1], order)), [np.log(2)] * 2, rtol=1e-14)
