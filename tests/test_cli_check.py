@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxent.cli import check, check_cases, check_oracles, check_picture, main
-from jaxent.cli.check import Products, surviving_bits
+from jaxent.cli import main
+from jaxent.cli.check import cases, references
+from jaxent.cli.check import plot as gap_plot
+from jaxent.cli.check import run as check
+from jaxent.cli.check.run import Products, surviving_bits
 
 FAST = ["check", "nll_loss", "--dtype", "float32"]
 
@@ -42,8 +45,8 @@ def test_json_and_quiet(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr() == ("", "")
 
 
-def planted(kind: str) -> check_cases.Case:
-    case = next(c for c in check_cases.cases() if c.loss == "nll_loss")
+def planted(kind: str) -> cases.Case:
+    case = next(c for c in cases.cases() if c.loss == "nll_loss")
     if kind == "value":
         return dataclasses.replace(case, function=lambda z: case.function(z) * (1 + 1e-5))
     wrong = jax.custom_jvp(case.function)
@@ -69,18 +72,18 @@ def test_a_planted_error_is_found(kind: str, capsys: pytest.CaptureFixture[str],
 
 
 def test_every_loss_is_there():
-    names = {(c.loss, c.option) for c in check_cases.cases()}
+    names = {(c.loss, c.option) for c in cases.cases()}
     options = {option for loss, option in names if loss == "softmax_cross_entropy"}
     assert options <= {option for loss, option in names if loss == "linear_softmax_cross_entropy"} | {
         *("logits of -inf", "shift of 10000", "loss of 2e-9", "loss of 7e-38", "300 classes", "axis 0")
     }
-    assert len(names) == len(list(check_cases.cases()))
-    assert not {"jax", "jnp", "jaxent"} & set(vars(check_oracles))
+    assert len(names) == len(list(cases.cases()))
+    assert not {"jax", "jnp", "jaxent"} & set(vars(references))
 
 
 @pytest.mark.parametrize("option", ["everything", "probabilities, everything"])
 def test_an_option_out_of_everything(option: str):
-    (case,) = (c for c in check_cases.cases() if (c.loss, c.option) == ("softmax_cross_entropy", option))
+    (case,) = (c for c in cases.cases() if (c.loss, c.option) == ("softmax_cross_entropy", option))
     products = Products(None, 23, 23)
     results = check.run([case], ["bfloat16", "float32"], products)
     assert [r.dtype for r in results[:: len(results) // 2]] == ["bfloat16", "float32"]
@@ -137,7 +140,7 @@ def test_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_what_the_picture_shows():
-    found = check_picture.curves()
+    found = gap_plot.curves()
     np.testing.assert_allclose(found["jaxent"], found["exact"], rtol=3e-7)
     assert found["exact"][-1] < 2e-38
     zeros = found["exact"][found["optax"] == 0]

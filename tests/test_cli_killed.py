@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cli_text import write_text
 
-from jaxent.cli.checkpoint import NAME, Checkpoint
+from jaxent.cli.train.checkpoint import NAME, Checkpoint
 
 # So many that no run reaches the end before its signal, however late a busy machine sends it.
 STEPS = 1500

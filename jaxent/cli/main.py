@@ -86,7 +86,7 @@ def _drop_output() -> None:
 
 
 def _remembered(out: Path) -> dict[str, Any]:
-    from jaxent.cli.checkpoint import Checkpoint
+    from jaxent.cli.train.checkpoint import Checkpoint
 
     return Checkpoint.options(out)
 
@@ -212,7 +212,7 @@ def _positive(text: str) -> float:
 
 
 def _mesh(text: str) -> Mapping[str, int]:
-    from jaxent.cli.devices import parse_mesh
+    from jaxent.cli.train.mesh import parse_mesh
 
     try:
         return parse_mesh(text)
@@ -228,28 +228,26 @@ def _address(text: str) -> str:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from jaxent.cli import run
+    from jaxent.cli.train import run
 
     given = {name: value for name, value in vars(options).items() if name not in ("command", "json", "paths")}
     run.run(run.Options(paths=tuple(options.paths), as_json=options.json, **given))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from jaxent.cli import evaluation
+    from jaxent.cli.train import evaluation
 
     evaluation.evaluate(options.checkpoint, options.paths, as_json=options.json, quiet=options.quiet)
 
 
 def _tokens(options: argparse.Namespace) -> None:
-    from jaxent.cli import evaluation
+    from jaxent.cli.train import evaluation
 
     style = options.style or ("line" if sys.stdout.isatty() else "table")
     evaluation.tokens(options.checkpoint, options.text, style=style, as_json=options.json)
 
 
 def _check(options: argparse.Namespace) -> int:
-    from jaxent.cli import check
+    from jaxent.cli.check import run
 
-    return check.check(
-        options.losses, options.dtypes or (), plot=options.plot, as_json=options.json, quiet=options.quiet
-    )
+    return run.check(options.losses, options.dtypes or (), plot=options.plot, as_json=options.json, quiet=options.quiet)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxent.cli.proposals import CANDIDATES, EVIDENCE, LAGS, Rows, Stream
+from jaxent.cli.train.ngrams import CANDIDATES, EVIDENCE, LAGS, Rows, Stream
 from jaxent.linear import linear_softmax_cross_entropy
 
 Params = dict[str, jax.Array]

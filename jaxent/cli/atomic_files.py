@@ -14,7 +14,7 @@ except ImportError:
     fcntl = None
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
+def write_atomic(path: Path, content: bytes | memoryview) -> None:
     """`path` gets the content, or keeps what it had, whenever the process or the machine stops."""
     temporary = None
     try:
@@ -36,7 +36,7 @@ def write_whole(path: Path, content: bytes | memoryview) -> None:
 
 
 @contextlib.contextmanager
-def own_folder(path: Path) -> Iterator[None]:
+def exclusive_directory(path: Path) -> Iterator[None]:
     """The folder, for this process alone, without what a killed one left half written; gone again if nothing came."""
     is_new = not path.exists()
     with contextlib.ExitStack() as held:

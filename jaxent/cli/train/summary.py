@@ -13,12 +13,12 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxent._engine.plan import plan
-from jaxent.cli import model
-from jaxent.cli.corpus import Corpus
-from jaxent.cli.data import Data
-from jaxent.cli.devices import DATA, VOCAB, Devices
-from jaxent.cli.evaluation import figures, measure
-from jaxent.cli.proposals import Rows
+from jaxent.cli.train import model
+from jaxent.cli.train.corpus import Corpus
+from jaxent.cli.train.dataset import Dataset
+from jaxent.cli.train.evaluation import figures, measure
+from jaxent.cli.train.mesh import DATA, VOCAB, DeviceMesh
+from jaxent.cli.train.ngrams import Rows
 from jaxent.empirical import empirical_distribution
 from jaxent.gradients import softmax_cross_entropy_gradient
 from jaxent.information import cross_entropy, entropy
@@ -26,7 +26,9 @@ from jaxent.information import cross_entropy, entropy
 DENSE_BYTES = 2**27  # of logits, for as many rows of which the gradient is also taken in closed form
 
 
-def account(params: model.Params, data: Data, corpus: Corpus, batch_rows: int, devices: Devices) -> dict[str, Any]:
+def summarize(
+    params: model.Params, data: Dataset, corpus: Corpus, batch_rows: int, devices: DeviceMesh
+) -> dict[str, Any]:
     text = b"".join(d.text for d in corpus.held_out)
     held = data.held_out.targets
     risk, _ = measure(params, data.held_out, devices)
@@ -53,7 +55,7 @@ def _units(bits: float, tokens_per_byte: float) -> dict[str, float]:
     return {"bits_per_token": bits, "bits_per_byte": bits * tokens_per_byte, "perplexity": 2**bits}
 
 
-def _entropies(data: Data) -> dict[str, float]:
+def _entropies(data: Dataset) -> dict[str, float]:
     """Bits per token of the held-out text. The entropies are those of its own counts, which no code knew before.
 
     No code that ignores the context is shorter than the first, none that sees one token is shorter than the second,
@@ -97,7 +99,7 @@ def _largest_differences(expected: Sequence[jax.Array], found: Sequence[jax.Arra
     return jnp.stack([jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(a)) for a, b in pairs])
 
 
-def _loss_figures(params: model.Params, rows: Rows, batch_rows: int, devices: Devices) -> dict[str, float]:
+def _loss_figures(params: model.Params, rows: Rows, batch_rows: int, devices: DeviceMesh) -> dict[str, float]:
     """The memory of the loss for one batch, on each device, and the gradient of real rows, two ways."""
     size, width = params["output"].shape
     count = max(1, min(batch_rows, DENSE_BYTES // (4 * size)) // devices.data) * devices.data
@@ -112,7 +114,7 @@ def _loss_figures(params: model.Params, rows: Rows, batch_rows: int, devices: De
 
 
 @functools.lru_cache
-def _temporary_bytes(rows: int, vocab_size: int, width: int, devices: Devices) -> int:
+def _temporary_bytes(rows: int, vocab_size: int, width: int, devices: DeviceMesh) -> int:
     """What XLA sets aside on each device for the gradient of the loss of `rows` hidden states."""
 
     def argument(axis: str, *shape: int, dtype: DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:

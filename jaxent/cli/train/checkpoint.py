@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from jaxent.cli.atomic_files import write_atomic
 from jaxent.cli.errors import CommandError, reason
-from jaxent.cli.proposals import ContextTable
-from jaxent.cli.storage import write_whole
-from jaxent.cli.tokens import Tokenizer
+from jaxent.cli.train.ngrams import ContextTable
+from jaxent.cli.train.tokenizer import Tokenizer
 
 NAME = "checkpoint.npz"
 FORMAT = "jaxent-train-1"
@@ -52,7 +52,7 @@ class Checkpoint:
         arrays |= {f"optimizer/{i}": value for i, value in enumerate(self.optimizer)}
         content = io.BytesIO()
         np.savez(content, **arrays)
-        write_whole(folder / NAME, content.getbuffer())
+        write_atomic(folder / NAME, content.getbuffer())
 
     @classmethod
     def load(cls, path: Path) -> "Checkpoint":

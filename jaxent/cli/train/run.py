@@ -14,16 +14,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxent.cli import model, report
-from jaxent.cli.account import account
-from jaxent.cli.checkpoint import NAME, Checkpoint
-from jaxent.cli.corpus import Corpus, read_corpus
-from jaxent.cli.data import Data
-from jaxent.cli.devices import Devices, join
+from jaxent.cli.atomic_files import exclusive_directory
 from jaxent.cli.errors import CommandError, Stopped, require
-from jaxent.cli.evaluation import measure
-from jaxent.cli.storage import own_folder
-from jaxent.cli.training import Schedule, State, train
+from jaxent.cli.train import model, report
+from jaxent.cli.train.checkpoint import NAME, Checkpoint
+from jaxent.cli.train.corpus import Corpus, read_corpus
+from jaxent.cli.train.dataset import Dataset
+from jaxent.cli.train.evaluation import measure
+from jaxent.cli.train.loop import Schedule, State, train
+from jaxent.cli.train.mesh import DeviceMesh, join
+from jaxent.cli.train.summary import summarize
 
 SAMPLE_ROWS = 2048  # of the held-out text, measured on the way
 
@@ -57,12 +57,12 @@ class Options:
         mesh = None if self.mesh is None else ",".join(f"{axis}={size}" for axis, size in self.mesh.items())
         return {"corpus": corpus.digest, **{name: getattr(self, name) for name in names}, "mesh": mesh}
 
-    def devices(self) -> Devices:
+    def devices(self) -> DeviceMesh:
         if self.mesh is not None:
             join(self.coordinator, self.num_processes, self.process_id)
         elif (self.coordinator, self.num_processes, self.process_id) != (None, None, None):
             raise CommandError("--coordinator, --num-processes and --process-id go with --mesh")
-        devices = Devices.of(**(self.mesh or {}))
+        devices = DeviceMesh.of(**(self.mesh or {}))
         devices.check(self.batch_rows, self.vocab_size)
         return devices
 
@@ -106,11 +106,11 @@ def _say(options: Options, line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _prepare(options: Options, devices: Devices, held: ExitStack) -> Work:
+def _prepare(options: Options, devices: DeviceMesh, held: ExitStack) -> Work:
     corpus = read_corpus(options.paths, options.max_bytes)
     settings = options.settings(corpus)
     if devices.is_first:
-        held.enter_context(own_folder(options.out))
+        held.enter_context(exclusive_directory(options.out))
     stored = _stored(options, settings)
     is_done = stored is not None and stored.step == options.steps
     finished = report.load(options.out, settings) if is_done else None
@@ -127,7 +127,7 @@ def _prepare(options: Options, devices: Devices, held: ExitStack) -> Work:
     return Work(corpus, settings, stored, finished)
 
 
-def _check_agreement(work: Work, devices: Devices) -> None:
+def _check_agreement(work: Work, devices: DeviceMesh) -> None:
     """Every process must start from the same text and the same step."""
     start = [work.settings, None if work.stored is None else work.stored.step, work.finished is None]
     digest = hashlib.sha256(json.dumps(start).encode()).digest()
@@ -152,10 +152,10 @@ def _stored(options: Options, settings: dict[str, Any]) -> Checkpoint | None:
     return stored
 
 
-def _train(options: Options, devices: Devices, work: Work, began: float) -> dict[str, Any]:
+def _train(options: Options, devices: DeviceMesh, work: Work, began: float) -> dict[str, Any]:
     """The rest of the steps, with a checkpoint at intervals, and the account, which the first process writes."""
     schedule = Schedule(options.steps, options.batch_rows, options.learning_rate, options.seed)
-    data = devices.together(lambda: Data.of(work.corpus, options.vocab_size, options.steps * options.batch_rows))
+    data = devices.together(lambda: Dataset.of(work.corpus, options.vocab_size, options.steps * options.batch_rows))
     _say(
         options,
         f"tokens     vocabulary {options.vocab_size:,}; {len(data.counted.ids):,} counted, "
@@ -205,7 +205,7 @@ def _train(options: Options, devices: Devices, work: Work, began: float) -> dict
     except Stopped as stopped:
         command = f"jaxent train --resume --out {shlex.quote(str(options.out))}"
         raise Stopped(stopped.signum, f"{stopped}; `{command}` goes on") from None
-    learnt = account(state.params, data, work.corpus, options.batch_rows, devices)
+    learnt = summarize(state.params, data, work.corpus, options.batch_rows, devices)
     result = {"settings": work.settings, "source": work.corpus.source, **learnt}
     result["seconds"] = round(time.monotonic() - began, 1)
 
@@ -218,7 +218,9 @@ def _train(options: Options, devices: Devices, work: Work, began: float) -> dict
     return result
 
 
-def _start(options: Options, devices: Devices, data: Data, schedule: Schedule, stored: Checkpoint | None) -> State:
+def _start(
+    options: Options, devices: DeviceMesh, data: Dataset, schedule: Schedule, stored: Checkpoint | None
+) -> State:
     if stored is None:
         params = model.initial_params(data.counted, options.vocab_size, options.width, 4 * options.width, options.seed)
         optimizer = schedule.optimizer().init(params)

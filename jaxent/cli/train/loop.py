@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxent.cli import model
-from jaxent.cli.devices import Devices
 from jaxent.cli.errors import CommandError, Stopped
-from jaxent.cli.model import Batch, Params
-from jaxent.cli.proposals import Rows
-from jaxent.cli.signals import deferred_signals
+from jaxent.cli.train import model
+from jaxent.cli.train.mesh import DeviceMesh
+from jaxent.cli.train.model import Batch, Params
+from jaxent.cli.train.ngrams import Rows
+from jaxent.cli.train.signals import deferred_signals
 
 MAX_BLOCK = 5  # optimiser steps in one call; heuristic: about two seconds, the longest wait after Ctrl-C
 SAMPLES = 12
@@ -79,7 +79,7 @@ class State:
 
 @functools.partial(jax.jit, static_argnames=("schedule", "devices"), donate_argnames=("params", "optimizer"))
 def _train_block(
-    params: Params, optimizer: OptimizerState, batches: Batch, schedule: Schedule, devices: Devices
+    params: Params, optimizer: OptimizerState, batches: Batch, schedule: Schedule, devices: DeviceMesh
 ) -> tuple[Params, OptimizerState, jax.Array]:
     transformation = schedule.optimizer()
 
@@ -100,7 +100,7 @@ def train(
     schedule: Schedule,
     rows: Rows,
     lengths: np.ndarray,
-    devices: Devices,
+    devices: DeviceMesh,
     *,
     every: int,
     at_interval: Callable[[State], None],

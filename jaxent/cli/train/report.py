@@ -7,8 +7,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from jaxent.cli.atomic_files import write_atomic
 from jaxent.cli.errors import visible
-from jaxent.cli.storage import write_whole
 
 NAME, PICTURE = "report.json", "loss.png"
 
@@ -112,11 +112,11 @@ def draw(folder: Path, result: Mapping[str, Any], history: Mapping[str, Sequence
     axes.spines[["top", "right"]].set_visible(False)
     content = BytesIO()
     figure.savefig(content, format="png")
-    write_whole(folder / PICTURE, content.getbuffer())
+    write_atomic(folder / PICTURE, content.getbuffer())
 
 
 def save(folder: Path, result: Mapping[str, Any]) -> None:
-    write_whole(folder / NAME, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
+    write_atomic(folder / NAME, (json.dumps(result, indent=2, allow_nan=False) + "\n").encode())
 
 
 def load(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:

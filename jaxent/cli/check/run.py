@@ -17,9 +17,10 @@ from jaxent import linear_loss
 from jaxent._check.autodiff import FlatArguments, autodiff_gradients
 from jaxent._check.finite_differences import Float64Reference, evaluate
 from jaxent._check.gradient import DIFFERENCES, Comparison, Reference, compare, table
-from jaxent.cli import check_picture, report
-from jaxent.cli.check_cases import EVERY_DTYPE, Case, cases
+from jaxent.cli.check import plot as gap_plot
+from jaxent.cli.check.cases import EVERY_DTYPE, Case, cases
 from jaxent.cli.errors import CommandError, require
+from jaxent.cli.train import report
 
 # In ulp. The CPU back end stays below 2, and 0.65 for gradients in half precision, which are rounded at the end, and
 # once before for a matrix product; the rest is room for the exponentials of other devices.
@@ -39,7 +40,7 @@ def check(losses: Sequence[str], dtypes: Sequence[str], *, plot: Path | None, as
     """Prints what was measured; 1 if something is out of bounds."""
     if plot is not None:
         require("matplotlib")
-        check_picture.draw(plot)
+        gap_plot.draw(plot)
         if not quiet:
             print(f"{plot} written", file=sys.stderr)
         return 0

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSh
 from jax.sharding import PartitionSpec as P
 
 from jaxent.cli.errors import CommandError
-from jaxent.cli.model import PER_TOKEN
+from jaxent.cli.train.model import PER_TOKEN
 
 Pytree = Any
 T = TypeVar("T")
@@ -37,7 +37,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
 
 
 @dataclasses.dataclass(frozen=True)
-class Devices:
+class DeviceMesh:
     """A mesh with the axes `data` (the rows of a batch) and `vocab` (the tokens of the embedding and the head).
 
     The sharding is automatic: XLA splits a computation as its inputs are split.
@@ -46,7 +46,7 @@ class Devices:
     mesh: Mesh
 
     @classmethod
-    def of(cls, data: int = 1, vocab: int = 1) -> "Devices":
+    def of(cls, data: int = 1, vocab: int = 1) -> "DeviceMesh":
         devices, count = jax.devices(), data * vocab
         if count > len(devices) or (jax.process_count() > 1 and count < len(devices)):
             hint = "; JAX_NUM_CPU_DEVICES=N splits a CPU" if devices[0].platform == "cpu" else ""

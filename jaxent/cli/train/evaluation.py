@@ -8,13 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxent.cli import model, report
-from jaxent.cli.checkpoint import Checkpoint
-from jaxent.cli.corpus import read_documents
-from jaxent.cli.devices import Devices
 from jaxent.cli.errors import CommandError
-from jaxent.cli.model import Batch, Params
-from jaxent.cli.proposals import Rows, make_rows
+from jaxent.cli.train import model, report
+from jaxent.cli.train.checkpoint import Checkpoint
+from jaxent.cli.train.corpus import read_documents
+from jaxent.cli.train.mesh import DeviceMesh
+from jaxent.cli.train.model import Batch, Params
+from jaxent.cli.train.ngrams import Rows, make_rows
 from jaxent.risk import EmpiricalRisk
 
 ROWS_AT_A_TIME = 1024
@@ -28,7 +28,7 @@ def _update(risk: EmpiricalRisk, losses: jax.Array, counted: jax.Array) -> Empir
     return risk.update(losses, counted)
 
 
-def measure(params: Params, rows: Rows, devices: Devices) -> tuple[EmpiricalRisk, np.ndarray]:
+def measure(params: Params, rows: Rows, devices: DeviceMesh) -> tuple[EmpiricalRisk, np.ndarray]:
     """The risk over all rows, and the self-information of each target in nats."""
     risk, losses = EmpiricalRisk(), []
     at_a_time = -(-ROWS_AT_A_TIME // devices.data) * devices.data
@@ -69,7 +69,7 @@ def parts(text: bytes, size: int = PART_BYTES) -> Iterator[bytes]:
 
 def evaluate(checkpoint: Path, paths: Sequence[str], *, as_json: bool, quiet: bool) -> None:
     """Bits per byte and perplexity of files, each and in total."""
-    stored, devices = Checkpoint.load(checkpoint), Devices.of()
+    stored, devices = Checkpoint.load(checkpoint), DeviceMesh.of()
     params = devices.parameters(stored.params)
     files: list[dict[str, Any]] = []
     whole = EmpiricalRisk()
@@ -90,7 +90,7 @@ def evaluate(checkpoint: Path, paths: Sequence[str], *, as_json: bool, quiet: bo
 
 def tokens(checkpoint: Path, text: str, *, style: str, as_json: bool) -> None:
     """The self-information of each token of a text; `-` reads standard input."""
-    stored, devices = Checkpoint.load(checkpoint), Devices.of()
+    stored, devices = Checkpoint.load(checkpoint), DeviceMesh.of()
     content = sys.stdin.buffer.read() if text == "-" else text.encode("utf-8", "surrogateescape")
     if not content:
         raise CommandError("the text is empty")
