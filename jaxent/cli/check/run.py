@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import os
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +19,7 @@ from jaxent._check.gradient import DIFFERENCES, Comparison, Reference, compare, 
 from jaxent.cli.check import plot as gap_plot
 from jaxent.cli.check.cases import EVERY_DTYPE, Case, cases
 from jaxent.cli.errors import CommandError, require
-from jaxent.cli.train import report
+from jaxent.cli.output import print_json, say
 
 # In ulp. The CPU back end stays below 2, and 0.65 for gradients in half precision, which are rounded at the end, and
 # once before for a matrix product; the rest is room for the exponentials of other devices.
@@ -42,7 +41,7 @@ def check(losses: Sequence[str], dtypes: Sequence[str], *, plot: Path | None, as
         require("matplotlib")
         gap_plot.draw(plot)
         if not quiet:
-            print(f"{plot} written", file=sys.stderr)
+            say(f"{plot} written")
         return 0
     chosen, products, device = _chosen(losses), measure_products(), jax.devices()[0]
     show = not (as_json or quiet)
@@ -55,7 +54,7 @@ def check(losses: Sequence[str], dtypes: Sequence[str], *, plot: Path | None, as
     if as_json:
         comparisons = [_as_json(r) for r in results]
         found = {"device": f"{device.platform}: {device.device_kind}", "jax": jax.__version__, "ok": ok}
-        report.print_json({**found, "float32_product_bits": products._asdict(), "comparisons": comparisons})
+        print_json({**found, "float32_product_bits": products._asdict(), "comparisons": comparisons})
     if show:
         print(*_lines(results), sep="\n", end="\n\n")
         count = len({(r.loss, r.option, r.dtype) for r in results})

@@ -27,8 +27,7 @@ class Dataset:
     held_out: Rows
 
     @classmethod
-    def of(cls, corpus: Corpus, vocab_size: int, wanted: int) -> "Dataset":
-        tokenizer = Tokenizer.fit([d.text for d in corpus.train], vocab_size)
+    def of(cls, corpus: Corpus, tokenizer: Tokenizer, wanted: int) -> "Dataset":
         counted, fitted = _cut(tokenizer.encode([d.text for d in corpus.train]), wanted)
         stream = Stream.of(counted)
         tables = tuple(ContextTable.count(stream, order) for order in CORPUS_ORDERS)

@@ -1,23 +1,26 @@
 """What text costs under a trained model: `jaxent evaluate` and `jaxent tokens`."""
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
 from jaxent.cli.errors import CommandError
-from jaxent.cli.train import model, report
+from jaxent.cli.output import has_colours, print_columns, print_json, say
+from jaxent.cli.train import model, surprisal
 from jaxent.cli.train.checkpoint import Checkpoint
 from jaxent.cli.train.corpus import read_documents
 from jaxent.cli.train.mesh import DeviceMesh
 from jaxent.cli.train.model import Batch, Params
 from jaxent.cli.train.ngrams import Rows, make_rows
+from jaxent.cli.train.tokenizer import Tokenizer
 from jaxent.risk import EmpiricalRisk
 
 ROWS_AT_A_TIME = 1024
+GROUP_ROWS = 2**16  # of files that are measured together; heuristic
 PART_BYTES = 2**20  # of a file, for which all rows are made at once: a row takes about 1 kB, a token 1 byte or more
 
 _token_losses = jax.jit(model.token_losses, static_argnums=2)
@@ -43,14 +46,21 @@ def measure(params: Params, rows: Rows, devices: DeviceMesh) -> tuple[EmpiricalR
     return risk, np.concatenate([np.zeros(0, np.float32), *losses])
 
 
-def figures(risk: EmpiricalRisk, size: int, tokens: int) -> dict[str, float]:
+def figures(nats: float, size: int, tokens: int) -> dict[str, float]:
+    """From the sum over all tokens."""
+    mean = nats / tokens
     return {
         "bytes": size,
         "tokens": tokens,
-        "bits_per_token": float(risk.mean(2)),
-        "bits_per_byte": float(risk.bits_per(size)),
-        "perplexity": float(risk.perplexity()),
+        "bits_per_token": mean / math.log(2),
+        "bits_per_byte": nats / math.log(2) / size,
+        "perplexity": perplexity(mean / math.log(2)),
     }
+
+
+def perplexity(bits: float) -> float:
+    """2^bits, infinite where that is no float."""
+    return 2**bits if bits < 1024 else bits * math.inf
 
 
 def parts(text: bytes, size: int = PART_BYTES) -> Iterator[bytes]:
@@ -71,24 +81,53 @@ def evaluate(checkpoint: Path, paths: Sequence[str], *, as_json: bool, quiet: bo
     """Bits per byte and perplexity of files, each and in total."""
     stored, devices = Checkpoint.load(checkpoint), DeviceMesh.of()
     params = devices.parameters(stored.params)
-    files: list[dict[str, Any]] = []
-    whole = EmpiricalRisk()
-    for document in read_documents(paths):
-        risk, count = EmpiricalRisk(), 0
-        for part in parts(document.text):
-            rows = make_rows(stored.tokenizer.encode([part]), stored.tables)
-            risk, count = risk.merge(measure(params, rows, devices)[0]), count + len(rows)
-        files.append({"file": document.name, **figures(risk, len(document.text), count)})
-        whole = whole.merge(risk)
-    size, count = (sum(file[name] for file in files) for name in ("bytes", "tokens"))
-    total = {"file": "total", **figures(whole, size, count)}
+    names, sizes, counts, nats = [], [], [], []
+    for group in _groups(_encoded(stored.tokenizer, paths, names, sizes)):
+        rows = make_rows([ids for _, ids in group], stored.tables)
+        ends = np.cumsum([len(ids) for _, ids in group])
+        losses = measure(params, rows, devices)[1].astype(np.float64)
+        for (i, ids), part in zip(group, np.split(losses, ends[:-1]), strict=True):
+            if i == len(nats):
+                nats.append(0.0)
+                counts.append(0)
+            nats[i] += part.sum()
+            counts[i] += len(ids)
+    files = [{"file": n, **figures(*f)} for n, *f in zip(names, nats, sizes, counts, strict=True)]
+    total = {"file": "total", **figures(sum(nats), sum(sizes), sum(counts))}
     if as_json:
-        report.print_json({"files": files, "total": total})
+        print_json({"files": files, "total": total})
     elif not quiet:
-        report.print_columns([*files, total])
+        print_columns([*files, total])
+    if not math.isfinite(sum(nats)):
+        say("jaxent: the model has diverged: its cross-entropy is not finite")
 
 
-def tokens(checkpoint: Path, text: str, *, style: str, as_json: bool) -> None:
+def _encoded(
+    tokenizer: Tokenizer, paths: Sequence[str], names: list[str], sizes: list[int]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """The number of a file and the tokens of a part of it; its name and size are added to the lists."""
+    ids = tokenizer.ids()
+    for number, document in enumerate(read_documents(paths)):
+        names.append(document.name)
+        sizes.append(len(document.text))
+        for part in parts(document.text):
+            yield number, tokenizer.encode([part], ids)[0]
+
+
+def _groups(encoded: Iterator[tuple[int, np.ndarray]]) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Several at a time: thousands of small files would be thousands of batches with little in them."""
+    group, rows = [], 0
+    for item in encoded:
+        if group and rows + len(item[1]) > GROUP_ROWS:
+            yield group
+            group, rows = [], 0
+        group.append(item)
+        rows += len(item[1])
+    if group:
+        yield group
+
+
+def tokens(checkpoint: Path, text: str, *, style: str | None, as_json: bool) -> None:
     """The self-information of each token of a text; `-` reads standard input."""
     stored, devices = Checkpoint.load(checkpoint), DeviceMesh.of()
     content = sys.stdin.buffer.read() if text == "-" else text.encode("utf-8", "surrogateescape")
@@ -97,14 +136,14 @@ def tokens(checkpoint: Path, text: str, *, style: str, as_json: bool) -> None:
     encoded = stored.tokenizer.encode([content])
     risk, nats = measure(devices.parameters(stored.params), make_rows(encoded, stored.tables), devices)
     texts = stored.tokenizer.texts()
-    pairs = [(texts[i], float(bits)) for i, bits in zip(encoded[0], nats / np.log(2), strict=True)]
+    bits = (nats / np.log(2)).tolist()
+    pairs = surprisal.by_character((texts[i], b) for i, b in zip(encoded[0].tolist(), bits, strict=True))
+    found = figures(float(risk.mean()) * len(nats), len(content), len(nats))
     if as_json:
-        found = [{"token": t.decode("utf-8", "backslashreplace"), "bits": bits} for t, bits in pairs]
-        report.print_json({**figures(risk, len(content), len(pairs)), "per_token": found})
+        shown = [{"token": surprisal.shown(t), "bits": b} for t, b in pairs]
+        print_json({**found, "per_token": shown})
         return
-    if style == "line":
-        report.print_coloured(pairs)
-    else:
-        report.print_surprisal(pairs)
-    total, per_byte = sum(bits for _, bits in pairs), float(risk.bits_per(len(content)))
-    print(f"{total:.2f} bits in {len(content)} bytes: {per_byte:.3f} a byte")
+    if style is None:
+        style = "line" if sys.stdout.isatty() and has_colours() else "table"
+    surprisal.print_line(pairs) if style == "line" else surprisal.print_table(pairs)
+    print(f"{sum(bits):.2f} bits in {len(content)} bytes: {found['bits_per_byte']:.3f} a byte")

@@ -1,8 +1,9 @@
 """Where a run takes place: a mesh of devices, in this process or in several that `jax.distributed` joins."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -11,7 +12,8 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxent.cli.errors import CommandError
+from jaxent import _command
+from jaxent.cli.errors import CommandError, first_line
 from jaxent.cli.train.model import PER_TOKEN
 
 Pytree = Any
@@ -31,6 +33,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
         return
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
+        if _command.is_installed():
+            _command.install()  # JAX has taken SIGTERM for a notice of its own, which nobody here reads
     except (ValueError, RuntimeError) as error:
         if any(given) or not any(words in str(error) for words in ALONE):
             raise CommandError(f"cannot join the other processes: {str(error).splitlines()[0]}") from error
@@ -47,7 +51,7 @@ class DeviceMesh:
 
     @classmethod
     def of(cls, data: int = 1, vocab: int = 1) -> "DeviceMesh":
-        devices, count = jax.devices(), data * vocab
+        devices, count = available(), data * vocab
         if count > len(devices) or (jax.process_count() > 1 and count < len(devices)):
             hint = "; JAX_NUM_CPU_DEVICES=N splits a CPU" if devices[0].platform == "cpu" else ""
             raise CommandError(f"--mesh {DATA}={data},{VOCAB}={vocab} takes {count} devices, got {len(devices)}{hint}")
@@ -63,9 +67,10 @@ class DeviceMesh:
         """Whether this process prints and writes."""
         return jax.process_index() == 0
 
-    def check(self, batch_rows: int, vocab_size: int) -> None:
+    def check(self, batch_rows: int, vocab_size: int | None) -> None:
+        """`vocab_size` is None if it is to be found."""
         for option, size, axis in (("--batch-rows", batch_rows, DATA), ("--vocab-size", vocab_size, VOCAB)):
-            if size % self.mesh.shape[axis]:
+            if size is not None and size % self.mesh.shape[axis]:
                 raise CommandError(f"{option} {size} is no multiple of the {self.mesh.shape[axis]} shards of {axis!r}")
 
     def split(self, *axes: str | None) -> Sharding:
@@ -117,6 +122,21 @@ class DeviceMesh:
         if any(failed):
             raise CommandError(f"process {failed.index(1)} has stopped; its own message says why")
         return done
+
+
+@contextlib.contextmanager
+def own_configuration() -> Iterator[None]:
+    """JAX as the bits of a run need it, whatever JAX_ENABLE_X64, JAX_DISABLE_JIT or JAX_DEBUG_NANS say."""
+    with jax.enable_x64(False), jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
+        yield
+
+
+def available() -> list[Any]:
+    """The devices; JAX_PLATFORMS may name a platform that this machine does not have."""
+    try:
+        return jax.devices()
+    except Exception as error:
+        raise CommandError(f"JAX finds no device: {first_line(error)}") from error
 
 
 @functools.lru_cache

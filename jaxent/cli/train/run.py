@@ -3,29 +3,35 @@
 import dataclasses
 import hashlib
 import json
+import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxent._command import undone
 from jaxent.cli.atomic_files import exclusive_directory
-from jaxent.cli.errors import CommandError, Stopped, require
+from jaxent.cli.errors import CommandError, Stopped, first_line, require, visible
+from jaxent.cli.options import VOCAB_SIZE
+from jaxent.cli.output import print_json, say
 from jaxent.cli.train import model, report
 from jaxent.cli.train.checkpoint import NAME, Checkpoint
 from jaxent.cli.train.corpus import Corpus, read_corpus
 from jaxent.cli.train.dataset import Dataset
 from jaxent.cli.train.evaluation import measure
-from jaxent.cli.train.loop import Schedule, State, train
-from jaxent.cli.train.mesh import DeviceMesh, join
+from jaxent.cli.train.loop import NotFinite, Schedule, State, train
+from jaxent.cli.train.mesh import VOCAB, DeviceMesh, join
 from jaxent.cli.train.summary import summarize
+from jaxent.cli.train.tokenizer import Tokenizer
 
 SAMPLE_ROWS = 2048  # of the held-out text, measured on the way
+ROW_BYTES = 450  # of a token of a batch, on the host and on the device
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +40,7 @@ class Options:
 
     paths: tuple[str, ...]
     out: Path
-    vocab_size: int
+    vocab_size: int | None  # None: as many as the text has, up to `VOCAB_SIZE`
     width: int
     max_bytes: int
     steps: int
@@ -55,7 +61,13 @@ class Options:
         """What decides the result to the last bit."""
         names = ("vocab_size", "width", "steps", "batch_rows", "learning_rate", "seed")
         mesh = None if self.mesh is None else ",".join(f"{axis}={size}" for axis, size in self.mesh.items())
-        return {"corpus": corpus.digest, **{name: getattr(self, name) for name in names}, "mesh": mesh}
+        values = {name: getattr(self, name) for name in names} | {"vocab_size": self.vocab_size or VOCAB_SIZE}
+        return {"corpus": corpus.digest, **values, "mesh": mesh}
+
+    def text(self) -> dict[str, Any]:
+        """What else a later `--resume` has to know; a vocabulary size that was not given is not given then either."""
+        text = {"paths": list(self.paths), "max_bytes": self.max_bytes}
+        return text if self.vocab_size is not None else text | {"vocab_size": None}
 
     def devices(self) -> DeviceMesh:
         if self.mesh is not None:
@@ -89,25 +101,40 @@ def run(options: Options) -> None:
         try:
             result = work.finished or _train(options, devices, work, began)
         except jax.errors.JaxRuntimeError as error:  # no memory left on a device, another process lost
-            what = str(error).splitlines()[0]
-            raise CommandError(f"JAX gave up: {what}; --resume goes on from the last checkpoint") from error
+            raise CommandError(f"JAX gave up: {first_line(error)}; {_way_on(options)}") from error
+        except MemoryError as error:
+            raise CommandError(f"not enough memory; {_way_on(options)}") from error
     if not devices.is_first:
         return
     if options.as_json:
-        report.print_json(result)
+        print_json(result)
     elif not options.quiet:
-        report.print_summary(result)
+        print("", *report.summary_lines(result), sep="\n")
         seconds = f" after {result['seconds']:.0f} s" if work.finished is None else ""
-        print(f"\n{options.out / NAME}, report.json and loss.png written{seconds}")
+        print(f"\n{visible(str(options.out / NAME))}, report.json and loss.png written{seconds}")
+
+
+def _way_on(options: Options) -> str:
+    """What a user can do who has no memory left or has lost a process."""
+    if not (options.out / NAME).exists():
+        return "try smaller --batch-rows, --width or --vocab-size"
+    return "--resume goes on from the last checkpoint; with smaller --batch-rows or --width, --overwrite starts again"
+
+
+def environment() -> dict[str, Any]:
+    """What decides the last bits and is no setting: a checkpoint may go on elsewhere."""
+    device = jax.devices()[0]
+    flags = {name: os.environ[name] for name in ("XLA_FLAGS", "JAX_DEFAULT_MATMUL_PRECISION") if name in os.environ}
+    return {"jax": jax.__version__, "device": f"{device.platform}: {device.device_kind}", **flags}
 
 
 def _say(options: Options, line: str) -> None:
     if not options.quiet:
-        print(line, file=sys.stderr, flush=True)
+        say(line)
 
 
 def _prepare(options: Options, devices: DeviceMesh, held: ExitStack) -> Work:
-    corpus = read_corpus(options.paths, options.max_bytes)
+    corpus = read_corpus(options.paths, options.max_bytes, options.out)
     settings = options.settings(corpus)
     if devices.is_first:
         held.enter_context(exclusive_directory(options.out))
@@ -138,7 +165,7 @@ def _check_agreement(work: Work, devices: DeviceMesh) -> None:
 def _stored(options: Options, settings: dict[str, Any]) -> Checkpoint | None:
     """The checkpoint to go on from; an error for one from other settings, which must not be replaced."""
     path = options.out / NAME
-    if options.overwrite or not path.exists():
+    if options.overwrite or not os.path.lexists(path):
         return None
     stored = Checkpoint.load(options.out)
     different = [
@@ -155,10 +182,13 @@ def _stored(options: Options, settings: dict[str, Any]) -> Checkpoint | None:
 def _train(options: Options, devices: DeviceMesh, work: Work, began: float) -> dict[str, Any]:
     """The rest of the steps, with a checkpoint at intervals, and the account, which the first process writes."""
     schedule = Schedule(options.steps, options.batch_rows, options.learning_rate, options.seed)
-    data = devices.together(lambda: Dataset.of(work.corpus, options.vocab_size, options.steps * options.batch_rows))
+    _check_memory(options, schedule)
+    data = devices.together(lambda: _dataset(options, devices, work))
+    size = data.tokenizer.size
+    fewer = "" if size == work.settings["vocab_size"] else " (the text has no more)"
     _say(
         options,
-        f"tokens     vocabulary {options.vocab_size:,}; {len(data.counted.ids):,} counted, "
+        f"tokens     vocabulary {size:,}{fewer}; {len(data.counted.ids):,} counted, "
         f"{len(data.fitted):,} to train on, {len(data.held_out):,} held out",
     )
     state = devices.together(lambda: _start(options, devices, data, schedule, work.stored))
@@ -169,28 +199,60 @@ def _train(options: Options, devices: DeviceMesh, work: Work, began: float) -> d
     )
     sample = data.held_out.take(np.sort(np.random.default_rng(0).permutation(len(data.held_out))[:SAMPLE_ROWS]))
     lengths = data.tokenizer.lengths()
-    text = {"paths": list(options.paths), "max_bytes": options.max_bytes}
+    progress = Progress(options, state, schedule)
+    is_new, diverged = work.stored is None, False
 
     def save(state: State) -> None:
+        nonlocal is_new
         params, optimizer = devices.fetch((state.params, jax.tree.leaves(state.optimizer)))
         checkpoint = Checkpoint(
-            work.settings, text, state.step, data.tokenizer, data.tables, params, tuple(optimizer), state.history
+            work.settings,
+            options.text(),
+            state.step,
+            data.tokenizer,
+            data.tables,
+            params,
+            tuple(optimizer),
+            state.history,
         )
         devices.together(lambda: checkpoint.save(options.out) if devices.is_first else None)
+        if is_new and devices.is_first:
+            report.remove(options.out)
+        is_new = False
+        progress.at_checkpoint(state)
 
     def look(state: State) -> None:
+        nonlocal diverged
         risk, _ = measure(state.params, sample, devices)
         bits = float(risk.bits_per(int(np.sum(lengths[sample.targets], dtype=np.int64))))
         state.history.setdefault("held_step", []).append(state.step)
         state.history.setdefault("held_byte", []).append(bits)
+        if not np.isfinite(bits):
+            raise NotFinite(state.step)
+        if not diverged and float(risk.mean(2)) > 2 * np.log2(size) and devices.is_first:
+            diverged = True
+            say(
+                f"jaxent: the run has diverged: held-out text costs {bits:.4g} bits per byte at step {state.step}, "
+                "more than twice what guessing costs; a lower --learning-rate with --overwrite starts again"
+            )
+
+    def finish() -> dict[str, Any]:
+        learnt = summarize(state.params, data, work.corpus, options.batch_rows, devices)
+        result = {"settings": work.settings, "source": work.corpus.source, "environment": environment(), **learnt}
+        result |= {"step": state.step, "seconds": round(time.monotonic() - began, 1)}
+
+        def write() -> None:
+            if devices.is_first:
+                report.draw(options.out, result, state.history, len(sample))
+                report.save(options.out, result)
+
+        devices.together(write)
+        return result
 
     if work.stored is None:
         look(state)
-        save(state)
-        if devices.is_first:
-            report.remove(options.out)
     try:
-        with _progress(options, state, schedule) as show:
+        with progress as show:
             train(
                 state,
                 schedule,
@@ -202,49 +264,89 @@ def _train(options: Options, devices: DeviceMesh, work: Work, began: float) -> d
                 at_sample=look,
                 show=show,
             )
+    except NotFinite as error:
+        finish()
+        way = " and --overwrite" if os.path.lexists(options.out / NAME) else ""
+        what = f"the loss is no longer finite at step {error.step}"
+        raise CommandError(f"{what}: try a lower --learning-rate{way}") from None
     except Stopped as stopped:
         command = f"jaxent train --resume --out {shlex.quote(str(options.out))}"
         raise Stopped(stopped.signum, f"{stopped}; `{command}` goes on") from None
-    learnt = summarize(state.params, data, work.corpus, options.batch_rows, devices)
-    result = {"settings": work.settings, "source": work.corpus.source, **learnt}
-    result["seconds"] = round(time.monotonic() - began, 1)
+    return finish()
 
-    def write() -> None:
-        if devices.is_first:
-            report.draw(options.out, result, state.history)
-            report.save(options.out, result)
 
-    devices.together(write)
-    return result
+def _dataset(options: Options, devices: DeviceMesh, work: Work) -> Dataset:
+    if work.stored is not None:
+        tokenizer = work.stored.tokenizer
+    else:
+        tokenizer = Tokenizer.fit(
+            [d.text for d in work.corpus.train],
+            work.settings["vocab_size"],
+            at_most=options.vocab_size is None,
+            multiple=devices.mesh.shape[VOCAB],
+        )
+    return Dataset.of(work.corpus, tokenizer, options.steps * options.batch_rows)
+
+
+def _check_memory(options: Options, schedule: Schedule) -> None:
+    """The rows of a few steps are in memory at once. Linux would rather kill the process than refuse them."""
+    try:
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return
+    needed = options.batch_rows * (schedule.block * ROW_BYTES + 100 * options.width)
+    if needed > there:
+        raise CommandError(
+            f"--batch-rows {options.batch_rows} takes {needed / 2**30:,.0f} GiB and this machine has "
+            f"{there / 2**30:,.0f}: try at most {max(1, options.batch_rows * there // needed // 4)}"
+        )
 
 
 def _start(
     options: Options, devices: DeviceMesh, data: Dataset, schedule: Schedule, stored: Checkpoint | None
 ) -> State:
     if stored is None:
-        params = model.initial_params(data.counted, options.vocab_size, options.width, 4 * options.width, options.seed)
+        params = model.initial_params(data.counted, data.tokenizer.size, options.width, options.seed)
         optimizer = schedule.optimizer().init(params)
         return State(0, devices.parameters(params), devices.parameters(optimizer), {})
-    structure = jax.tree.structure(jax.eval_shape(schedule.optimizer().init, stored.params))
-    if structure.num_leaves != len(stored.optimizer):
+    expected = jax.eval_shape(schedule.optimizer().init, stored.params)
+    leaves = [(x.shape, x.dtype) for x in jax.tree.leaves(expected)]
+    if leaves != [(x.shape, x.dtype) for x in stored.optimizer]:
         raise CommandError(f"{options.out / NAME} is from another version of optax: --overwrite starts again")
-    optimizer = structure.unflatten(stored.optimizer)
+    optimizer = jax.tree.structure(expected).unflatten(stored.optimizer)
     return State(stored.step, devices.parameters(stored.params), devices.parameters(optimizer), stored.history)
 
 
-@contextmanager
-def _progress(options: Options, state: State, schedule: Schedule) -> Iterator[Callable[[int, float, float], None]]:
-    """A bar on a terminal, nothing in a pipe."""
-    if options.quiet or not sys.stderr.isatty():
-        yield lambda tokens, bits, per_byte: None
-        return
-    from tqdm import tqdm
+class Progress:
+    """A bar on a terminal, a line at each checkpoint elsewhere, nothing if that is asked for."""
 
-    total, done = schedule.steps * schedule.batch_rows, state.step * schedule.batch_rows
-    with tqdm(total=total, initial=done, unit="tok", unit_scale=True, desc="train", dynamic_ncols=True) as bar:
+    def __init__(self, options: Options, state: State, schedule: Schedule):
+        self._steps, self._rows, self._done = options.steps, options.batch_rows, state.step
+        self._quiet = options.quiet
+        self._bar: Any = None
+        self._held = ExitStack()
 
-        def show(tokens: int, bits: float, per_byte: float) -> None:
-            bar.set_postfix_str(f"{bits:.3f} bits/token, {per_byte:.3f} bits/byte", refresh=False)
-            bar.update(tokens)
+    def __enter__(self) -> Callable[[int, float, float], None]:
+        if not self._quiet and sys.stderr.isatty():
+            from tqdm import tqdm
 
-        yield show
+            total, done = self._steps * self._rows, self._done * self._rows
+            self._bar = self._held.enter_context(
+                tqdm(total=total, initial=done, unit="tok", unit_scale=True, desc="train", dynamic_ncols=True)
+            )
+            self._held.enter_context(undone(lambda: say("")))  # what comes next begins a line
+        return self._show
+
+    def __exit__(self, *_: object) -> None:
+        self._held.close()
+
+    def _show(self, tokens: int, bits: float, per_byte: float) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"{bits:.3f} bits/token, {per_byte:.3f} bits/byte", refresh=False)
+            with suppress(OSError):  # the terminal was closed
+                self._bar.update(tokens)
+
+    def at_checkpoint(self, state: State) -> None:
+        if not self._quiet and self._bar is None:
+            bits, per_byte = state.history["token"][-1], state.history["byte"][-1]
+            say(f"step       {state.step:,} of {self._steps:,}: {bits:.3f} bits/token, {per_byte:.3f} bits/byte")

@@ -16,7 +16,7 @@ from jaxent._engine.plan import plan
 from jaxent.cli.train import model
 from jaxent.cli.train.corpus import Corpus
 from jaxent.cli.train.dataset import Dataset
-from jaxent.cli.train.evaluation import figures, measure
+from jaxent.cli.train.evaluation import figures, measure, perplexity
 from jaxent.cli.train.mesh import DATA, VOCAB, DeviceMesh
 from jaxent.cli.train.ngrams import Rows
 from jaxent.empirical import empirical_distribution
@@ -32,16 +32,15 @@ def summarize(
     text = b"".join(d.text for d in corpus.held_out)
     held = data.held_out.targets
     risk, _ = measure(params, data.held_out, devices)
-    bits = _entropies(data)
+    bits = _unigram_bits(data)
     return {
         "corpus": {
             "train_files": len(corpus.train),
             "train_bytes": sum(len(d.text) for d in corpus.train),
             "held_out_files": [d.name for d in corpus.held_out],
         },
-        "held_out": figures(risk, len(text), len(held)),
+        "held_out": figures(float(risk.mean()) * len(held), len(text), len(held)),
         "unigram": {name: _units(bits[name], len(held) / len(text)) for name in ("entropy", "code")},
-        "bigram": {"entropy": _units(bits["after_one"], len(held) / len(text))},
         "compressors": {
             "zlib -9": 8 * len(zlib.compress(text, 9)) / len(text),
             "bz2 -9": 8 * len(bz2.compress(text, 9)) / len(text),
@@ -52,26 +51,20 @@ def summarize(
 
 
 def _units(bits: float, tokens_per_byte: float) -> dict[str, float]:
-    return {"bits_per_token": bits, "bits_per_byte": bits * tokens_per_byte, "perplexity": 2**bits}
+    return {"bits_per_token": bits, "bits_per_byte": bits * tokens_per_byte, "perplexity": perplexity(bits)}
 
 
-def _entropies(data: Dataset) -> dict[str, float]:
-    """Bits per token of the held-out text. The entropies are those of its own counts, which no code knew before.
+def _unigram_bits(data: Dataset) -> dict[str, float]:
+    """Bits per token of the held-out text for codes that ignore the context.
 
-    No code that ignores the context is shorter than the first, none that sees one token is shorter than the second,
-    `H(P-hat of pairs) - H(P-hat of their first tokens)`.
+    `entropy` is that of the text's own counts, which no code knew before; `code` has the counts of the training text.
     """
-    size, held = data.tokenizer.size, data.held_out.targets
-    seen = empirical_distribution(held, size)
+    size = data.tokenizer.size
+    seen = empirical_distribution(data.held_out.targets, size)
     known = np.bincount(data.counted.ids, minlength=size) + 0.5
-    before = data.held_out.lags[:, 0].astype(np.int64)
-    pairs, of_first = (np.unique(x, return_counts=True)[1] / len(held) for x in (before * size + held, before))
     return {
         "entropy": float(entropy(seen, base=2)),
         "code": float(cross_entropy(seen, jnp.asarray(known / known.sum(), jnp.float32), base=2)),
-        "after_one": float(
-            entropy(jnp.asarray(pairs, jnp.float32), base=2) - entropy(jnp.asarray(of_first, jnp.float32), base=2)
-        ),
     }
 
 
