@@ -8,16 +8,51 @@ has asked for time to write a checkpoint. Files are written so that they survive
 `jaxent/__init__.py` imports this module before everything else. In any other process it does nothing.
 """
 
-import contextlib
+# What is below the first handlers takes some milliseconds to import.
+# ruff: noqa: E402
 import os
-import re
 import signal
 import sys
+
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+
+
+def is_command() -> bool:
+    """Whether this process was started as `jaxent`, `python -m jaxent` or `python -m jaxent.cli`."""
+    name = os.path.basename(sys.argv[0]) if sys.argv else ""
+    if name == "-m":  # Python is still looking for the module, whose name stands before the arguments
+        name = sys.orig_argv[-len(sys.argv)]
+        name = name.partition("m")[2] if name.startswith("-") else name
+        return name in ("jaxent", "jaxent.cli", "jaxent.__main__", "jaxent.cli.__main__")
+    return name in ("jaxent", "jaxent.exe", "jaxent-script.py", "jaxent-script.pyw")
+
+
+def leave(signum: int, frame: object = None) -> None:
+    """Ends the process here and now, with one line."""
+    try:  # noqa: SIM105
+        os.write(2, b"jaxent: interrupted\n")
+    except OSError:
+        pass
+    os._exit(128 + signum)
+
+
+def take(handler: "Callable[[int, object], None]") -> None:
+    """Calls `handler` for the signals that stop a process."""
+    for signum in STOPPING:
+        # nohup ignores SIGHUP, which stays so. A shell that starts a job in the background ignores SIGINT for it, but
+        # a run that is asked to stop by name should keep its work.
+        if signum == signal.SIGINT or signal.getsignal(signum) is not signal.SIG_IGN:
+            signal.signal(signum, handler)
+
+
+if is_command():
+    take(leave)
+
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
 
-STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 # A wrapper such as `uv run` passes Ctrl-C on to a child that has had it from the terminal already.
 SAME_REQUEST = 1.0  # seconds; heuristic
 
@@ -36,26 +71,12 @@ _cleanups: list[Callable[[], None]] = []
 _ending = threading.Lock()  # held by whoever writes the last line; never released
 
 
-def is_command() -> bool:
-    """Whether this process was started as `jaxent`, `python -m jaxent` or `python -m jaxent.cli`."""
-    if not sys.argv:
-        return False
-    if sys.argv[0] == "-m":  # Python is still looking for the module, whose name stands before the arguments
-        name = sys.orig_argv[-len(sys.argv)]
-        return re.fullmatch(r"(-\w*m)?jaxent(\.cli)?(\.__main__)?", name) is not None
-    return re.fullmatch(r"jaxent(-script\.pyw?|\.exe)?", os.path.basename(sys.argv[0])) is not None
-
-
 def install() -> None:
     """From now on signals end this process as the module says; a second call takes them back from who took them."""
     global _installed
     if not _installed:
         _open_streams()
-    for signum in STOPPING:
-        # nohup ignores SIGHUP, which stays so. A shell that starts a job in the background ignores SIGINT for it, but
-        # a run that is asked to stop by name should keep its work.
-        if signum == signal.SIGINT or signal.getsignal(signum) is not signal.SIG_IGN:
-            signal.signal(signum, _on_signal)
+    take(_on_signal)
     if _installed:
         return
     _installed = True
@@ -83,23 +104,21 @@ def _watch(read: int) -> None:
 def _act(signum: int) -> None:
     received = _deferred
     if received is None:
-        leave(signum)
+        _end(signum)
     elif not received.signum:
         received.signum, received.at = signum, time.monotonic()
     elif time.monotonic() - received.at > SAME_REQUEST:
-        leave(signum)
+        _end(signum)
 
 
-def leave(signum: int) -> None:
-    """Ends the process here and now, with one line, unless it is ending already."""
+def _end(signum: int) -> None:
+    """`leave`, after the clean-ups, unless the process is ending already."""
     if not _ending.acquire(blocking=False):
         return
     for cleanup in reversed(_cleanups):
         with contextlib.suppress(Exception):
             cleanup()
-    with contextlib.suppress(OSError):
-        os.write(2, b"jaxent: interrupted\n")
-    os._exit(128 + signum)
+    leave(signum)
 
 
 def finish() -> None:
@@ -117,7 +136,7 @@ def deferred() -> Iterator[Received]:
     try:
         yield received
         if received.signum:  # too late for the main thread to have seen it
-            leave(received.signum)
+            _end(received.signum)
     finally:
         _deferred = None
 
