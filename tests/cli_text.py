@@ -42,7 +42,9 @@ def environment(**more: str) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "MPL", "NO_"))}
     if (cache := os.environ.get("JAX_COMPILATION_CACHE_DIR")) is not None:
         kept |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return kept | {"JAX_PLATFORMS": "cpu"} | more
+    # Processes that share the cache may read an entry while another one writes it.
+    quiet = {"PYTHONWARNINGS": "ignore:Error reading persistent compilation cache entry:UserWarning"}
+    return kept | quiet | {"JAX_PLATFORMS": "cpu"} | more
 
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen[str]:

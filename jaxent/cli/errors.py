@@ -3,6 +3,8 @@
 import importlib
 import importlib.util
 
+LONGEST_REASON = 240  # characters
+
 
 class CommandError(Exception):
     """The user can mend this: one line on stderr, exit code 2."""
@@ -32,7 +34,8 @@ def reason(error: OSError) -> str:
 
 def first_line(error: Exception) -> str:
     """What an exception says, without the advice and the traces that follow."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}..."
 
 
 def require(*packages: str) -> None:

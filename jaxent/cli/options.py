@@ -68,10 +68,9 @@ class OneLineParser(argparse.ArgumentParser):
         say(f"jaxent: {message}; `{self.prog} --help` tells more")
         sys.exit(2)
 
-    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """After --help; what cannot be printed is an error while there is someone to report it."""
-        sys.stdout.flush()
-        super().exit(status, message)
+    def print_help(self, file: Any = None) -> None:
+        """What cannot be printed is an error, which argparse would pass over."""
+        print(self.format_help(), end="", file=file, flush=True)
 
 
 Commands: TypeAlias = "argparse._SubParsersAction[OneLineParser]"

@@ -18,6 +18,7 @@ from jaxent._check.finite_differences import Float64Reference, evaluate
 from jaxent._check.gradient import DIFFERENCES, Comparison, Reference, compare, table
 from jaxent.cli.check import plot as gap_plot
 from jaxent.cli.check.cases import EVERY_DTYPE, Case, cases
+from jaxent.cli.devices import available
 from jaxent.cli.errors import CommandError, require
 from jaxent.cli.output import print_json, say
 
@@ -39,11 +40,13 @@ def check(losses: Sequence[str], dtypes: Sequence[str], *, plot: Path | None, as
     """Prints what was measured; 1 if something is out of bounds."""
     if plot is not None:
         require("matplotlib")
+        available()
         gap_plot.draw(plot)
         if not quiet:
             say(f"{plot} written")
         return 0
-    chosen, products, device = _chosen(losses), measure_products(), jax.devices()[0]
+    chosen, device = _chosen(losses), available()[0]
+    products = measure_products()
     show = not (as_json or quiet)
     if show:
         print(f"{device.platform}: {device.device_kind}, jax {jax.__version__}")

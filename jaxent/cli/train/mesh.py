@@ -13,7 +13,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, Sharding, SingleDeviceSh
 from jax.sharding import PartitionSpec as P
 
 from jaxent import _command
-from jaxent.cli.errors import CommandError, first_line
+from jaxent.cli.devices import available
+from jaxent.cli.errors import CommandError
 from jaxent.cli.train.model import PER_TOKEN
 
 Pytree = Any
@@ -129,14 +130,6 @@ def own_configuration() -> Iterator[None]:
     """JAX as the bits of a run need it, whatever JAX_ENABLE_X64, JAX_DISABLE_JIT or JAX_DEBUG_NANS say."""
     with jax.enable_x64(False), jax.disable_jit(False), jax.debug_nans(False), jax.debug_infs(False):
         yield
-
-
-def available() -> list[Any]:
-    """The devices; JAX_PLATFORMS may name a platform that this machine does not have."""
-    try:
-        return jax.devices()
-    except Exception as error:
-        raise CommandError(f"JAX finds no device: {first_line(error)}") from error
 
 
 @functools.lru_cache
