@@ -82,14 +82,14 @@ def _distributions(rng: np.random.Generator, *shape: int) -> Array:
 # Losses on logits
 
 
-def _options() -> dict[str, dict[str, Any]]:
-    """The options of a softmax loss of ROWS x CLASSES, each alone and all together."""
+def _options(rows: int = ROWS, classes: int = CLASSES) -> dict[str, dict[str, Any]]:
+    """The options of a softmax loss of `rows x classes`, each alone and all together."""
     rng = _rng("options")
-    labels = rng.integers(0, CLASSES, ROWS, dtype=np.int32)
-    some = np.where(np.arange(ROWS) % 3 == 1, -100, labels).astype(np.int32)
-    where = np.array([True, False, True, True, True])
-    weights, class_weights = _fractions(rng, ROWS), _fractions(rng, CLASSES)
-    targets = _distributions(rng, ROWS, CLASSES).astype(np.float32)
+    labels = rng.integers(0, classes, rows, dtype=np.int32)
+    some = np.where(np.arange(rows) % 3 == 1, -100, labels).astype(np.int32)
+    where = np.arange(rows) % 5 != 1
+    weights, class_weights = _fractions(rng, rows), _fractions(rng, classes)
+    targets = _distributions(rng, rows, classes).astype(np.float32)
     everything = {"where": where, "weights": weights, "class_weights": class_weights}
     everything |= {"label_smoothing": 0.125, "z_loss": 0.25}
     return {
@@ -106,7 +106,7 @@ def _options() -> dict[str, dict[str, Any]]:
         "reduction sum_and_weight": {"targets": some, "weights": weights, "reduction": "sum_and_weight"},
         "everything": {"targets": some, **everything},
         "probabilities": {"targets": targets},
-        "one-hot probabilities": {"targets": np.eye(CLASSES, dtype=np.float32)[labels]},
+        "one-hot probabilities": {"targets": np.eye(classes, dtype=np.float32)[labels]},
         "probabilities, everything": {"targets": targets, **everything},
     }
 
@@ -333,3 +333,24 @@ def _measure_cases() -> Iterator[Case]:
 
 def _summed(measure: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
     return jnp.sum(measure(*args))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Second derivatives
+
+
+def second_order_cases() -> Iterator[Case]:
+    """Losses whose Hessian is multiplied by many tangents at once: what is fused then is larger than elsewhere here."""
+    rows, classes = 100, 10
+    z, options = _grid(_rng("many"), rows, classes), _options(rows, classes)
+    for name in ("plain", "everything", "probabilities"):
+        yield _softmax_case(name, options[name], z)
+    targets = {"targets": _distributions(_rng("binary"), rows, classes).astype(np.float32)}
+    oracle = functools.partial(_sigmoid_oracle, options=targets)
+    yield Case("sigmoid_cross_entropy", "plain", functools.partial(_sigmoid, targets), (z,), oracle)
+    entropy = functools.partial(_statistic, options["plain"]["targets"], "entropy")
+    yield Case("token_statistics", "entropy", entropy, (z,), references.entropy_rows)
+    rng, plain = _rng("many heads"), {"targets": options["plain"]["targets"]}
+    heads = tuple(rng.integers(-6, 7, shape) / 4 for shape in ((rows, FEATURES), (FEATURES, classes)))
+    through = functools.partial(_through_one, rows=functools.partial(_softmax_oracle, options=plain), cap=Cap())
+    yield Case("linear_softmax_cross_entropy", "plain", functools.partial(_linear, plain), heads, through)

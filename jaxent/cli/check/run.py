@@ -17,7 +17,9 @@ from jaxent._check.autodiff import FlatArguments, autodiff_gradients
 from jaxent._check.finite_differences import Float64Reference, evaluate
 from jaxent._check.gradient import DIFFERENCES, Comparison, Reference, compare, table
 from jaxent.cli.check import plot as gap_plot
-from jaxent.cli.check.cases import EVERY_DTYPE, Case, cases
+from jaxent.cli.check import second_order
+from jaxent.cli.check.cases import EVERY_DTYPE, Case, cases, second_order_cases
+from jaxent.cli.check.compiler import RowSums, measure_row_sums
 from jaxent.cli.devices import available
 from jaxent.cli.errors import CommandError, require
 from jaxent.cli.output import print_json, say
@@ -46,18 +48,19 @@ def check(losses: Sequence[str], dtypes: Sequence[str], *, plot: Path | None, as
             say(f"{plot} written")
         return 0
     chosen, device = _chosen(losses), available()[0]
-    products = measure_products()
+    products, row_sums = measure_products(), measure_row_sums()
     show = not (as_json or quiet)
     if show:
         print(f"{device.platform}: {device.device_kind}, jax {jax.__version__}")
-        print(*products.sentences(), sep="\n", end="\n\n", flush=True)
+        print(*products.sentences(), *row_sums.sentences(), sep="\n", end="\n\n", flush=True)
     results = run(chosen, dtypes or EVERY_DTYPE, products)
     bad = [r for r in results if not r.comparison.ok]
-    ok = products.ok and not bad
+    ok = products.ok and row_sums.ok and not bad
     if as_json:
         comparisons = [_as_json(r) for r in results]
         found = {"device": f"{device.platform}: {device.device_kind}", "jax": jax.__version__, "ok": ok}
-        print_json({**found, "float32_product_bits": products._asdict(), "comparisons": comparisons})
+        found |= {"float32_product_bits": products._asdict(), "compiler": _compiler_as_json(row_sums)}
+        print_json({**found, "comparisons": comparisons})
     if show:
         print(*_lines(results), sep="\n", end="\n\n")
         count = len({(r.loss, r.option, r.dtype) for r in results})
@@ -83,7 +86,14 @@ def run(chosen: Sequence[Case], dtypes: Sequence[str], products: "Products") -> 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         wides = list(pool.map(_wides, losses))
         jobs = [(dtype, group, wide, products) for group, wide in zip(losses, wides, strict=True) for dtype in dtypes]
-        return [r for found in pool.map(_compared, *zip(*jobs, strict=True)) for r in found]
+        results = [r for found in pool.map(_compared, *zip(*jobs, strict=True)) for r in found]
+        if "float32" in dtypes:
+            names = {case.loss for case in chosen}
+            second = [case for case in second_order_cases() if case.loss in names]
+            found = zip(second, pool.map(second_order.compare, second), strict=True)
+            results += [Result(c.loss, f"Hessian, {c.option}", "float32", x) for c, xs in found for x in xs]
+    places = {(loss[0].loss, dtype): i for i, (loss, dtype) in enumerate(itertools.product(losses, dtypes))}
+    return sorted(results, key=lambda r: places[r.loss, r.dtype])
 
 
 def _entries(case: Case, dtype: str) -> FlatArguments:
@@ -130,6 +140,10 @@ def _lines(results: Sequence[Result]) -> list[str]:
         options = str(len({r.option for r in of}))
         lines.append((loss, dtype, options, f"{c.ulp:.2f}", f"{c.allowed:g}", at, agree, verdict))
     return table(lines)
+
+
+def _compiler_as_json(row_sums: RowSums) -> dict[str, Any]:
+    return {"row_sum_error": row_sums.error, "ok": row_sums.ok, "told": " ".join(row_sums.sentences())}
 
 
 def _as_json(result: Result) -> dict[str, Any]:
