@@ -13,9 +13,10 @@ import pytest
 from jax import lax
 
 from jaxent.cli import main
-from jaxent.cli.check import cases, references
+from jaxent.cli.check import cases, references, second_order
 from jaxent.cli.check import plot as gap_plot
 from jaxent.cli.check import run as check
+from jaxent.cli.check.compiler import RowSums, measure_row_sums
 from jaxent.cli.check.run import Products, surviving_bits
 
 FAST = ["check", "nll_loss", "--dtype", "float32"]
@@ -127,6 +128,55 @@ def test_products_with_fewer_bits_than_promised(products: Products, ok: bool):
     assert products.ok == ok
     assert products.sentences()[0].startswith(f"float32 products run in {check.name_of(products.plain)} here: ")
     assert ("OUT OF BOUNDS" in products.sentences()[-1]) != ok
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The compiler
+
+
+def test_row_sums_are_right_here():
+    assert measure_row_sums().error < 1e-5
+    assert measure_row_sums().sentences() == []
+
+
+@pytest.mark.parametrize("error", [3.06, float("inf")])
+def test_wrong_row_sums_are_told(error: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """The losses may all be in bounds: the user's own code is not."""
+    monkeypatch.setattr(check, "measure_row_sums", lambda: RowSums(error))
+    assert main(FAST) == 1
+    told = capsys.readouterr().out.splitlines()[-2:]
+    assert f"is off by {error:.3g} here: the compiler of jax {jax.__version__} is at fault" in told[0]
+    assert "XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=" in told[1]
+    assert "0.10.1" in told[1]
+    assert main([*FAST, "--quiet"]) == 1
+    assert capsys.readouterr().out == ""
+    assert main([*FAST, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["ok"], found["compiler"]["ok"]) == (False, False)
+
+
+def test_the_fault_is_recognised(monkeypatch: pytest.MonkeyPatch):
+    """What jax 0.10.2 computes: the small operand where the broadcast one is due."""
+
+    def jit(function: Any) -> Any:
+        return lambda z, v: v - (z * z).sum(-1, keepdims=True)
+
+    monkeypatch.setattr(jax, "jit", jit)
+    assert measure_row_sums().error > 1
+    assert not measure_row_sums().ok
+
+
+def test_hessian_products_are_checked_where_xla_fuses_them():
+    (case,) = (c for c in cases.second_order_cases() if (c.loss, c.option) == ("sigmoid_cross_entropy", "plain"))
+    assert second_order.TANGENTS * case.args[0].size > 2**15
+    assert all(c.ok for c in second_order.compare(case))
+
+    def wrong(z: jax.Array) -> jax.Array:
+        return case.function(z) + 1e-7 * jnp.sum(jnp.square(z)[0])
+
+    (found,) = second_order.compare(dataclasses.replace(case, function=wrong))
+    assert not found.ok
+    assert found.index[0] == 0
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -34,7 +34,8 @@ class RowSums(NamedTuple):
 def measure_row_sums() -> RowSums:
     rng = np.random.default_rng(0)
     z, v = (rng.normal(size=shape).astype(np.float32) for shape in ((100, 10), (200, 100, 10)))
-    found = jax.jit(lambda z, v: v - (z * v).sum(-1, keepdims=True))(z, v)
+    with jax.numpy_rank_promotion("allow"):
+        found = jax.jit(lambda z, v: v - (z * v).sum(-1, keepdims=True))(z, v)
     exact = v - (z.astype(np.float64) * v).sum(-1, keepdims=True)
     error = np.abs(np.asarray(found, np.float64) - exact).max()
     return RowSums(float(error) if np.isfinite(error) else float("inf"))

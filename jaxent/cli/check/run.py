@@ -52,8 +52,11 @@ def check(losses: Sequence[str], dtypes: Sequence[str], *, plot: Path | None, as
     show = not (as_json or quiet)
     if show:
         print(f"{device.platform}: {device.device_kind}, jax {jax.__version__}")
-        print(*products.sentences(), *row_sums.sentences(), sep="\n", end="\n\n", flush=True)
-    results = run(chosen, dtypes or EVERY_DTYPE, products)
+        print(*products.sentences(), sep="\n", end="\n\n", flush=True)
+    dtypes = dtypes or EVERY_DTYPE
+    results = run(chosen, dtypes, products) + run_second_order(chosen, dtypes)
+    places = {(case.loss, dtype): i for i, (case, dtype) in enumerate(itertools.product(chosen, dtypes))}
+    results.sort(key=lambda r: places[r.loss, r.dtype])
     bad = [r for r in results if not r.comparison.ok]
     ok = products.ok and row_sums.ok and not bad
     if as_json:
@@ -68,6 +71,7 @@ def check(losses: Sequence[str], dtypes: Sequence[str], *, plot: Path | None, as
         for r in bad:
             c = r.comparison
             print(f"{r.loss}, {r.option}, {r.dtype}: {c.way} at {c.place} is {c.got:.9g}, and {c.want:.9g} is right")
+        print(*row_sums.sentences(), sep="\n", end="\n" if row_sums.sentences() else "")
     return 0 if ok else 1
 
 
@@ -86,14 +90,16 @@ def run(chosen: Sequence[Case], dtypes: Sequence[str], products: "Products") -> 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         wides = list(pool.map(_wides, losses))
         jobs = [(dtype, group, wide, products) for group, wide in zip(losses, wides, strict=True) for dtype in dtypes]
-        results = [r for found in pool.map(_compared, *zip(*jobs, strict=True)) for r in found]
-        if "float32" in dtypes:
-            names = {case.loss for case in chosen}
-            second = [case for case in second_order_cases() if case.loss in names]
-            found = zip(second, pool.map(second_order.compare, second), strict=True)
-            results += [Result(c.loss, f"Hessian, {c.option}", "float32", x) for c, xs in found for x in xs]
-    places = {(loss[0].loss, dtype): i for i, (loss, dtype) in enumerate(itertools.product(losses, dtypes))}
-    return sorted(results, key=lambda r: places[r.loss, r.dtype])
+        return [r for found in pool.map(_compared, *zip(*jobs, strict=True)) for r in found]
+
+
+def run_second_order(chosen: Sequence[Case], dtypes: Sequence[str]) -> list[Result]:
+    """Hessian-vector products of the chosen losses, in float32."""
+    names = {case.loss for case in chosen} if "float32" in dtypes else set()
+    cases = [case for case in second_order_cases() if case.loss in names]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = zip(cases, pool.map(second_order.compare, cases), strict=True)
+        return [Result(case.loss, f"Hessian, {case.option}", "float32", c) for case, worst in found for c in worst]
 
 
 def _entries(case: Case, dtype: str) -> FlatArguments:
