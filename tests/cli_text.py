@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from jaxent.cli import main
 
 PATIENCE = 240  # seconds
+CACHE = tempfile.TemporaryDirectory(prefix="jaxent-tests-")  # of compiled programs, for as long as the tests run
 SMALL = ["--vocab-size", "272", "--width", "8", "--steps", "10", "--batch-rows", "32", "--checkpoint-every", "5"]
 WORDS = [b"alpha", b"beta", b"gamma", b" = ", b"(", b")\n", b"if ", b"return ", b"x1", b" + ", b"\n    ", b"_d"]
 
@@ -38,10 +40,10 @@ def fails(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a process of its own: one CPU device, and none of the settings of this one but its cache of programs."""
+    """Of a process of its own: one CPU device, with a cache of programs and no other settings."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "MPL", "NO_"))}
-    if (cache := os.environ.get("JAX_COMPILATION_CACHE_DIR")) is not None:
-        kept |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", CACHE.name)
+    kept |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     # Processes that share the cache may read an entry while another one writes it.
     quiet = {"PYTHONWARNINGS": "ignore:Error reading persistent compilation cache entry:UserWarning"}
     return kept | quiet | {"JAX_PLATFORMS": "cpu"} | more

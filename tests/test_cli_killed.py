@@ -23,7 +23,7 @@ PATIENCE = 240  # seconds
 class Runner:
     def __init__(self, folder: Path, options: list[str]):
         self.folder = folder
-        self.command = [sys.executable, "-m", "jaxent.cli", "train", str(write_text(folder / "src")), *SETTINGS]
+        self.command = [sys.executable, "-m", "jaxent", "train", str(write_text(folder / "src")), *SETTINGS]
         self.command += ["--checkpoint-every", "10", "--quiet", *options]
         self.environment = os.environ | {
             "JAX_PLATFORMS": "cpu",

@@ -300,9 +300,8 @@ def test_help_names_what_each_command_is_for(capsys: pytest.CaptureFixture[str])
 
 def test_modules_are_the_command():
     for module in ("jaxent", "jaxent.cli"):
-        found = subprocess.run(
-            [sys.executable, "-m", module, "--help"], capture_output=True, text=True, env=environment()
-        )
+        command = [sys.executable, "-m", module, "--help"]
+        found = subprocess.run(command, capture_output=True, text=True, env=environment())
         assert (found.returncode, found.stderr) == (0, "")
         assert found.stdout.startswith("usage: jaxent ")
 
@@ -341,13 +340,8 @@ def test_no_colours(
 def test_start_is_as_cheap_as_jax():
     """`import jaxent` brings nothing along that only the command needs."""
     program = "import sys, jaxent; print(sorted({'matplotlib', 'tqdm', 'torch', 'argparse'} & set(sys.modules)))"
-    found = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment(), check=True
-    )
-    plain = subprocess.run(
-        [sys.executable, "-c", program.replace("jaxent", "jax, optax")],
-        capture_output=True,
-        text=True,
-        env=environment(),
+    found, plain = (
+        subprocess.run([sys.executable, "-c", p], capture_output=True, text=True, env=environment(), check=True)
+        for p in (program, program.replace("jaxent", "jax, optax"))
     )
     assert found.stdout == plain.stdout
