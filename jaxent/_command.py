@@ -80,7 +80,9 @@ def install() -> None:
     if _installed:
         return
     _installed = True
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # XLA's errors are exceptions too, and are told in one line
+    # XLA's errors are exceptions too, and told in one line. A process that imports jax hands a 1 down to its children.
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "1") == "1":
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     if os.name == "posix":
         read, write = os.pipe()
         os.set_blocking(write, False)
