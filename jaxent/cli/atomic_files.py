@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, then renamed into it."""
+"""Files that are whole or absent: written next to their place, then renamed into it."""
 
 import contextlib
 import os

@@ -48,7 +48,7 @@ examples:
   jaxent check                                every loss, option and dtype, in about a minute
   jaxent check softmax_cross_entropy --dtype float32 --dtype bfloat16
   jaxent check --json > check.json
-  jaxent check --plot gap.png                 losses down to 1e-38, beside optax and the exact ones
+  jaxent check --plot gap.png                 losses down to 1e-38, alongside optax and exact ones
 """
 
 DESCRIPTION = """\

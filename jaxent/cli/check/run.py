@@ -217,7 +217,7 @@ def surviving_bits(product: Callable[[jax.Array, jax.Array], jax.Array]) -> int:
 
 
 def _through_linear_loss(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The logits that the engine sees: the derivative of `sum c z` by `c`."""
+    """The logits that the engine sees: the derivative of `sum c z` with respect to `c`."""
 
     def picked(c: jax.Array) -> jax.Array:
         return linear_loss(lambda logits, c: jnp.sum(c * logits, axis=-1), hidden, kernel, c, reduction="sum")

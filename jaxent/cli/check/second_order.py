@@ -16,7 +16,7 @@ WAY = "jax.jvp of jax.grad"
 
 
 def compare(case: Case) -> list[Comparison]:
-    """The worst entry by each argument."""
+    """The worst entry of the product for each argument."""
     rng = np.random.default_rng(0)
     args = tuple(jnp.asarray(x, dtype=jnp.float32) for x in case.args)
     tangents = tuple(rng.normal(size=(TANGENTS, *x.shape)).astype(np.float32) for x in args)
