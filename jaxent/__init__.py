@@ -92,6 +92,7 @@ Checks
 `jaxent --help` describes the command line.
 """
 
+from jaxent import _command as _command  # first: Ctrl-C while jax is imported
 from jaxent._arguments.reduction import WeightedSum as WeightedSum
 from jaxent._arguments.targets import SparseTargets as SparseTargets
 from jaxent._check.gradient import Comparison as Comparison

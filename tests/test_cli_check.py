@@ -12,8 +12,12 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxent.cli import check, check_cases, check_oracles, check_picture, main
-from jaxent.cli.check import Products, surviving_bits
+from jaxent.cli import main
+from jaxent.cli.check import cases, references, second_order
+from jaxent.cli.check import plot as gap_plot
+from jaxent.cli.check import run as check
+from jaxent.cli.check.compiler import RowSums, measure_row_sums
+from jaxent.cli.check.run import Products, surviving_bits
 
 FAST = ["check", "nll_loss", "--dtype", "float32"]
 
@@ -42,8 +46,8 @@ def test_json_and_quiet(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr() == ("", "")
 
 
-def planted(kind: str) -> check_cases.Case:
-    case = next(c for c in check_cases.cases() if c.loss == "nll_loss")
+def planted(kind: str) -> cases.Case:
+    case = next(c for c in cases.cases() if c.loss == "nll_loss")
     if kind == "value":
         return dataclasses.replace(case, function=lambda z: case.function(z) * (1 + 1e-5))
     wrong = jax.custom_jvp(case.function)
@@ -69,18 +73,18 @@ def test_a_planted_error_is_found(kind: str, capsys: pytest.CaptureFixture[str],
 
 
 def test_every_loss_is_there():
-    names = {(c.loss, c.option) for c in check_cases.cases()}
+    names = {(c.loss, c.option) for c in cases.cases()}
     options = {option for loss, option in names if loss == "softmax_cross_entropy"}
     assert options <= {option for loss, option in names if loss == "linear_softmax_cross_entropy"} | {
         *("logits of -inf", "shift of 10000", "loss of 2e-9", "loss of 7e-38", "300 classes", "axis 0")
     }
-    assert len(names) == len(list(check_cases.cases()))
-    assert not {"jax", "jnp", "jaxent"} & set(vars(check_oracles))
+    assert len(names) == len(list(cases.cases()))
+    assert not {"jax", "jnp", "jaxent"} & set(vars(references))
 
 
 @pytest.mark.parametrize("option", ["everything", "probabilities, everything"])
 def test_an_option_out_of_everything(option: str):
-    (case,) = (c for c in check_cases.cases() if (c.loss, c.option) == ("softmax_cross_entropy", option))
+    (case,) = (c for c in cases.cases() if (c.loss, c.option) == ("softmax_cross_entropy", option))
     products = Products(None, 23, 23)
     results = check.run([case], ["bfloat16", "float32"], products)
     assert [r.dtype for r in results[:: len(results) // 2]] == ["bfloat16", "float32"]
@@ -127,6 +131,55 @@ def test_products_with_fewer_bits_than_promised(products: Products, ok: bool):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# The compiler
+
+
+def test_row_sums_are_right_here():
+    assert measure_row_sums().error < 1e-5
+    assert measure_row_sums().sentences() == []
+
+
+@pytest.mark.parametrize("error", [3.06, float("inf")])
+def test_wrong_row_sums_are_told(error: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    """The losses may all be in bounds: the user's own code is not."""
+    monkeypatch.setattr(check, "measure_row_sums", lambda: RowSums(error))
+    assert main(FAST) == 1
+    told = capsys.readouterr().out.splitlines()[-2:]
+    assert f"is off by {error:.3g} here: the compiler of jax {jax.__version__} is at fault" in told[0]
+    assert "XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=" in told[1]
+    assert "0.10.1" in told[1]
+    assert main([*FAST, "--quiet"]) == 1
+    assert capsys.readouterr().out == ""
+    assert main([*FAST, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["ok"], found["compiler"]["ok"]) == (False, False)
+
+
+def test_the_fault_is_recognised(monkeypatch: pytest.MonkeyPatch):
+    """What jax 0.10.2 computes: the small operand where the broadcast one is due."""
+
+    def jit(function: Any) -> Any:
+        return lambda z, v: v - (z * z).sum(-1, keepdims=True)
+
+    monkeypatch.setattr(jax, "jit", jit)
+    assert measure_row_sums().error > 1
+    assert not measure_row_sums().ok
+
+
+def test_hessian_products_are_checked_where_xla_fuses_them():
+    (case,) = (c for c in cases.second_order_cases() if (c.loss, c.option) == ("sigmoid_cross_entropy", "plain"))
+    assert second_order.TANGENTS * case.args[0].size > 2**15
+    assert all(c.ok for c in second_order.compare(case))
+
+    def wrong(z: jax.Array) -> jax.Array:
+        return case.function(z) + 1e-7 * jnp.sum(jnp.square(z)[0])
+
+    (found,) = second_order.compare(dataclasses.replace(case, function=wrong))
+    assert not found.ok
+    assert found.index[0] == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # The picture
 
 
@@ -137,7 +190,7 @@ def test_the_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_what_the_picture_shows():
-    found = check_picture.curves()
+    found = gap_plot.curves()
     np.testing.assert_allclose(found["jaxent"], found["exact"], rtol=3e-7)
     assert found["exact"][-1] < 2e-38
     zeros = found["exact"][found["optax"] == 0]

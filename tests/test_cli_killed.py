@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cli_text import write_text
 
-from jaxent.cli.checkpoint import NAME, Checkpoint
+from jaxent.cli.train.checkpoint import NAME, Checkpoint
 
 # So many that no run reaches the end before its signal, however late a busy machine sends it.
 STEPS = 1500
@@ -23,7 +23,7 @@ PATIENCE = 240  # seconds
 class Runner:
     def __init__(self, folder: Path, options: list[str]):
         self.folder = folder
-        self.command = [sys.executable, "-m", "jaxent.cli", "train", str(write_text(folder / "src")), *SETTINGS]
+        self.command = [sys.executable, "-m", "jaxent", "train", str(write_text(folder / "src")), *SETTINGS]
         self.command += ["--checkpoint-every", "10", "--quiet", *options]
         self.environment = os.environ | {
             "JAX_PLATFORMS": "cpu",

@@ -12,9 +12,9 @@ import pytest
 from cli_text import SMALL, fails, write_text
 
 from jaxent.cli import main
-from jaxent.cli.checkpoint import NAME, Checkpoint
-from jaxent.cli.devices import Devices
-from jaxent.cli.training import Schedule, State, train
+from jaxent.cli.train.checkpoint import NAME, Checkpoint
+from jaxent.cli.train.loop import Schedule, State, train
+from jaxent.cli.train.mesh import DeviceMesh
 
 MESH = ["--mesh", "data=4,vocab=2"]
 
@@ -63,7 +63,7 @@ def test_eight_devices_reach_the_losses_of_one(
         assert [len(x.sharding.device_set) for x in leaves] == [8] * 3
         assert [x.addressable_shards[0].data.shape for x in leaves] == [(shard, 8)] * 3
 
-    monkeypatch.setattr("jaxent.cli.run.train", spy)
+    monkeypatch.setattr("jaxent.cli.train.run.train", spy)
     assert main([*command, "--mesh", mesh, "--out", str(tmp_path / "o")]) == 0
     same_losses(tmp_path / "o", alone)
 
@@ -126,7 +126,7 @@ def test_meshes_that_cannot_be_read(mesh: str, capsys: pytest.CaptureFixture[str
 
 def test_an_odd_number_of_rows_is_measured_on_a_mesh():
     """Rows at a time are rounded up to the shards."""
-    devices = Devices.of(data=3)
+    devices = DeviceMesh.of(data=3)
     assert devices.rows(np.arange(9)).sharding.shard_shape((9,)) == (3,)
     assert devices.every(7) == [7]
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxent.cli.corpus import Document, read_corpus, read_documents
 from jaxent.cli.errors import CommandError
-from jaxent.cli.evaluation import parts
-from jaxent.cli.tokens import PIECE, Tokenizer
+from jaxent.cli.train.corpus import Document, read_corpus, read_documents
+from jaxent.cli.train.evaluation import parts
+from jaxent.cli.train.tokenizer import PIECE, Tokenizer
 
 CODE = b"def f(x):\n    return x + 1\n\n\nclass Name_of_It(f):\r\n\tpass  # \xc3\xa9 12345\n"
 TOKENIZER = Tokenizer.fit([CODE], 270)

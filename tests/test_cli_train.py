@@ -15,13 +15,13 @@ import pytest
 from cli_text import SMALL, fails, write_text
 
 from jaxent.cli import main
-from jaxent.cli.checkpoint import NAME, Checkpoint
-from jaxent.cli.devices import Devices
-from jaxent.cli.evaluation import measure
-from jaxent.cli.model import Batch, hidden_states
-from jaxent.cli.proposals import make_rows
-from jaxent.cli.storage import own_folder, write_whole
-from jaxent.cli.training import Schedule
+from jaxent.cli.atomic_files import exclusive_directory, write_atomic
+from jaxent.cli.train.checkpoint import NAME, Checkpoint
+from jaxent.cli.train.evaluation import measure
+from jaxent.cli.train.loop import Schedule
+from jaxent.cli.train.mesh import DeviceMesh
+from jaxent.cli.train.model import Batch, hidden_states
+from jaxent.cli.train.ngrams import make_rows
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def test_evaluate_agrees_with_dense_float64(text: Path, trained: Path, capsys: p
     bits = []
     for file, line in zip(files, found["files"], strict=True):
         rows = make_rows(stored.tokenizer.encode([file.read_bytes()]), stored.tables)
-        hidden = np.asarray(hidden_states(Devices.of().parameters(stored.params), Batch.of(rows)), np.float64)
+        hidden = np.asarray(hidden_states(DeviceMesh.of().parameters(stored.params), Batch.of(rows)), np.float64)
         logits = hidden @ stored.params["output"].T.astype(np.float64) + stored.params["output_bias"]
         top = logits.max(1, keepdims=True)
         log_q = logits - top - np.log(np.exp(logits - top).sum(1, keepdims=True))
@@ -120,7 +120,7 @@ def test_rows_measured_alone_or_together_cost_the_same(text: Path, trained: Path
     stored = Checkpoint.load(trained)
     (ids,) = stored.tokenizer.encode([(text / "f1.txt").read_bytes() * 5])
     rows = make_rows([ids[:1500]], stored.tables)
-    devices = Devices.of()
+    devices = DeviceMesh.of()
     params = devices.parameters(stored.params)
     risk, nats = measure(params, rows, devices)
     assert nats.shape == (1500,)
@@ -140,7 +140,7 @@ def test_tokens(trained: Path, capsys: pytest.CaptureFixture[str]):
     )
     assert main(["tokens", given, "--checkpoint", str(trained)]) == 0
     table = capsys.readouterr().out.splitlines()
-    assert len(table) == found["tokens"] + 1
+    assert len(table) == len(found["per_token"]) + 1 == found["tokens"]  # the two bytes of a letter are one line
     assert main(["tokens", given, "--checkpoint", str(trained), "--line"]) == 0
     line = capsys.readouterr().out
     assert "\x1b[48;5;" in line
@@ -164,7 +164,7 @@ def test_a_second_time(text: Path, trained: Path, capsys: pytest.CaptureFixture[
     other = [*command, "--seed", "1", "--steps", "20"]
     for again in (other, [*other, "--resume"]):
         fails(again, "from other settings: steps was 10, is 20; seed was 0, is 1; --out writes elsewhere", capsys)
-    monkeypatch.setattr("jaxent.cli.run.train", None)  # nothing is trained
+    monkeypatch.setattr("jaxent.cli.train.run.train", None)  # nothing is trained
     for again in (command, ["train", "--resume", "--out", str(trained)]):
         assert main(again) == 0
         out, err = capsys.readouterr()
@@ -174,7 +174,7 @@ def test_a_second_time(text: Path, trained: Path, capsys: pytest.CaptureFixture[
 
 
 def test_two_runs_in_one_folder(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    with own_folder(tmp_path):
+    with exclusive_directory(tmp_path):
         fails(["train", str(text), *SMALL, "--out", str(tmp_path)], "another `jaxent train` is writing", capsys)
 
 
@@ -203,7 +203,7 @@ def test_unreadable_files(
     def refuse(path: Path, mode: str) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("jaxent.cli.corpus.open", refuse, raising=False)
+    monkeypatch.setattr("jaxent.cli.train.corpus.open", refuse, raising=False)
     fails(["train", str(tmp_path / "secret")], "secret: Permission denied", capsys)
 
 
@@ -246,9 +246,9 @@ def small_files() -> Iterator[None]:
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, small_files: None):
     path = tmp_path / "a"
-    write_whole(path, b"old")
+    write_atomic(path, b"old")
     with pytest.raises(Exception, match=r"cannot write .*/a: File too large"):
-        write_whole(path, b"x" * 5000)
+        write_atomic(path, b"x" * 5000)
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -300,9 +300,15 @@ def test_every_row_once_a_round():
 
 def test_a_loss_that_is_not_finite(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     wild = ["train", str(text), *SMALL, "--learning-rate", "1e30", "--out", str(tmp_path / "o")]
-    fails(wild, "try a lower --learning-rate", capsys)
-    kept = Checkpoint.load(tmp_path / "o")
-    assert all(np.isfinite(p).all() for p in kept.params.values())
+    fails(wild, "the loss is no longer finite at step 5: try a lower --learning-rate", capsys)
+    assert not (tmp_path / "o" / NAME).exists()
+    found = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert found["held_out"]["bits_per_byte"] is None
+    tame = ["train", str(text), *SMALL, "--out", str(tmp_path / "o"), "--quiet"]
+    assert main(tame) == 0
+    assert json.loads((tmp_path / "o" / "report.json").read_text())["held_out"]["bits_per_byte"] > 0
+    # Now a checkpoint stands there, and the advice says so.
+    fails([*wild, "--overwrite"], "try a lower --learning-rate and --overwrite", capsys)
 
 
 def test_a_device_without_memory(
@@ -311,9 +317,9 @@ def test_a_device_without_memory(
     def train(*arguments: object, **options: object) -> None:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nallocating 3 TiB")
 
-    monkeypatch.setattr("jaxent.cli.run.train", train)
+    monkeypatch.setattr("jaxent.cli.train.run.train", train)
     command = ["train", str(text), *SMALL, "--out", str(tmp_path / "o")]
-    fails(command, "JAX gave up: RESOURCE_EXHAUSTED: Out of memory; --resume goes on", capsys)
+    fails(command, "JAX gave up: RESOURCE_EXHAUSTED: Out of memory; try smaller --batch-rows", capsys)
 
 
 def test_checkpoints_round_trip(trained: Path, tmp_path: Path):

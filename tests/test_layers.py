@@ -20,7 +20,7 @@ def wing(path: Path) -> str:
     folder, *rest = path.relative_to(PACKAGE).parts
     if rest:
         return folder
-    return "__init__" if folder in ("__init__.py", "__main__.py") else "public"
+    return {"__init__.py": "__init__", "__main__.py": "cli"}.get(folder, "public")
 
 
 def imported(path: Path) -> Iterator[Path]:

@@ -1,3 +1,3 @@
-"""`jaxent train | evaluate | tokens`: a language model on real text, with the library's own loss."""
+"""The command `jaxent`: `train`, `evaluate`, `tokens` and `check`."""
 
 from jaxent.cli.main import main as main

@@ -1,4 +1,4 @@
-"""`python -m jaxent.cli`."""
+"""`python -m jaxent.cli`, the same as `python -m jaxent`."""
 
 import sys
 

@@ -1,6 +1,9 @@
 """What the commands report in one line."""
 
+import importlib
 import importlib.util
+
+LONGEST_REASON = 240  # characters
 
 
 class CommandError(Exception):
@@ -29,8 +32,18 @@ def reason(error: OSError) -> str:
     return error.strerror or str(error)
 
 
+def first_line(error: Exception) -> str:
+    """What an exception says, without the advice and the traces that follow."""
+    line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}..."
+
+
 def require(*packages: str) -> None:
-    """Says at the start, not at the end of a run, which package of the extra `cli` is missing."""
+    """Says at the start, not at the end of a run, which package of the extra `cli` is missing or cannot be used."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
             raise CommandError(f"{package} is not installed; it comes with the extra: pip install 'jaxent[cli]'")
+        try:
+            importlib.import_module(package)
+        except Exception as error:  # MPLBACKEND and files of settings are read here
+            raise CommandError(f"cannot import {package}: {first_line(error)}") from error

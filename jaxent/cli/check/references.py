@@ -15,7 +15,7 @@ WIDE = np.longdouble
 
 @dataclasses.dataclass(frozen=True)
 class Exact:
-    """A value and its gradients by the arguments."""
+    """A value and its gradients with respect to the arguments."""
 
     value: Any
     gradients: tuple[Array, ...]
@@ -89,7 +89,7 @@ def entropy_rows(z: Array) -> Exact:
 
 
 def divergence_rows(z_p: Array, z_q: Array) -> Exact:
-    """`sum D(P || Q)` of softmax rows, by both logits."""
+    """`sum D(P || Q)` of softmax rows, with respect to both logits."""
     p, q = Softmax.of(z_p), Softmax.of(z_q)
     ratio = q.nll - p.nll
     d = np.sum(p.p * ratio, axis=-1, keepdims=True)
@@ -98,7 +98,7 @@ def divergence_rows(z_p: Array, z_q: Array) -> Exact:
 
 
 def cross_entropy_of_logits(z_p: Array, z_q: Array) -> Exact:
-    """`-sum_k p_k log q_k` of softmax rows, by both logits."""
+    """`-sum_k p_k log q_k` of softmax rows, with respect to both logits."""
     p, q = Softmax.of(z_p), Softmax.of(z_q)
     h = np.sum(p.p * q.nll, axis=-1, keepdims=True)
     sizes = p.p * (q.nll + h + p.nll), p.p + q.p

@@ -3,7 +3,6 @@
 import contextlib
 import itertools
 import os
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,9 +16,13 @@ from jaxent import linear_loss
 from jaxent._check.autodiff import FlatArguments, autodiff_gradients
 from jaxent._check.finite_differences import Float64Reference, evaluate
 from jaxent._check.gradient import DIFFERENCES, Comparison, Reference, compare, table
-from jaxent.cli import check_picture, report
-from jaxent.cli.check_cases import EVERY_DTYPE, Case, cases
+from jaxent.cli.check import plot as gap_plot
+from jaxent.cli.check import second_order
+from jaxent.cli.check.cases import EVERY_DTYPE, Case, cases, second_order_cases
+from jaxent.cli.check.compiler import RowSums, measure_row_sums
+from jaxent.cli.devices import available
 from jaxent.cli.errors import CommandError, require
+from jaxent.cli.output import print_json, say
 
 # In ulp. The CPU back end stays below 2, and 0.65 for gradients in half precision, which are rounded at the end, and
 # once before for a matrix product; the rest is room for the exponentials of other devices.
@@ -39,22 +42,28 @@ def check(losses: Sequence[str], dtypes: Sequence[str], *, plot: Path | None, as
     """Prints what was measured; 1 if something is out of bounds."""
     if plot is not None:
         require("matplotlib")
-        check_picture.draw(plot)
+        available()
+        gap_plot.draw(plot)
         if not quiet:
-            print(f"{plot} written", file=sys.stderr)
+            say(f"{plot} written")
         return 0
-    chosen, products, device = _chosen(losses), measure_products(), jax.devices()[0]
+    chosen, device = _chosen(losses), available()[0]
+    products, row_sums = measure_products(), measure_row_sums()
     show = not (as_json or quiet)
     if show:
         print(f"{device.platform}: {device.device_kind}, jax {jax.__version__}")
         print(*products.sentences(), sep="\n", end="\n\n", flush=True)
-    results = run(chosen, dtypes or EVERY_DTYPE, products)
+    dtypes = dtypes or EVERY_DTYPE
+    results = run(chosen, dtypes, products) + run_second_order(chosen, dtypes)
+    places = {(case.loss, dtype): i for i, (case, dtype) in enumerate(itertools.product(chosen, dtypes))}
+    results.sort(key=lambda r: places[r.loss, r.dtype])
     bad = [r for r in results if not r.comparison.ok]
-    ok = products.ok and not bad
+    ok = products.ok and row_sums.ok and not bad
     if as_json:
         comparisons = [_as_json(r) for r in results]
         found = {"device": f"{device.platform}: {device.device_kind}", "jax": jax.__version__, "ok": ok}
-        report.print_json({**found, "float32_product_bits": products._asdict(), "comparisons": comparisons})
+        found |= {"float32_product_bits": products._asdict(), "compiler": _compiler_as_json(row_sums)}
+        print_json({**found, "comparisons": comparisons})
     if show:
         print(*_lines(results), sep="\n", end="\n\n")
         count = len({(r.loss, r.option, r.dtype) for r in results})
@@ -62,6 +71,7 @@ def check(losses: Sequence[str], dtypes: Sequence[str], *, plot: Path | None, as
         for r in bad:
             c = r.comparison
             print(f"{r.loss}, {r.option}, {r.dtype}: {c.way} at {c.place} is {c.got:.9g}, and {c.want:.9g} is right")
+        print(*row_sums.sentences(), sep="\n", end="\n" if row_sums.sentences() else "")
     return 0 if ok else 1
 
 
@@ -81,6 +91,15 @@ def run(chosen: Sequence[Case], dtypes: Sequence[str], products: "Products") -> 
         wides = list(pool.map(_wides, losses))
         jobs = [(dtype, group, wide, products) for group, wide in zip(losses, wides, strict=True) for dtype in dtypes]
         return [r for found in pool.map(_compared, *zip(*jobs, strict=True)) for r in found]
+
+
+def run_second_order(chosen: Sequence[Case], dtypes: Sequence[str]) -> list[Result]:
+    """Hessian-vector products of the chosen losses, in float32."""
+    names = {case.loss for case in chosen} if "float32" in dtypes else set()
+    cases = [case for case in second_order_cases() if case.loss in names]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = zip(cases, pool.map(second_order.compare, cases), strict=True)
+        return [Result(case.loss, f"Hessian, {case.option}", "float32", c) for case, worst in found for c in worst]
 
 
 def _entries(case: Case, dtype: str) -> FlatArguments:
@@ -127,6 +146,10 @@ def _lines(results: Sequence[Result]) -> list[str]:
         options = str(len({r.option for r in of}))
         lines.append((loss, dtype, options, f"{c.ulp:.2f}", f"{c.allowed:g}", at, agree, verdict))
     return table(lines)
+
+
+def _compiler_as_json(row_sums: RowSums) -> dict[str, Any]:
+    return {"row_sum_error": row_sums.error, "ok": row_sums.ok, "told": " ".join(row_sums.sentences())}
 
 
 def _as_json(result: Result) -> dict[str, Any]:
@@ -194,7 +217,7 @@ def surviving_bits(product: Callable[[jax.Array, jax.Array], jax.Array]) -> int:
 
 
 def _through_linear_loss(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
-    """The logits that the engine sees: the derivative of `sum c z` by `c`."""
+    """The logits that the engine sees: the derivative of `sum c z` with respect to `c`."""
 
     def picked(c: jax.Array) -> jax.Array:
         return linear_loss(lambda logits, c: jnp.sum(c * logits, axis=-1), hidden, kernel, c, reduction="sum")

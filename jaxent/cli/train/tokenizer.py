@@ -34,14 +34,22 @@ class Tokenizer:
     pieces: tuple[bytes, ...]
 
     @classmethod
-    def fit(cls, texts: Iterable[bytes], size: int) -> "Tokenizer":
-        """The `size - 256` most frequent pieces that are longer than a byte; ties go to the smaller text."""
+    def fit(cls, texts: Iterable[bytes], size: int, *, at_most: bool = False, multiple: int = 1) -> "Tokenizer":
+        """The `size - 256` most frequent pieces that are longer than a byte; ties go to the smaller text.
+
+        With `at_most`, fewer if there are fewer, so that the number of all tokens is a multiple of `multiple`.
+        """
         counts = Counter(itertools.chain.from_iterable(PIECE.findall(text) for text in texts))
         longer = sorted((-n, piece) for piece, n in counts.items() if len(piece) > 1)
-        if len(longer) < size - BYTES:
+        most = BYTES + len(longer)
+        if at_most and most < size:
+            size = most - most % multiple
+            if size < BYTES:
+                raise CommandError(f"the text has {most} different tokens, too few to split them into {multiple}")
+        if most < size:
             raise CommandError(
                 f"--vocab-size {size} is larger than the corpus: {len(longer)} different tokens and the {BYTES} bytes "
-                f"allow at most {len(longer) + BYTES}"
+                f"allow at most {most}"
             )
         return cls(tuple(piece for _, piece in longer[: size - BYTES]))
 
@@ -60,18 +68,18 @@ class Tokenizer:
     def ids(self) -> dict[bytes, int]:
         return {piece: BYTES + i for i, piece in enumerate(self.pieces)}
 
-    def encode(self, texts: Iterable[bytes]) -> list[np.ndarray]:
-        """The ids of each text.
+    def encode(self, texts: Iterable[bytes], ids: dict[bytes, int] | None = None) -> list[np.ndarray]:
+        """The ids of each text; `ids` is what `ids()` returns, for whoever calls this often.
 
         >>> tokenizer = Tokenizer((b"one", b" two"))
         >>> tokenizer.encode([b"one two!"])
         [array([256, 257,  33], dtype=int32)]
         """
-        ids = self.ids()
+        known_ids = self.ids() if ids is None else ids
 
         def of_text(text: bytes) -> Iterable[int]:
             for piece in PIECE.findall(text):
-                if (known := ids.get(piece)) is not None:
+                if (known := known_ids.get(piece)) is not None:
                     yield known
                 else:
                     yield from piece

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxent.cli.atomic_files import write_atomic
 from jaxent.cli.errors import CommandError
-from jaxent.cli.storage import write_whole
 from jaxent.losses import softmax_cross_entropy
 
 LARGEST_GAP = 87.0  # exp(-87) = 1.6e-38 is the last normal float32
@@ -79,4 +79,4 @@ def draw(path: Path) -> None:
     if kind not in (known := figure.canvas.get_supported_filetypes()):
         raise CommandError(f"cannot draw a .{kind} file; there are {', '.join(sorted(known))}")
     figure.savefig(content, format=kind)
-    write_whole(path, content.getbuffer())
+    write_atomic(path, content.getbuffer())

@@ -1,21 +1,26 @@
 """Ctrl-C and SIGTERM wait until the work in hand is finished."""
 
-import dataclasses
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-
-@dataclasses.dataclass
-class Received:
-    signum: int = 0
+from jaxent import _command
+from jaxent._command import Received
 
 
 @contextmanager
 def deferred_signals() -> Iterator[Received]:
     """Within the block the first SIGINT or SIGTERM is only noted; a second one interrupts at once."""
+    if _command.is_installed():
+        with _command.deferred() as received:
+            yield received
+        return
     received = Received()
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # signals are the main thread's
+        return
 
     def note(signum: int, frame: FrameType | None) -> None:
         if received.signum:

@@ -1,5 +1,6 @@
 """The text: which files, in what order, and which of them are held out."""
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -16,6 +17,9 @@ SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "t
 HELD_OUT_SHARE = 0.1
 HELD_OUT_BYTES = 200_000
 HEAD_BYTES = 65_536  # of a file, in which a zero byte shows that it is not text
+PIECE_BYTES = 2**20  # read at a time
+# What `jaxent train` writes into the folder of a run.
+RUN_FILES = frozenset({"checkpoint.npz", "report.json", "loss.png"})
 
 
 class NotText(CommandError):
@@ -39,7 +43,11 @@ def rank(name: str) -> bytes:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A file that was found; `named` if the user named it and not a folder that holds it."""
+    """A file that was found; `named` if the user named it and not a folder that holds it.
+
+    `name` is its path below the folder that the user named, or its last part: wherever the corpus lies, and however the
+    way to it is spelt, it is the same corpus.
+    """
 
     path: Path
     name: str
@@ -51,11 +59,13 @@ class Source:
             if limit is not None and self.path.is_file() and self.path.stat().st_size > limit:
                 return None
             with open(self.path, "rb") as file:
-                text = file.read(HEAD_BYTES)
-                if b"\0" not in text:
-                    text += file.read(-1 if limit is None else max(0, limit + 1 - len(text)))
+                read = bytearray(file.read(HEAD_BYTES))
+                if b"\0" not in read:  # a device or a pipe may have no end
+                    while (limit is None or len(read) <= limit) and (piece := file.read(PIECE_BYTES)):
+                        read += piece
         except OSError as error:
             raise CommandError(f"cannot read {self.path}: {reason(error)}") from error
+        text = bytes(read)
         if b"\0" in text:
             raise NotText(f"{self.path} is not text: it has a zero byte at {text.index(0)}")
         return text if limit is None or len(text) <= limit else None
@@ -81,14 +91,17 @@ class Corpus:
         return total.hexdigest()
 
 
-def read_corpus(paths: Sequence[str], max_bytes: int) -> Corpus:
-    """Text files and folders; without any, the running Python's standard library. Files beyond the cap are left out."""
+def read_corpus(paths: Sequence[str], max_bytes: int, out: Path | None = None) -> Corpus:
+    """Text files and folders; without any, the running Python's standard library. Files beyond the cap are left out.
+
+    Nor is anything read that a run has written, to `out` or elsewhere below the folders.
+    """
     if paths:
-        sources, source = find_sources(paths), " ".join(paths)
+        sources, source = find_sources(paths, out), " ".join(paths)
     else:
         root = Path(sysconfig.get_path("stdlib"))
-        files = [file for file in _files_below(root, SKIPPED_FOLDERS) if file.suffix == ".py"]
-        sources = [Source(file, file.relative_to(root).as_posix(), named=False) for file in files]
+        found = _files_below(root, SKIPPED_FOLDERS)
+        sources = [Source(path, name, named=False) for path, name, _ in found if path.suffix == ".py"]
         source = "the standard library of this Python"
     chosen: list[Document] = []
     size, not_text = 0, None
@@ -112,18 +125,24 @@ def read_corpus(paths: Sequence[str], max_bytes: int) -> Corpus:
     return _split(source, [d for d in chosen if d.text], len(sources) - len(chosen))
 
 
-def find_sources(paths: Sequence[str]) -> list[Source]:
-    """The given files, and the regular files below the given folders, each once, in sorted order."""
-    found: dict[Path, Source] = {}
+def find_sources(paths: Sequence[str], out: Path | None = None) -> list[Source]:
+    """The given files, and the regular files below the given folders, each once, in the order of names in a folder."""
+    found: dict[str, Source] = {}  # by the real path: one file, however the way to it is spelt
     for given in map(Path, paths):
         try:
-            given.stat()
-        except OSError as error:
-            raise CommandError(f"cannot read {given}: {reason(error)}") from error
-        inside = _files_below(given) if given.is_dir() else None
-        for file in [given] if inside is None else inside:
-            found.setdefault(file, Source(file, file.as_posix(), named=inside is None))
+            status = given.stat()
+        except (OSError, ValueError) as error:
+            raise CommandError(f"cannot read {given}: {_why(error)}") from error
+        if stat.S_ISDIR(status.st_mode):
+            for path, name, real in _files_below(given, out=out):
+                found.setdefault(real, Source(path, name, named=False))
+        else:
+            found.setdefault(os.path.realpath(given), Source(given, given.name, named=True))
     return list(found.values())
+
+
+def _why(error: OSError | ValueError) -> str:
+    return reason(error) if isinstance(error, OSError) else str(error)
 
 
 def read_documents(paths: Sequence[str]) -> Iterator[Document]:
@@ -139,44 +158,75 @@ def read_documents(paths: Sequence[str]) -> Iterator[Document]:
             continue
         if text:
             count += 1
-            yield Document(source.name, text)
+            yield Document(source.path.as_posix(), text)
     if not count:
         raise not_text or CommandError(f"there is no text in {' '.join(paths)}")
 
 
-def _files_below(root: Path, skipped: frozenset[str] = frozenset({"__pycache__"})) -> list[Path]:
+def _files_below(
+    root: Path, skipped: frozenset[str] = frozenset({"__pycache__"}), out: Path | None = None
+) -> Iterator[tuple[Path, str, str]]:
+    """Each regular file, its path below `root` and its real path."""
+
     def fail(error: OSError) -> None:
         raise CommandError(f"cannot read {error.filename}: {reason(error)}")
 
-    found = []
+    streams = _own_streams()
     for folder, folders, names in os.walk(root, onerror=fail):
         folders[:] = sorted(f for f in folders if f not in skipped and not f.startswith("."))
-        found += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
-    return [file for file in found if _is_regular(file)]
+        real = os.path.realpath(folder)
+        is_run = "checkpoint.npz" in names or (out is not None and _same_folder(folder, out))
+        for name in sorted(names):
+            if name.startswith(".") or (is_run and name in RUN_FILES):
+                continue
+            path = Path(folder, name)
+            status = _status(path)
+            if status is None or not stat.S_ISREG(status.st_mode) or (status.st_dev, status.st_ino) in streams:
+                continue
+            one = os.path.realpath(path) if path.is_symlink() else os.path.join(real, name)
+            yield path, path.relative_to(root).as_posix(), one
 
 
-def _is_regular(path: Path) -> bool:
-    """False for a pipe, a device, and a link that leads nowhere."""
+def _own_streams() -> set[tuple[int, int]]:
+    """The files that this command's own output goes to, as in `jaxent train . > log`."""
+    found = set()
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            status = os.fstat(descriptor)
+            found.add((status.st_dev, status.st_ino))
+    return found
+
+
+def _same_folder(a: str, b: Path) -> bool:
     try:
-        return stat.S_ISREG(path.stat().st_mode)
+        return os.path.samefile(a, b)
+    except OSError:
+        return False
+
+
+def _status(path: Path) -> os.stat_result | None:
+    """None for a link that leads nowhere."""
+    try:
+        return path.stat()
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ELOOP):
-            return False
+            return None
         raise CommandError(f"cannot read {path}: {reason(error)}") from error
 
 
 def _split(source: str, documents: list[Document], left_out: int) -> Corpus:
     """Held out are the first files by rank that fit a tenth of the bytes; of one file alone, its last tenth."""
     budget = min(HELD_OUT_BYTES, HELD_OUT_SHARE * sum(len(d.text) for d in documents))
-    held, size = [], 0
-    for document in documents:
+    held, size = set(), 0
+    for i, document in enumerate(documents):
         if size + len(document.text) <= budget:
-            held.append(document)
+            held.add(i)
             size += len(document.text)
     if not held and len(documents) > 1:
-        held = [min(documents, key=lambda d: len(d.text))]
+        held = {min(range(len(documents)), key=lambda i: len(documents[i].text))}
     if held:
-        return Corpus(source, tuple(d for d in documents if d not in held), tuple(held), left_out)
+        train, held_out = (tuple(d for i, d in enumerate(documents) if (i in held) is out) for out in (False, True))
+        return Corpus(source, train, held_out, left_out)
     whole = documents[0]
     cut = len(whole.text) - max(1, len(whole.text) // 10)
     if cut == 0:

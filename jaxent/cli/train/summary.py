@@ -13,12 +13,12 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxent._engine.plan import plan
-from jaxent.cli import model
-from jaxent.cli.corpus import Corpus
-from jaxent.cli.data import Data
-from jaxent.cli.devices import DATA, VOCAB, Devices
-from jaxent.cli.evaluation import figures, measure
-from jaxent.cli.proposals import Rows
+from jaxent.cli.train import model
+from jaxent.cli.train.corpus import Corpus
+from jaxent.cli.train.dataset import Dataset
+from jaxent.cli.train.evaluation import figures, measure, perplexity
+from jaxent.cli.train.mesh import DATA, VOCAB, DeviceMesh
+from jaxent.cli.train.ngrams import Rows
 from jaxent.empirical import empirical_distribution
 from jaxent.gradients import softmax_cross_entropy_gradient
 from jaxent.information import cross_entropy, entropy
@@ -26,20 +26,21 @@ from jaxent.information import cross_entropy, entropy
 DENSE_BYTES = 2**27  # of logits, for as many rows of which the gradient is also taken in closed form
 
 
-def account(params: model.Params, data: Data, corpus: Corpus, batch_rows: int, devices: Devices) -> dict[str, Any]:
+def summarize(
+    params: model.Params, data: Dataset, corpus: Corpus, batch_rows: int, devices: DeviceMesh
+) -> dict[str, Any]:
     text = b"".join(d.text for d in corpus.held_out)
     held = data.held_out.targets
     risk, _ = measure(params, data.held_out, devices)
-    bits = _entropies(data)
+    bits = _unigram_bits(data)
     return {
         "corpus": {
             "train_files": len(corpus.train),
             "train_bytes": sum(len(d.text) for d in corpus.train),
             "held_out_files": [d.name for d in corpus.held_out],
         },
-        "held_out": figures(risk, len(text), len(held)),
+        "held_out": figures(float(risk.mean()) * len(held), len(text), len(held)),
         "unigram": {name: _units(bits[name], len(held) / len(text)) for name in ("entropy", "code")},
-        "bigram": {"entropy": _units(bits["after_one"], len(held) / len(text))},
         "compressors": {
             "zlib -9": 8 * len(zlib.compress(text, 9)) / len(text),
             "bz2 -9": 8 * len(bz2.compress(text, 9)) / len(text),
@@ -50,26 +51,20 @@ def account(params: model.Params, data: Data, corpus: Corpus, batch_rows: int, d
 
 
 def _units(bits: float, tokens_per_byte: float) -> dict[str, float]:
-    return {"bits_per_token": bits, "bits_per_byte": bits * tokens_per_byte, "perplexity": 2**bits}
+    return {"bits_per_token": bits, "bits_per_byte": bits * tokens_per_byte, "perplexity": perplexity(bits)}
 
 
-def _entropies(data: Data) -> dict[str, float]:
-    """Bits per token of the held-out text. The entropies are those of its own counts, which no code knew before.
+def _unigram_bits(data: Dataset) -> dict[str, float]:
+    """Bits per token of the held-out text for codes that ignore the context.
 
-    No code that ignores the context is shorter than the first, none that sees one token is shorter than the second,
-    `H(P-hat of pairs) - H(P-hat of their first tokens)`.
+    `entropy` is that of the text's own counts, which no code knew before; `code` has the counts of the training text.
     """
-    size, held = data.tokenizer.size, data.held_out.targets
-    seen = empirical_distribution(held, size)
+    size = data.tokenizer.size
+    seen = empirical_distribution(data.held_out.targets, size)
     known = np.bincount(data.counted.ids, minlength=size) + 0.5
-    before = data.held_out.lags[:, 0].astype(np.int64)
-    pairs, of_first = (np.unique(x, return_counts=True)[1] / len(held) for x in (before * size + held, before))
     return {
         "entropy": float(entropy(seen, base=2)),
         "code": float(cross_entropy(seen, jnp.asarray(known / known.sum(), jnp.float32), base=2)),
-        "after_one": float(
-            entropy(jnp.asarray(pairs, jnp.float32), base=2) - entropy(jnp.asarray(of_first, jnp.float32), base=2)
-        ),
     }
 
 
@@ -97,7 +92,7 @@ def _largest_differences(expected: Sequence[jax.Array], found: Sequence[jax.Arra
     return jnp.stack([jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(a)) for a, b in pairs])
 
 
-def _loss_figures(params: model.Params, rows: Rows, batch_rows: int, devices: Devices) -> dict[str, float]:
+def _loss_figures(params: model.Params, rows: Rows, batch_rows: int, devices: DeviceMesh) -> dict[str, float]:
     """The memory of the loss for one batch, on each device, and the gradient of real rows, two ways."""
     size, width = params["output"].shape
     count = max(1, min(batch_rows, DENSE_BYTES // (4 * size)) // devices.data) * devices.data
@@ -112,7 +107,7 @@ def _loss_figures(params: model.Params, rows: Rows, batch_rows: int, devices: De
 
 
 @functools.lru_cache
-def _temporary_bytes(rows: int, vocab_size: int, width: int, devices: Devices) -> int:
+def _temporary_bytes(rows: int, vocab_size: int, width: int, devices: DeviceMesh) -> int:
     """What XLA sets aside on each device for the gradient of the loss of `rows` hidden states."""
 
     def argument(axis: str, *shape: int, dtype: DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:

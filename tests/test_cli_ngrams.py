@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxent.cli.proposals import (
+from jaxent.cli.train.ngrams import (
     CANDIDATES,
     CORPUS_ORDERS,
     EVIDENCE,

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxent.cli import model
-from jaxent.cli.devices import Devices
-from jaxent.cli.errors import CommandError, Stopped
-from jaxent.cli.model import Batch, Params
-from jaxent.cli.proposals import Rows
-from jaxent.cli.signals import deferred_signals
+from jaxent.cli.errors import Stopped
+from jaxent.cli.train import model
+from jaxent.cli.train.mesh import DeviceMesh
+from jaxent.cli.train.model import Batch, Params
+from jaxent.cli.train.ngrams import Rows
+from jaxent.cli.train.signals import deferred_signals
 
 MAX_BLOCK = 5  # optimiser steps in one call; heuristic: about two seconds, the longest wait after Ctrl-C
 SAMPLES = 12
@@ -54,12 +54,12 @@ class Schedule:
 
     def rows_of(self, step: int, count: int) -> np.ndarray:
         """The rows of a step: every row once, in random order, then all of them again in another."""
-        flat = np.arange(step * self.batch_rows, (step + 1) * self.batch_rows)
-        rounds = flat // count
-        index = np.empty(len(flat), np.int64)
-        for r in np.unique(rounds):
-            index[rounds == r] = _shuffled(self.seed, int(r), count)[flat[rounds == r] % count]
-        return index
+        position, end, index = step * self.batch_rows, (step + 1) * self.batch_rows, []
+        while position < end:
+            round_, first = divmod(position, count)
+            index.append(_shuffled(self.seed, round_, count)[first : first + end - position])
+            position += len(index[-1])
+        return np.concatenate(index)
 
 
 @functools.lru_cache(maxsize=2)
@@ -79,7 +79,7 @@ class State:
 
 @functools.partial(jax.jit, static_argnames=("schedule", "devices"), donate_argnames=("params", "optimizer"))
 def _train_block(
-    params: Params, optimizer: OptimizerState, batches: Batch, schedule: Schedule, devices: Devices
+    params: Params, optimizer: OptimizerState, batches: Batch, schedule: Schedule, devices: DeviceMesh
 ) -> tuple[Params, OptimizerState, jax.Array]:
     transformation = schedule.optimizer()
 
@@ -95,19 +95,32 @@ def _train_block(
     return params, optimizer, losses
 
 
+class NotFinite(Exception):
+    """After this step the run has no numbers to go on with."""
+
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
+
+
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]).all()
+
+
 def train(
     state: State,
     schedule: Schedule,
     rows: Rows,
     lengths: np.ndarray,
-    devices: Devices,
+    devices: DeviceMesh,
     *,
     every: int,
     at_interval: Callable[[State], None],
     at_sample: Callable[[State], None],
     show: Callable[[int, float, float], None],
 ) -> None:
-    """Trains `state` to the end of the schedule, in place.
+    """Trains `state` to the end of the schedule, in place; `NotFinite` if its loss or its parameters no longer are.
 
     `at_interval` is called with the state at least every `every` steps, at the end, and before a signal stops the run;
     `at_sample` every `schedule.sample_every` steps; `show` after every block, with its tokens, bits
@@ -122,12 +135,12 @@ def train(
                 state.params, state.optimizer, batches, schedule, devices
             )
             bits = float(np.mean(devices.fetch(losses), dtype=np.float64) / np.log(2))
-            if not np.isfinite(bits):
-                raise CommandError(f"the loss is no longer finite at step {state.step}: try a lower --learning-rate")
             tokens_per_byte = index.size / int(np.sum(lengths[rows.targets[index]], dtype=np.int64))
             state.step += schedule.block
             for name, value in (("step", state.step), ("token", bits), ("byte", bits * tokens_per_byte)):
                 state.history.setdefault(name, []).append(value)
+            if not (np.isfinite(bits) and devices.fetch(_all_finite((state.params, state.optimizer)))):
+                raise NotFinite(state.step)
             show(index.size, bits, bits * tokens_per_byte)
             if state.step % schedule.sample_every == 0 or state.step == schedule.steps:
                 at_sample(state)

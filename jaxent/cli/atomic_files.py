@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place, then renamed into it."""
+"""Files that are whole or absent: written next to their place, then renamed into it."""
 
 import contextlib
 import os
@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from jaxent._command import undone
 from jaxent.cli.errors import CommandError, reason
 
 try:
@@ -14,46 +15,59 @@ except ImportError:
     fcntl = None
 
 
-def write_whole(path: Path, content: bytes | memoryview) -> None:
+SUFFIX = ".jaxent-partial"  # of a file that is being written, and of no other
+
+
+def write_atomic(path: Path, content: bytes | memoryview) -> None:
     """`path` gets the content, or keeps what it had, whenever the process or the machine stops."""
     temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise CommandError(f"cannot write {path}: {reason(error)}") from error
-    finally:
+
+    def discard() -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
 
+    with undone(discard):
+        try:
+            with tempfile.NamedTemporaryFile(
+                dir=path.parent, prefix=f".{path.name}.", suffix=SUFFIX, delete=False
+            ) as file:
+                temporary = file.name
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+            temporary = None
+            _sync_folder(path.parent)
+        except OSError as error:
+            raise CommandError(f"cannot write {path}: {reason(error)}") from error
+        finally:
+            discard()
+
 
 @contextlib.contextmanager
-def own_folder(path: Path) -> Iterator[None]:
+def exclusive_directory(path: Path) -> Iterator[None]:
     """The folder, for this process alone, without what a killed one left half written; gone again if nothing came."""
-    is_new = not path.exists()
+    made: list[Path] = []
+
+    def remove() -> None:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
     with contextlib.ExitStack() as held:
+        held.callback(remove)
+        held.enter_context(undone(remove))
         try:
+            made += [folder for folder in (path, *path.parents) if not folder.exists()]
             path.mkdir(parents=True, exist_ok=True)
             held.enter_context(_locked(path))
-            for name in ("checkpoint.npz", "report.json", "loss.png"):
-                for stale in path.glob(f".{name}.*"):
-                    stale.unlink()
+            for stale in path.glob(f".*{SUFFIX}"):
+                stale.unlink()
         except OSError as error:
             raise CommandError(f"cannot write to {path}: {reason(error)}") from error
-        try:
-            yield
-        finally:
-            if is_new:
-                with contextlib.suppress(OSError):
-                    path.rmdir()
+        yield
 
 
 @contextlib.contextmanager

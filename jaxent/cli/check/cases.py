@@ -14,8 +14,8 @@ import numpy as np
 
 import jaxent
 from jaxent import WeightedSum
-from jaxent.cli import check_oracles as oracles
-from jaxent.cli.check_oracles import WIDE, Array, Cap, Exact
+from jaxent.cli.check import references
+from jaxent.cli.check.references import WIDE, Array, Cap, Exact
 
 ROWS, CLASSES, FEATURES = 5, 4, 3
 EVERY_DTYPE = ("float32", "bfloat16", "float16", "float64")
@@ -82,14 +82,14 @@ def _distributions(rng: np.random.Generator, *shape: int) -> Array:
 # Losses on logits
 
 
-def _options() -> dict[str, dict[str, Any]]:
-    """The options of a softmax loss of ROWS x CLASSES, each alone and all together."""
+def _options(rows: int = ROWS, classes: int = CLASSES) -> dict[str, dict[str, Any]]:
+    """The options of a softmax loss of `rows x classes`, each alone and all together."""
     rng = _rng("options")
-    labels = rng.integers(0, CLASSES, ROWS, dtype=np.int32)
-    some = np.where(np.arange(ROWS) % 3 == 1, -100, labels).astype(np.int32)
-    where = np.array([True, False, True, True, True])
-    weights, class_weights = _fractions(rng, ROWS), _fractions(rng, CLASSES)
-    targets = _distributions(rng, ROWS, CLASSES).astype(np.float32)
+    labels = rng.integers(0, classes, rows, dtype=np.int32)
+    some = np.where(np.arange(rows) % 3 == 1, -100, labels).astype(np.int32)
+    where = np.arange(rows) % 5 != 1
+    weights, class_weights = _fractions(rng, rows), _fractions(rng, classes)
+    targets = _distributions(rng, rows, classes).astype(np.float32)
     everything = {"where": where, "weights": weights, "class_weights": class_weights}
     everything |= {"label_smoothing": 0.125, "z_loss": 0.25}
     return {
@@ -106,12 +106,12 @@ def _options() -> dict[str, dict[str, Any]]:
         "reduction sum_and_weight": {"targets": some, "weights": weights, "reduction": "sum_and_weight"},
         "everything": {"targets": some, **everything},
         "probabilities": {"targets": targets},
-        "one-hot probabilities": {"targets": np.eye(CLASSES, dtype=np.float32)[labels]},
+        "one-hot probabilities": {"targets": np.eye(classes, dtype=np.float32)[labels]},
         "probabilities, everything": {"targets": targets, **everything},
     }
 
 
-def _softmax_oracle(z: Array, options: dict[str, Any], rows: Any = oracles.cross_entropy_rows) -> Exact:
+def _softmax_oracle(z: Array, options: dict[str, Any], rows: Any = references.cross_entropy_rows) -> Exact:
     """The loss by its definition; the classes lie last."""
     targets, count = options["targets"], z.shape[-1]
     by_label = np.issubdtype(targets.dtype, np.integer)
@@ -123,7 +123,7 @@ def _softmax_oracle(z: Array, options: dict[str, Any], rows: Any = oracles.cross
         targets = np.where(targets[:, None] == np.arange(count), 1, 0)
     shares = c * ((1 - WIDE(e)) * targets + WIDE(e) / count)
     cancels = bool(e or zeta or np.any(np.sum(shares != 0, axis=-1) > 1))
-    exact = rows(z, shares, w, zeta, cancels) if rows is oracles.cross_entropy_rows else rows(z, shares, w)
+    exact = rows(z, shares, w, zeta, cancels) if rows is references.cross_entropy_rows else rows(z, shares, w)
     if options.get("reduction", "mean") != "mean":
         return exact
     divisor = options.get("denominator", np.sum(w[:, None] * c * targets) if by_label else np.sum(w))
@@ -173,7 +173,7 @@ def _other_dense_cases() -> Iterator[Case]:
     picked = {k: v for k, v in options["everything"].items() if k not in ("label_smoothing", "z_loss")}
     for name, given in (("plain", options["plain"]), ("everything", picked), ("denominator", options["denominator"])):
         labels = {"labels": given["targets"], **{k: v for k, v in given.items() if k != "targets"}}
-        oracle = functools.partial(_softmax_oracle, options=given, rows=oracles.picked_rows)
+        oracle = functools.partial(_softmax_oracle, options=given, rows=references.picked_rows)
         yield Case("nll_loss", name, functools.partial(_nll, labels), (-np.abs(z),), oracle)
     rng = _rng("sigmoid")
     t, weights = _distributions(rng, ROWS, CLASSES).astype(np.float32), _fractions(rng, ROWS, CLASSES)
@@ -194,8 +194,8 @@ def _other_dense_cases() -> Iterator[Case]:
     labels = options["plain"]["targets"]
     statistics: dict[str, Callable[[Array], Exact]] = {
         "log_prob": lambda z: _softmax_oracle(z, {"targets": labels, "reduction": "sum"}) * -1,
-        "log_normalizer": oracles.log_normalizer_rows,
-        "entropy": oracles.entropy_rows,
+        "log_normalizer": references.log_normalizer_rows,
+        "entropy": references.entropy_rows,
     }
     for name, oracle in statistics.items():
         yield Case("token_statistics", name, functools.partial(_statistic, labels, name), (z,), oracle)
@@ -214,7 +214,7 @@ def _sigmoid(options: dict[str, Any], z: jax.Array) -> jax.Array:
 
 def _sigmoid_oracle(z: Array, options: dict[str, Any]) -> Exact:
     weights = np.ones(z.shape, WIDE) * options.get("weights", 1) * options.get("where", 1)
-    exact = oracles.sigmoid_rows(z, options["targets"].astype(WIDE), weights, options.get("pos_weight", WIDE(1)))
+    exact = references.sigmoid_rows(z, options["targets"].astype(WIDE), weights, options.get("pos_weight", WIDE(1)))
     return exact * (1 / weights.sum())
 
 
@@ -236,11 +236,11 @@ def _heads(count: int, bias: bool = False) -> tuple[Array, ...]:
 
 
 def _through_one(*head: Array, rows: Callable[..., Exact], cap: Cap) -> Exact:
-    return oracles.through_heads(rows, (head,), cap)
+    return references.through_heads(rows, (head,), cap)
 
 
 def _through_two(h_p: Array, w_p: Array, h_q: Array, w_q: Array, rows: Callable[..., Exact], cap: Cap) -> Exact:
-    return oracles.through_heads(rows, ((h_p, w_p), (h_q, w_q)), cap)
+    return references.through_heads(rows, ((h_p, w_p), (h_q, w_q)), cap)
 
 
 def _linear_statistic(labels: np.ndarray, name: str, hidden: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -265,9 +265,9 @@ def _linear_cases() -> Iterator[Case]:
         oracle = functools.partial(_through_one, rows=functools.partial(_softmax_oracle, options=given), cap=cap)
         yield Case("linear_softmax_cross_entropy", name, loss, _heads(1, bias), oracle, products=True)
     divergences: dict[str, Callable[..., Exact]] = {
-        "forward": oracles.divergence_rows,
-        "reverse": lambda z_p, z_q: _swapped(oracles.divergence_rows(z_q, z_p)),
-        "jensen_shannon": functools.partial(oracles.jensen_shannon_rows, mixture=0.25),
+        "forward": references.divergence_rows,
+        "reverse": lambda z_p, z_q: _swapped(references.divergence_rows(z_q, z_p)),
+        "jensen_shannon": functools.partial(references.jensen_shannon_rows, mixture=0.25),
     }
     for name, rows in divergences.items():
         oracle = functools.partial(_through_two, rows=rows, cap=Cap(temperature=2.0))
@@ -319,13 +319,13 @@ def _measure_cases() -> Iterator[Case]:
     p, q = _distributions(rng, ROWS, CLASSES), _distributions(rng, ROWS, CLASSES)
     z_p, z_q = _grid(rng, ROWS, CLASSES) / 2, _grid(rng, ROWS, CLASSES) / 2
     table: dict[str, tuple[tuple[Array, ...], Callable[..., Exact]]] = {
-        "entropy": ((p,), oracles.entropy),
-        "cross_entropy": ((p, q), oracles.cross_entropy),
-        "kl_divergence": ((p, q), oracles.kl_divergence),
-        "jensen_shannon_divergence": ((p, q), oracles.jensen_shannon),
-        "entropy_with_logits": ((z_p,), oracles.entropy_rows),
-        "cross_entropy_with_logits": ((z_p, z_q), oracles.cross_entropy_of_logits),
-        "kl_divergence_with_logits": ((z_p, z_q), oracles.divergence_rows),
+        "entropy": ((p,), references.entropy),
+        "cross_entropy": ((p, q), references.cross_entropy),
+        "kl_divergence": ((p, q), references.kl_divergence),
+        "jensen_shannon_divergence": ((p, q), references.jensen_shannon),
+        "entropy_with_logits": ((z_p,), references.entropy_rows),
+        "cross_entropy_with_logits": ((z_p, z_q), references.cross_entropy_of_logits),
+        "kl_divergence_with_logits": ((z_p, z_q), references.divergence_rows),
     }
     for name, (args, oracle) in table.items():
         yield Case(name, "sum of rows", functools.partial(_summed, getattr(jaxent, name)), args, oracle)
@@ -333,3 +333,24 @@ def _measure_cases() -> Iterator[Case]:
 
 def _summed(measure: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
     return jnp.sum(measure(*args))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Second derivatives
+
+
+def second_order_cases() -> Iterator[Case]:
+    """Losses whose Hessian is multiplied by many tangents at once: what is fused then is larger than elsewhere here."""
+    rows, classes = 100, 10
+    z, options = _grid(_rng("many"), rows, classes), _options(rows, classes)
+    for name in ("plain", "everything", "probabilities"):
+        yield _softmax_case(name, options[name], z)
+    targets = {"targets": _distributions(_rng("binary"), rows, classes).astype(np.float32)}
+    oracle = functools.partial(_sigmoid_oracle, options=targets)
+    yield Case("sigmoid_cross_entropy", "plain", functools.partial(_sigmoid, targets), (z,), oracle)
+    entropy = functools.partial(_statistic, options["plain"]["targets"], "entropy")
+    yield Case("token_statistics", "entropy", entropy, (z,), references.entropy_rows)
+    rng, plain = _rng("many heads"), {"targets": options["plain"]["targets"]}
+    heads = tuple(rng.integers(-6, 7, shape) / 4 for shape in ((rows, FEATURES), (FEATURES, classes)))
+    through = functools.partial(_through_one, rows=functools.partial(_softmax_oracle, options=plain), cap=Cap())
+    yield Case("linear_softmax_cross_entropy", "plain", functools.partial(_linear, plain), heads, through)

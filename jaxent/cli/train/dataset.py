@@ -5,16 +5,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxent.cli.corpus import Corpus
 from jaxent.cli.errors import CommandError
-from jaxent.cli.proposals import CORPUS_ORDERS, ContextTable, Rows, Stream, make_rows
-from jaxent.cli.tokens import Tokenizer
+from jaxent.cli.train.corpus import Corpus
+from jaxent.cli.train.ngrams import CORPUS_ORDERS, ContextTable, Rows, Stream, make_rows
+from jaxent.cli.train.tokenizer import Tokenizer
 
 FITTED_SHARE = 0.3  # at most so much of the text trains the model; the rest is counted for its proposals; heuristic
 
 
 @dataclasses.dataclass(frozen=True)
-class Data:
+class Dataset:
     """The corpus as the model sees it. It is trained on other files than are counted.
 
     Counts of the very text that is trained on would look like certain knowledge.
@@ -27,8 +27,7 @@ class Data:
     held_out: Rows
 
     @classmethod
-    def of(cls, corpus: Corpus, vocab_size: int, wanted: int) -> "Data":
-        tokenizer = Tokenizer.fit([d.text for d in corpus.train], vocab_size)
+    def of(cls, corpus: Corpus, tokenizer: Tokenizer, wanted: int) -> "Dataset":
         counted, fitted = _cut(tokenizer.encode([d.text for d in corpus.train]), wanted)
         stream = Stream.of(counted)
         tables = tuple(ContextTable.count(stream, order) for order in CORPUS_ORDERS)

@@ -1,0 +1,8 @@
+"""`python -m jaxent`."""
+
+import sys
+
+from jaxent.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

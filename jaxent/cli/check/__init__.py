@@ -1,0 +1,1 @@
+"""`jaxent check`: what the losses return on this device, against their definitions."""

@@ -1,0 +1,1 @@
+"""`jaxent train | evaluate | tokens`: a language model on real text."""
