@@ -17,8 +17,10 @@ from jaxent._engine.linear_head import (
     LinearCall,
     LogitTransform,
     check_linear_call,
+    wide_rows,
 )
-from jaxent._engine.streaming import Logits, stream_rows
+from jaxent._engine.row_results import stream_rows
+from jaxent._engine.streaming import Logits
 from jaxent._errors import public
 from jaxent._math.row_losses import LossOptions, RowTargets, ignore_zero_weight_rows, softmax_loss_gradient
 from jaxent._mesh.class_axis import (
@@ -114,7 +116,7 @@ def _linear_gradient_norms(call: LinearCall) -> GradientNorms:
     ) -> GradientNorms:
         (rows, hidden), (transform, options, kernel) = per_row, shared
         z, pull = jax.vjp(transform, logits[0])
-        rows = ignore_zero_weight_rows(rows, classes, z)
+        rows = ignore_zero_weight_rows(wide_rows(rows, z), classes, z)
         dz = softmax_loss_gradient(z, rows, options, classes)
         (d_raw,) = pull(dz)
         # In units of the row's largest entry: in float16 a gradient of 1e-8 would be 0 before the product.
@@ -136,6 +138,7 @@ def _linear_gradient_norms(call: LinearCall) -> GradientNorms:
         call.chunking,
         products,
         counted,
+        in_blocks=False,
     )
     return jax.tree.map(call.batch.unflatten, norms)
 

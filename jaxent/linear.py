@@ -19,6 +19,7 @@ from jaxent._engine.linear_head import (
     LogitTransform,
     check_linear_call,
     stream_reduced,
+    wide_rows,
 )
 from jaxent._engine.streaming import Logits
 from jaxent._errors import public
@@ -152,7 +153,7 @@ class SoftmaxRowLoss:
     ) -> tuple[jax.Array, TokenStatistics | None]:
         transform, options = shared
         z = transform(logits[0])
-        rows = ignore_zero_weight_rows(rows, self.classes, z)
+        rows = ignore_zero_weight_rows(wide_rows(rows, z), self.classes, z)
         losses = softmax_loss(z, rows, options, self.classes)[:, 0]
         if not self.with_statistics:
             return losses, None

@@ -20,6 +20,7 @@ from jaxent._engine.linear_head import (
     check_linear_call,
     logits_like,
     stream_reduced,
+    wide_rows,
 )
 from jaxent._engine.streaming import Head, Logits
 from jaxent._errors import ArgumentValueError, public
@@ -200,7 +201,7 @@ class _StreamedForm:
             steps.append(jnp.broadcast_to(by_bias[None, :], raw.shape))
         step = functools.reduce(jnp.add, steps)
         z, step = jax.jvp(transform, (raw,), (step,))
-        return self.form(z, step, rows, options)[:, 0], None
+        return self.form(z, step, wide_rows(rows, z), options)[:, 0], None
 
 
 @functools.partial(jax.jit, static_argnames=("row_fn",), inline=True)

@@ -27,7 +27,9 @@ from jaxent._engine.linear_head import (
     logits_like,
     stream_reduced,
 )
-from jaxent._engine.streaming import Counted, Head, Logits, stream_rows, vary_over_row_axes
+from jaxent._engine.row_blocks import row_blocks
+from jaxent._engine.row_results import stream_rows
+from jaxent._engine.streaming import Counted, Head, Logits, vary_over_row_axes
 from jaxent._errors import public
 from jaxent._math.row_losses import weighted
 from jaxent._mesh.class_axis import VocabAxis
@@ -277,7 +279,9 @@ def _program(
         return out
 
     blocks, consts, out_tree = {}, {}, None
-    for rows in chunking.block_sizes:
+    classes = head.kernel.shape[1]
+    sizes = {n // part for n in chunking.block_sizes for part in (1, row_blocks(n, classes, head.hidden))}
+    for rows in sorted(sizes):
         block = jax.tree.map(lambda x: _block(rows, x, [x]), row_args)  # noqa: B023
         logits = _block(rows, logits_like(head), jax.tree.leaves(head))
         closed, out = jax.make_jaxpr(call, return_shape=True)(logits, block, params)

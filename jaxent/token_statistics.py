@@ -18,7 +18,8 @@ from jaxent._engine.linear_head import (
     LogitTransform,
     check_linear_call,
 )
-from jaxent._engine.streaming import Logits, stream_rows
+from jaxent._engine.row_results import stream_rows
+from jaxent._engine.streaming import Logits
 from jaxent._errors import public
 from jaxent._math.row_losses import RowTargets
 from jaxent._math.statistics import TokenStatistics, row_statistics

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxent
+from jaxent._engine import row_blocks
 from jaxent._engine.chunking import Chunking
 
 # Untyped: what is returned depends on `reduction`.
@@ -165,3 +166,34 @@ def test_each_device_skips_its_own_rows(reduction: str, kind: str, rng: np.rando
         got = jax.jit(jax.value_and_grad(run, argnums=(0, 1)))(*args)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("targets", ["labels", "probabilities"])
+def test_a_chunk_in_blocks_of_rows(targets: str, rng: np.random.Generator, monkeypatch: Any):
+    """What the CPU does with large chunks, at small ones: every result and gradient as without blocks."""
+    h, w = rng.normal(size=(32, 3)).astype(np.float32), rng.normal(size=(3, 8)).astype(np.float32)
+    y: Any = rng.integers(0, 8, 32)
+    if targets == "probabilities":
+        y = jax.nn.softmax(jnp.asarray(rng.normal(size=(32, 8)))).astype(jnp.bfloat16)
+    where, cap = rng.random(32) < 0.7, np.float32(3.0)
+
+    def every(h: Any, w: Any, b: Any, cap: Any, y: Any) -> Any:
+        options = {"bias": b, "soft_cap": cap, "where": where, "chunk_rows": 16}
+        mean, statistics = linear(h, w, y, label_smoothing=0.1, z_loss=0.1, with_statistics=True, **options)
+        rows = linear(h, w, y, reduction="none", **options), jaxent.linear_gradient_norms(h, w, y, **options)
+        own = jaxent.linear_loss(lambda z, y: jnp.sum(z * y, axis=-1), h, w, h[:, :1], **options)
+        return mean + own, (statistics, rows)
+
+    def run(scale: float) -> Any:
+        arguments = scale * h, w, np.ones(8, np.float32), cap, y
+        by = (0, 1, 2, 3, 4) if targets == "probabilities" else (0, 1, 2, 3)
+        return jax.jit(lambda *a: jax.value_and_grad(every, argnums=by, has_aux=True)(*a))(*arguments)
+
+    want = run(1.0)
+    monkeypatch.setattr(row_blocks, "LEAST_LOGITS", 1)
+    jax.clear_caches()
+    text = str(jax.make_jaxpr(every)(h, w, np.ones(8, np.float32), cap, y))
+    assert "f32[2,8]" in text
+    for a, b in zip(jax.tree.leaves(run(1.0)), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=2e-5, atol=2e-6)
+    jax.clear_caches()

@@ -18,7 +18,8 @@ from jaxent._arguments.targets import (
     row_targets,
 )
 from jaxent._engine.chunking import Chunking, chunking_of
-from jaxent._engine.streaming import Counted, Head, Logits, MatrixProducts, RowFunction, stream_rows, stream_sum
+from jaxent._engine.row_results import stream_rows
+from jaxent._engine.streaming import Counted, Head, Logits, MatrixProducts, RowFunction, stream_sum
 from jaxent._math.row_losses import LossOptions, RowTargets
 from jaxent._mesh.apply import Batch
 from jaxent._mesh.check import check_class_axis, check_linear_layer, check_vocab_axis
@@ -231,8 +232,16 @@ def counted_rows(
     by_label = ignore_index is not None and (rows.labels is not None or rows.sparse is not None)
     all_count = not by_label and arguments.where is None and rows.weights is None
     weights = None if rows.weights is None else rows.weights[:, 0]
+    if rows.probabilities is not None:
+        rows = rows._replace(probabilities=arguments.targets)  # in their own dtype: converted a block at a time
     return rows._replace(ignored=ignored), Counted(None if all_count else ~ignored[:, 0], weights)
 
 
 def finite_rows(hidden: jax.Array) -> jax.Array:
     return jnp.all(jnp.isfinite(hidden), axis=-1)
+
+
+def wide_rows(rows: RowTargets, z: jax.Array) -> RowTargets:
+    """The targets of a block of rows in the dtype of its logits."""
+    probabilities = rows.probabilities
+    return rows if probabilities is None else rows._replace(probabilities=probabilities.astype(z.dtype))

@@ -9,8 +9,7 @@ The rule is a `jax.custom_jvp` on the scalar `L`. The tangent of a scalar is its
 input, so that the rule is plain JAX from end to end, and reverse mode, forward mode, jvp of grad, vmap, third order and
 sharding follow from it. `custom_vjp` would give up forward mode.
 
-Outputs for each row cannot be done so: their cotangent is not known while the logits are there. `stream_rows` computes
-a chunk's logits again on the way back, four products in all.
+Outputs for each row cannot be done so: see `row_results`.
 """
 
 import dataclasses
@@ -26,6 +25,7 @@ from jax import lax
 from jaxent._arguments import arrays
 from jaxent._arguments.options import Precision
 from jaxent._engine.chunking import Chunking, merge, partition
+from jaxent._engine.row_blocks import by_row_blocks
 from jaxent._mesh.apply import shard_map_rows
 from jaxent._mesh.types import pcast_like, sum_to_type, varying
 
@@ -115,10 +115,10 @@ def stream_sum(
     def part(heads: tuple[Head, ...], rows: Pytree, params: Pytree) -> tuple[jax.Array, Pytree]:
         return _summed(row_loss, chunking, products, heads, rows[0], params, rows[1])
 
-    return _shard_map_rows(part, heads, (row_args, counted), params)
+    return on_own_rows(part, heads, (row_args, counted), params)
 
 
-def _shard_map_rows(
+def on_own_rows(
     f: Callable[..., Pytree], heads: tuple[Head, ...], row_args: Pytree, params: Pytree
 ) -> tuple[Pytree, Pytree]:
     """`f(heads, row_args, params)`, on an explicit mesh for each device's own rows: sums, and results of each row."""
@@ -137,8 +137,13 @@ def _summed(row_loss, chunking, products, heads, row_args, params, counted):
     def step(carry: None, rows: Pytree, valid: jax.Array | None) -> tuple[None, Pytree]:
         hidden, args = rows
         logits = tuple(products.logits(head._replace(hidden=h)) for head, h in zip(heads, hidden, strict=True))
-        losses, aux = row_loss(logits, args, params)
-        return None, (_only(valid, losses), aux)
+
+        def block(logits: Logits, rows: Pytree) -> tuple[None, None, Pytree]:
+            args, valid = rows
+            losses, aux = row_loss(logits, args, params)
+            return None, None, (_only(valid, losses), aux)
+
+        return None, by_row_blocks(block, logits, (args, valid))[2]
 
     per_row = ([head.hidden for head in heads], row_args)
     _, (losses, aux) = chunking.loop(step, None, per_row, counted.mask(by_weight=True))
@@ -213,21 +218,32 @@ def _sum_and_gradients(row_loss, chunking, products, wanted, moving, inputs):
         hidden, free, fixed = rows
         logits = tuple(products.logits(head._replace(hidden=h)) for head, h in zip(heads, hidden, strict=True))
 
-        def block(logits: Pytree, free: Pytree, free_params: Pytree) -> tuple[jax.Array, Pytree]:
-            losses, aux = row_loss(logits, merge(free, fixed), merge(free_params, fixed_params))
-            losses = _only(valid, losses)
-            return jnp.sum(losses), (losses, aux)
-
-        block_sum, pull, (losses, aux) = jax.vjp(block, logits, free, free_params, has_aux=True)
-        d_logits, d_args, d_params = pull(jnp.ones_like(block_sum))
-        d_hidden, d_kernels, d_biases = [], [], []
+        blocks: Any = block if moving is not None else functools.partial(by_row_blocks, block)
+        (d_biases, d_params), d_logits, (losses, aux, d_args) = blocks(logits, (free, fixed, valid))
+        d_hidden, d_kernels = [], []
         for head, h, dz, want, needed in zip(heads, hidden, d_logits, want_heads, needs_logits, strict=True):
             operand, unit = _operand(dz, head.kernel.dtype) if needed else (dz, None)
             d_hidden.append(_times(products.by_hidden(operand, head.kernel), unit) if want.hidden else None)
             d_kernels.append(_times(products.by_kernel(h, operand), unit) if want.kernel else None)
-            d_biases.append(jnp.sum(dz, axis=0).astype(arrays.accumulation_dtype(head.bias)) if want.bias else None)
-        shared = (d_kernels, d_biases, jax.tree.map(lambda x: x.astype(arrays.accumulation_dtype(x)), d_params))
-        return jax.tree.map(jnp.add, carry, shared), (losses, aux, d_hidden, d_args)
+        return jax.tree.map(jnp.add, carry, (d_kernels, d_biases, d_params)), (losses, aux, d_hidden, d_args)
+
+    def block(logits: Logits, rows: Pytree) -> tuple[Pytree, Logits, Pytree]:
+        """Of a block of rows: gradients that are sums over them, those with respect to the logits, and the others."""
+        free, fixed, valid = rows
+
+        def total(logits: Pytree, free: Pytree, free_params: Pytree) -> tuple[jax.Array, Pytree]:
+            losses, aux = row_loss(logits, merge(free, fixed), merge(free_params, fixed_params))
+            losses = _only(valid, losses)
+            return jnp.sum(losses), (losses, aux)
+
+        block_sum, pull, (losses, aux) = jax.vjp(total, logits, free, free_params, has_aux=True)
+        d_logits, d_args, d_params = pull(jnp.ones_like(block_sum))
+        d_biases = [
+            jnp.sum(dz, axis=0).astype(arrays.accumulation_dtype(head.bias)) if want.bias else None
+            for head, dz, want in zip(heads, d_logits, want_heads, strict=True)
+        ]
+        d_params = jax.tree.map(lambda x: x.astype(arrays.accumulation_dtype(x)), d_params)
+        return (d_biases, d_params), d_logits, (losses, aux, d_args)
 
     kernels = [head.kernel if want.kernel else None for head, want in zip(heads, want_heads, strict=True)]
     biases = [head.bias if want.bias else None for head, want in zip(heads, want_heads, strict=True)]
@@ -274,125 +290,3 @@ def vary_over_row_axes(params: Pytree, heads: tuple[Head, ...]) -> Pytree:
     rows = [head.hidden for head in heads]
     split = frozenset[str]().union(*(varying(head.kernel) for head in heads))
     return jax.tree.map(lambda x: pcast_like(x, rows, except_for=split), params)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Outputs for each row: four products
-
-
-def stream_rows(
-    row_fn: RowFunction,
-    heads: tuple[Head, ...],
-    row_args: Pytree,
-    params: Pytree,
-    chunking: Chunking,
-    products: MatrixProducts,
-    counted: Counted,
-) -> Pytree:
-    """`row_fn(logits, row_args, params)` of all rows; `row_fn` returns a pytree of `(chunk_rows, ...)` arrays.
-
-    What rows share goes in twice if it is narrower than its sums: as it is, and as a wide array that has its
-    derivative. The scan adds the chunks' shares of a constant's cotangent in the constant's dtype, and devices theirs:
-    a bf16 sum stops growing, as 512 additions of 1/1024 give 0.25.
-    """
-    shared = ([(head.kernel, head.bias) for head in heads], params)
-    wide = jax.tree.map(_wide, shared)
-    layers, narrow = jax.tree.map(lambda x, y: x if y is None else lax.stop_gradient(x), shared, wide)
-
-    def part(heads: tuple[Head, ...], rows: Pytree, shared: Pytree) -> Pytree:
-        return None, _each_row(row_fn, chunking, products, heads, rows[0], *shared, rows[1])
-
-    heads = tuple(Head(head.hidden, *layer) for head, layer in zip(heads, layers, strict=True))
-    return _shard_map_rows(part, heads, (row_args, counted), (narrow, wide))[1]
-
-
-def _wide(x: jax.Array) -> jax.Array | None:
-    floating = jnp.issubdtype(x.dtype, jnp.floating)
-    return _zeros_with_derivative(x) if floating and x.dtype != arrays.accumulation_dtype(x) else None
-
-
-@jax.custom_jvp
-def _zeros_with_derivative(x: jax.Array) -> jax.Array:
-    """Zeros in the accumulation dtype, with the derivative of `x`."""
-    return jnp.zeros_like(x, dtype=arrays.accumulation_dtype(x))
-
-
-@_zeros_with_derivative.defjvp
-def _zeros_with_derivative_jvp(primals, tangents):
-    (x,), (dx,) = primals, tangents
-    zeros = _zeros_with_derivative(x)
-    return zeros, dx.astype(zeros.dtype)
-
-
-@jax.custom_jvp
-def _narrow(x: jax.Array, wide: jax.Array) -> jax.Array:
-    """`x` with the derivative of `wide`."""
-    del wide
-    return x
-
-
-@_narrow.defjvp
-def _narrow_jvp(primals, tangents):
-    return _narrow(*primals), tangents[1].astype(primals[0].dtype)
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _each_row(row_fn, chunking, products, heads, row_args, params, wide, counted) -> Pytree:
-    step, hidden = _row_step(row_fn, products, heads, params, None)
-    return chunking.loop(step, None, (hidden, row_args), counted.mask(by_weight=True))[1]
-
-
-def _each_row_jvp(row_fn, chunking, products, primals, tangents):
-    moving = jax.tree.map(is_differentiated, tangents)
-    free, fixed = partition(primals, moving)
-
-    def rows(free: Pytree) -> Pytree:
-        heads, row_args, params, wide, counted = merge(free, fixed)
-        step, hidden = _row_step(row_fn, products, heads, params, wide)
-        moving_rows = ([head.hidden for head in moving[0]], moving[1])
-        kept = counted.mask(by_weight=False)  # a later derivative may be with respect to the weights
-        return chunking.scan(step, None, (hidden, row_args), moving_rows, kept, again=True)[1]
-
-    return jax.jvp(rows, (free,), (partition(tangents, moving)[0],))
-
-
-_each_row.defjvp(_each_row_jvp, symbolic_zeros=True)
-
-
-def _row_step(row_fn, products, heads, params, wide) -> tuple[Callable[..., Any], list[jax.Array]]:
-    """A step of the loop over rows, and the hidden states that it goes over."""
-    params = vary_over_row_axes(params, heads)
-    like = jax.tree.leaves(heads)
-    if wide is not None:
-        layers, others = wide
-        wide = jax.tree.map(lambda x: pcast_like(x, like), layers), vary_over_row_axes(others, heads)
-    heads = jax.tree.map(lambda x: pcast_like(x, like), heads)
-    shared = ([(head.kernel, head.bias) for head in heads], params)
-
-    def step(carry: None, rows: Pytree, valid: jax.Array | None) -> tuple[None, Pytree]:
-        del valid
-        hidden, args = rows
-        layers, params = shared
-        if wide is not None:
-            layers, params = jax.tree.map(lambda x, y: x if y is None else _narrow(x, y), shared, wide)
-        logits = tuple(_logits(products, Head(h, *layer)) for h, layer in zip(hidden, layers, strict=True))
-        return carry, row_fn(logits, args, params)
-
-    return step, [head.hidden for head in heads]
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _logits(products: MatrixProducts, head: Head) -> jax.Array:
-    return products.logits(head)
-
-
-@_logits.defjvp
-def _logits_jvp(products, primals, tangents):
-    (head,), (step,) = primals, tangents
-    # Each product is rounded to the operands' dtype, so that its transpose multiplies operands of that dtype.
-    dtype = head.kernel.dtype
-    by_hidden = lax.dot(step.hidden, head.kernel, precision=products.precision, preferred_element_type=dtype)
-    by_kernel = lax.dot(head.hidden, step.kernel, precision=products.precision, preferred_element_type=dtype)
-    z = _logits(products, head)
-    dz = by_hidden.astype(z.dtype) + by_kernel.astype(z.dtype)
-    return z, dz if step.bias is None else dz + step.bias.astype(z.dtype)[None, :]

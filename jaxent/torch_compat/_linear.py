@@ -13,7 +13,8 @@ from jaxent._arguments import arrays
 from jaxent._arguments.reduction import WeightedSum
 from jaxent._arguments.targets import check_ignore_index
 from jaxent._engine.linear_head import chunking_for, matrix_products
-from jaxent._engine.streaming import Counted, Head, Logits, stream_rows, stream_sum
+from jaxent._engine.row_results import stream_rows
+from jaxent._engine.streaming import Counted, Head, Logits, stream_sum
 from jaxent._errors import ArgumentValueError, named, public
 from jaxent._math.row_losses import RowTargets
 from jaxent._mesh.class_axis import ClassAxis
