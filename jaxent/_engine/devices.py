@@ -23,6 +23,9 @@ class Device:
     link_bytes_per_second: float
     """What it sends to its neighbours in all, in one direction."""
     source: str
+    recomputes_dz: bool
+    """Whether its compiler computes the gradient of the logits inside the products that need it, and does not write it.
+    """
 
     def product_rate(self, dtype: DTypeLike, *, exact: bool = True) -> float:
         """FLOP/s of matrix products; `exact` as for float32 at the precision "highest"."""
@@ -36,14 +39,17 @@ def _nvidia(
     name: str, kinds: tuple[str, ...], bf16: float, f32: float, gbytes: float, gib: int, link: float, source: str
 ) -> Device:
     rates = {"bfloat16": bf16 * 1e12, "float16": bf16 * 1e12, "float32": f32 * 1e12}
-    # TF32 has half the rate of bfloat16 on all of these.
-    return Device(name, kinds, rates, bf16 / 2 * 1e12, gbytes * 1e9, gib * 2**30, link * 1e9, f"NVIDIA, {source}")
+    return Device(
+        name, kinds, rates, bf16 / 2 * 1e12, gbytes * 1e9, gib * 2**30, link * 1e9, f"NVIDIA, {source}", False
+    )
 
 
 def _tpu(name: str, kinds: tuple[str, ...], bf16: float, gbytes: float, gib: int, link: float, source: str) -> Device:
     # A product of float32 is six of bfloat16; float16 is not a dtype of the matrix unit and counts as float32.
     rates = {"bfloat16": bf16 * 1e12, "float32": bf16 * 1e12 / 6}
-    return Device(name, kinds, rates, bf16 * 1e12, gbytes * 1e9, gib * 2**30, link * 1e9, f"Google Cloud, {source}")
+    return Device(
+        name, kinds, rates, bf16 * 1e12, gbytes * 1e9, gib * 2**30, link * 1e9, f"Google Cloud, {source}", True
+    )
 
 
 # TFLOP/s without sparsity, GB/s, GiB, GB/s of links in one direction. NVIDIA states links in both directions together;
