@@ -48,9 +48,9 @@ def test_maximum_and_sum_without_the_label(kind: str, rng: np.random.Generator):
 def test_rows_without_a_softmax(row: list[float], largest: float, others: float | None):
     """The loss takes such a row from its maximum, which is not finite."""
     found = largest_and_others(jnp.array([row], jnp.float32), jnp.array([0]), ClassAxis())
-    np.testing.assert_array_equal(found[0], np.float32([largest]))
+    np.testing.assert_array_equal(found[0], np.array([largest], np.float32))
     if others is not None:
-        np.testing.assert_array_equal(found[1], np.float32([others]))
+        np.testing.assert_array_equal(found[1], np.array([others], np.float32))
 
 
 def test_shards_of_the_classes_add_up(rng: np.random.Generator):
