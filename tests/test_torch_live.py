@@ -1,4 +1,4 @@
-"""`jaxent.torch_compat` beside PyTorch itself, wherever it is installed: values and gradients.
+"""`jaxent.torch_compat` compared with PyTorch itself, wherever it is installed: values and gradients.
 
 The inputs are PyTorch's own samples (for which `torch.testing` needs `expecttest`), and the product of all shapes,
 targets, weights, smoothings, ignored labels and reductions. In float64 the two agree to 1e-12. In the other types both
