@@ -320,7 +320,7 @@ def test_counts_of_the_host(count: Any):
 
 
 def test_a_count_is_a_number():
-    for bad in (True, "5", 1j):
+    for bad in ("5", 1j):
         with pytest.raises(TypeError, match=r"EmpiricalRisk.bits_per: `count`"):
             EmpiricalRisk().bits_per(bad)  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"EmpiricalRisk.bits_per: `count` must have shape"):

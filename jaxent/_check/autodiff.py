@@ -202,8 +202,6 @@ def _random_draws(flat: FlatArguments, leaves: list[Any]) -> list[str]:
     found = []
 
     def search(value: Any) -> None:
-        if hasattr(value, "jaxpr"):
-            search(value.jaxpr)
         for equation in getattr(value, "eqns", ()):
             if equation.primitive.name in RANDOM:
                 found.append(f"{equation.primitive.name} {[str(out.aval) for out in equation.outvars]}")
