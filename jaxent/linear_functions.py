@@ -11,6 +11,7 @@ import jax
 import jax.extend
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType
 
 from jaxent._arguments import arrays
 from jaxent._arguments.options import Precision
@@ -27,13 +28,12 @@ from jaxent._engine.linear_head import (
     logits_like,
     stream_reduced,
 )
-from jaxent._engine.row_blocks import row_blocks
 from jaxent._engine.row_results import stream_rows
 from jaxent._engine.streaming import Counted, Head, Logits, vary_over_row_axes
 from jaxent._errors import public
 from jaxent._math.row_losses import weighted
 from jaxent._mesh.class_axis import VocabAxis
-from jaxent._mesh.types import pcast_like
+from jaxent._mesh.types import axes_of_type, mesh_of, pcast_like
 from jaxent._typing import ArrayLike
 
 
@@ -258,6 +258,35 @@ def _without_addresses(text: str) -> str:
     return re.sub(r"0x[0-9a-f]+", "", text)
 
 
+@dataclasses.dataclass(frozen=True)
+class _UserFunction:
+    """A user's function of a block of rows, with its result checked."""
+
+    function: Callable[..., Any]
+    argument: str
+    takes_params: bool
+
+    def __call__(self, logits: jax.Array, row_args: tuple[Any, ...], params: Any) -> Any:
+        out = self.function(logits, *row_args, *([params] if self.takes_params else []))
+        for x in jax.tree.leaves(out):
+            if jnp.shape(x)[:1] != logits.shape[:1]:
+                expected = f"return arrays with one entry for each row of its block, shape ({logits.shape[0]}, ...)"
+                raise arrays.shape_error(self.argument, expected, x)
+        return out
+
+
+@dataclasses.dataclass(frozen=True)
+class _Untraced:
+    """A user's function as it is: on an explicit mesh a program keeps the mesh that it was traced with, and the engine
+    runs it on each device's own rows.
+    """
+
+    function: _UserFunction
+
+    def __call__(self, logits: jax.Array, row_args: Any, params: Any) -> Any:
+        return self.function(logits, row_args, params[1])
+
+
 def _program(
     argument: str,
     f: Callable[..., Any],
@@ -265,27 +294,19 @@ def _program(
     row_args: tuple[Any, ...],
     params: Any,
     chunking: Chunking,
-) -> tuple[_Program, dict[int, list[Any]], Any]:
+) -> tuple["_Program | _Untraced", dict[int, list[Any]], Any]:
     """The program, the values that it closed over, and the parameters."""
     params = vary_over_row_axes(jax.tree.map(jnp.asarray, params), (head,))
-    takes_params = _takes_params(f, len(row_args), params)
-
-    def call(logits: jax.Array, row_args: tuple[Any, ...], params: Any) -> Any:
-        out = f(logits, *row_args, *([params] if takes_params else []))
-        for x in jax.tree.leaves(out):
-            if jnp.shape(x)[:1] != logits.shape[:1]:
-                expected = f"return arrays with one entry for each row of its block, shape ({logits.shape[0]}, ...)"
-                raise arrays.shape_error(argument, expected, x)
-        return out
-
+    call = _UserFunction(f, argument, _takes_params(f, len(row_args), params))
     blocks, consts, out_tree = {}, {}, None
-    classes = head.kernel.shape[1]
-    sizes = {n // part for n in chunking.block_sizes for part in (1, row_blocks(n, classes, head.hidden))}
-    for rows in sorted(sizes):
+    for rows in chunking.block_sizes:
         block = jax.tree.map(lambda x: _block(rows, x, [x]), row_args)  # noqa: B023
         logits = _block(rows, logits_like(head), jax.tree.leaves(head))
         closed, out = jax.make_jaxpr(call, return_shape=True)(logits, block, params)
         blocks[rows], consts[rows], out_tree = closed.jaxpr, closed.consts, jax.tree.structure(out)
+    mesh = mesh_of(*jax.tree.leaves((head, row_args, params)))
+    if axes_of_type(mesh, AxisType.Explicit) and not any(consts.values()):
+        return _Untraced(call), {}, params
     text = "\n".join(str(jaxpr) for jaxpr in blocks.values())
     return _Program(f, argument, blocks, out_tree, text), vary_over_row_axes(consts, (head,)), params
 
@@ -314,7 +335,7 @@ def _takes_params(f: Callable[..., Any], num_row_args: int, params: Any) -> bool
 class _RowLoss:
     """A program as the engine takes a row loss: its losses with their weights, and what goes with them."""
 
-    program: _Program
+    program: _Program | _Untraced
     has_aux: bool
 
     def __call__(self, logits: Logits, rows: tuple[Any, jax.Array | None], shared: Any) -> tuple[jax.Array, Any]:
@@ -340,7 +361,7 @@ class _RowLoss:
 class _RowResults:
     """A program as the engine takes a function of rows."""
 
-    program: _Program
+    program: _Program | _Untraced
 
     def __call__(self, logits: Logits, row_args: Any, shared: Any) -> Any:
         params, transform = shared
