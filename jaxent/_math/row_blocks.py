@@ -14,23 +14,23 @@ from jax import lax
 from jaxent._mesh.types import may_be_split_by_xla
 
 WIDE_CLASSES = 2**15  # beyond it XLA writes the exponentials of a row sum out
-BLOCK_ENTRIES = 2**20  # heuristic: 4 MiB of float32
+BLOCK_ENTRIES = 2**19  # heuristic: 2 MiB of float32
 
 
-def has_wide_rows(z: jax.Array) -> bool:
+def has_wide_rows(z: jax.Array, axis: int) -> bool:
     """Whether there are too many classes for a fused sum; a symbolic number of them, as of `jax.export`, is not."""
-    return isinstance(z.shape[-1], int) and z.shape[-1] > WIDE_CLASSES
+    return isinstance(z.shape[axis], int) and z.shape[axis] > WIDE_CLASSES
 
 
-def in_row_blocks(row_fn: Callable[..., jax.Array], z: jax.Array, *row_args: jax.Array) -> jax.Array:
-    """`row_fn(z, *row_args)`, one number per row of `z (*batch, classes)`, of a block of rows at a time.
+def in_row_blocks(row_fn: Callable[..., jax.Array], axis: int, z: jax.Array, *row_args: jax.Array) -> jax.Array:
+    """`row_fn(z, *row_args)`, one number per row of `z`, of a block of rows at a time where the classes are last.
 
     Rows that may be split over devices are left together: to cut them into blocks would gather them.
     """
     batch, classes = z.shape[:-1], z.shape[-1]
     block = max(1, BLOCK_ENTRIES // classes)
     split = may_be_split_by_xla(z) or not jax.typeof(z).sharding.mesh.empty
-    if split or not all(isinstance(n, int) for n in batch) or math.prod(batch) <= block:
+    if axis != -1 or split or not all(isinstance(n, int) for n in batch) or math.prod(batch) <= block:
         return row_fn(z, *row_args)
 
     def blocked(z: jax.Array, *row_args: jax.Array) -> jax.Array:
