@@ -227,8 +227,7 @@ def row_targets(
     elif isinstance(targets, SparseTargets):
         sparse, ignored = sparse_row(targets, classes, classes.size(z), z.dtype, class_weights, ignore_index)
     elif jnp.issubdtype(targets.dtype, jnp.integer):
-        # Once per row: XLA would fuse it into what is done once per logit.
-        kept = lax.optimization_barrier((encode_labels(targets, classes.size(z)), has_label(targets, ignore_index)))
+        kept = encode_labels(targets, classes.size(z)), has_label(targets, ignore_index)
         labels, ignored = (jnp.expand_dims(x, classes.axis) for x in kept)
     else:
         probabilities = targets.astype(z.dtype)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxent._math.label_loss import INVALID, label_gradient, label_log_prob, label_loss
+from jaxent._math.label_loss import INVALID, label_log_prob, label_loss, label_loss_and_gradient
 from jaxent._math.softmax import Normalizer, has_softmax, log_probabilities, normalizer, probabilities
 from jaxent._math.sparse_targets import SparseRow, sparse_gradient, sparse_nll
 from jaxent._mesh.class_axis import ClassAxis
@@ -177,8 +177,7 @@ def softmax_loss_gradient(z: jax.Array, rows: RowTargets, options: LossOptions, 
             gradient += target_gradient(z, _smoothed(jnp.zeros_like(z), options, count), row, classes)
     elif rows.probabilities is None:
         assert rows.labels is not None
-        nll, row = label_loss(z, rows.labels, ignored, classes, True)
-        gradient = label_gradient(z, rows.labels, ignored, nll, row, classes)
+        _, row, gradient = label_loss_and_gradient(z, rows.labels, ignored, classes)
         if options.smoothing is not None:
             gradient *= 1 - options.smoothing
         if rows.label_weights is not None:
