@@ -236,7 +236,8 @@ def sigmoid_cross_entropy(
     **Arguments:**
 
     - `logits`: any shape, floating.
-    - `targets`: the same shape; probabilities of the positive class, or bool or integer 0 and 1.
+    - `targets`: the same shape; probabilities of the positive class, or bool or integer 0 and 1. Outside [0, 1]
+      the loss is nan.
     - `where`, `weights`: the same shape; what to drop, and weights `w` of either sign.
     - `pos_weight`: `c`, broadcast against the logits from the last axis.
     - `reduction`, `denominator`: as in `softmax_cross_entropy`.
@@ -281,10 +282,12 @@ def _sigmoid_cross_entropy(
         (z,) = arrays.accumulated(logits)
         counted = jnp.ones(z.shape, z.dtype) if weights is None else weights.astype(z.dtype)
         dropped = jnp.zeros(z.shape, bool) if where is None else ~where
-        dropped |= (counted == 0) & jnp.isnan(z)
+        targets = targets.astype(z.dtype)
+        is_probability = (targets >= 0) & (targets <= 1)
+        dropped |= (counted == 0) & (jnp.isnan(z) | ~is_probability)
         counted = jnp.where(dropped, 0, counted)
         z = jnp.where(dropped, 0, z)
-        targets = jnp.where(dropped, 0, targets.astype(z.dtype))
+        targets = jnp.where(dropped, 0, jnp.where(is_probability, targets, jnp.nan))
         if pos_weight is not None:
             pos_weight = jnp.broadcast_to(pos_weight.astype(z.dtype), z.shape)
         return weighted(counted, binary_nll(z, targets, pos_weight)), counted

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxent._arguments import arrays
 from jaxent._arguments.options import Precision
@@ -20,6 +21,7 @@ from jaxent._arguments.targets import (
 from jaxent._engine.chunking import Chunking, chunking_of
 from jaxent._engine.row_results import stream_rows
 from jaxent._engine.streaming import Counted, Head, Logits, MatrixProducts, RowFunction, stream_sum
+from jaxent._math import safe
 from jaxent._math.row_losses import LossOptions, RowTargets
 from jaxent._mesh.apply import Batch
 from jaxent._mesh.check import check_class_axis, check_linear_layer, check_vocab_axis
@@ -35,10 +37,17 @@ class LogitTransform(NamedTuple):
     temperature: jax.Array | None
 
     def __call__(self, z: jax.Array) -> jax.Array:
+        """The logits of the softmax; a removed class stays removed, and +inf stays what no softmax has."""
+        if self.soft_cap is None and self.temperature is None:
+            return z
+        infinite = jnp.isinf(z)
+        finite = jnp.where(infinite, 0, z)
         if self.soft_cap is not None:
             cap = self.soft_cap.astype(z.dtype)
-            z = cap * jnp.tanh(z / cap)
-        return z if self.temperature is None else z / self.temperature.astype(z.dtype)
+            finite = cap * safe.tanh(finite / cap)
+        if self.temperature is not None:
+            finite = finite / self.temperature.astype(z.dtype)
+        return jnp.where(infinite, lax.stop_gradient(z), finite)
 
 
 @jax.tree_util.register_dataclass

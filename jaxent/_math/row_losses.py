@@ -51,8 +51,14 @@ class LossOptions(NamedTuple):
 def target_nll(z: jax.Array, targets: jax.Array, classes: ClassAxis) -> tuple[jax.Array, Normalizer]:
     """`-sum_k t_k log p_k` of each row, for targets that need not sum to one, with the row's normaliser."""
     row = normalizer(z, classes)
-    gaps = jnp.where(targets == 0, 0, row.shift - z)
-    return classes.sum(targets * gaps) + classes.sum(targets) * row.log_total, row
+    return _target_terms(z, targets, row, classes), row
+
+
+def _target_terms(z: jax.Array, targets: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Array:
+    """`sum_k t_k ((m - z_k) + log1p(r))`; a removed class without a target is as if it were not there."""
+    absent = jnp.isneginf(z) & (targets == 0)
+    targets, gaps = (jnp.where(absent, 0, x) for x in (targets, row.shift - z))
+    return classes.sum(targets * gaps) + classes.sum(targets) * row.log_total
 
 
 def target_gradient(z: jax.Array, targets: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Array:
@@ -70,7 +76,12 @@ def _target_nll_jvp(classes, primals, tangents):
         d_nll += classes.sum(target_gradient(z, targets, row, classes) * dz)
         d_rest += classes.sum(jnp.exp(z - row.shift) * dz)
     if not isinstance(dt, jax.custom_derivatives.SymbolicZero):
-        d_nll += classes.sum(((row.shift - z) + row.log_total) * dt)
+        # A removed class with a target costs +inf, and so does more of it. Twice the largest number, as in `safe.pole`:
+        # inf itself would make nan of the zero tangents of the other classes.
+        lost = jnp.isneginf(z) & (targets != 0)
+        slope = jnp.where(jnp.isneginf(z), 0, (row.shift - jnp.where(jnp.isneginf(z), 0, z)) + row.log_total)
+        big = jnp.where(lost, float(jnp.finfo(z.dtype).max), 0).astype(z.dtype)
+        d_nll += classes.sum(slope * dt + (big * dt) * big)
     return (nll, row), (d_nll, Normalizer(jnp.zeros_like(row.shift), d_rest))
 
 
@@ -244,5 +255,4 @@ def _uniform_nll(z: jax.Array, row: Normalizer, options: LossOptions, classes: C
     targets = _smoothed(jnp.zeros_like(z), options, classes.size(z))
     if options.class_weights is not None:
         return target_nll(z, targets, classes)[0]
-    gaps = jnp.where(targets == 0, 0, row.shift - z)
-    return classes.sum(targets * gaps) + classes.sum(targets) * row.log_total
+    return _target_terms(z, targets, row, classes)
