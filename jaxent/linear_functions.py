@@ -28,12 +28,13 @@ from jaxent._engine.linear_head import (
     logits_like,
     stream_reduced,
 )
+from jaxent._engine.row_blocks import row_blocks
 from jaxent._engine.row_results import stream_rows
 from jaxent._engine.streaming import Counted, Head, Logits, vary_over_row_axes
 from jaxent._errors import public
 from jaxent._math.row_losses import weighted
 from jaxent._mesh.class_axis import VocabAxis
-from jaxent._mesh.types import axes_of_type, mesh_of, pcast_like
+from jaxent._mesh.types import axes_of_type, local_shape, mesh_of, pcast_like
 from jaxent._typing import ArrayLike
 
 
@@ -299,7 +300,9 @@ def _program(
     params = vary_over_row_axes(jax.tree.map(jnp.asarray, params), (head,))
     call = _UserFunction(f, argument, _takes_params(f, len(row_args), params))
     blocks, consts, out_tree = {}, {}, None
-    for rows in chunking.block_sizes:
+    like = head.kernel
+    sizes = {n: row_blocks(n, local_shape(like)[1], like) for n in chunking.block_sizes}
+    for rows in dict.fromkeys([*sizes, *(n // blocks for n, blocks in sizes.items())]):
         block = jax.tree.map(lambda x: _block(rows, x, [x]), row_args)  # noqa: B023
         logits = _block(rows, logits_like(head), jax.tree.leaves(head))
         closed, out = jax.make_jaxpr(call, return_shape=True)(logits, block, params)

@@ -74,7 +74,11 @@ def plan(
         )
     )
     check_reduction(reduction, None)
-    if not jnp.issubdtype(dtype, jnp.floating):
+    try:
+        is_floating = jnp.issubdtype(dtype, jnp.floating)
+    except TypeError as error:
+        raise arrays.dtype_error("dtype", "be a dtype, such as jnp.bfloat16 or 'bfloat16'", dtype) from error
+    if not is_floating:
         raise arrays.dtype_error("dtype", "be floating", np.dtype(dtype).name)
     chunking = chunking_of(num_rows, features, num_classes, chunk_rows)
     narrow = np.dtype(dtype).itemsize

@@ -86,8 +86,24 @@ def _kl_rows_jvp(classes, primals, tangents):
     centred, _, _ = _centred_differences(z_p, z_q, classes)
     log_q_over_p = centred - divergence
     near = (jnp.abs(log_q_over_p) <= 1) & ~jnp.isneginf(z_p) & (_lost_mass(z_p, z_q, classes) == 0)
-    by_q = jnp.where(near, p * jnp.expm1(jnp.where(near, log_q_over_p, 0)), q - p)
+    by_q = _difference(z_p, z_q, jnp.where(near, p * jnp.expm1(jnp.where(near, log_q_over_p, 0)), q - p), classes)
     return divergence, classes.sum(by_q * dz_q - p * centred * dz_p)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _difference(z_p: jax.Array, z_q: jax.Array, difference: jax.Array, classes: ClassAxis) -> jax.Array:
+    """`q - p` as it was found, with the derivatives of the two softmaxes, which keep the digits of `q (1 - q)`."""
+    del z_p, z_q
+    return difference
+
+
+@_difference.defjvp
+def _difference_jvp(classes, primals, tangents):
+    (z_p, z_q, difference), (dz_p, dz_q, _) = primals, tangents
+    of_softmax = functools.partial(softmax.softmax, classes=classes)
+    _, dp = jax.jvp(of_softmax, (z_p,), (dz_p,))
+    _, dq = jax.jvp(of_softmax, (z_q,), (dz_q,))
+    return _difference(z_p, z_q, difference, classes), dq - dp
 
 
 def jensen_shannon_rows(z_p: jax.Array, z_q: jax.Array, mixture: jax.Array, classes: ClassAxis) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxent._math.label_loss import INVALID, label_log_prob, label_loss, label_loss_and_gradient
-from jaxent._math.softmax import Normalizer, has_softmax, log_probabilities, normalizer, probabilities
+from jaxent._math.softmax import Normalizer, has_softmax, log_probabilities, log_total, normalizer, probabilities
 from jaxent._math.sparse_targets import SparseRow, sparse_gradient, sparse_nll
 from jaxent._mesh.class_axis import ClassAxis
 
@@ -51,14 +51,16 @@ class LossOptions(NamedTuple):
 def target_nll(z: jax.Array, targets: jax.Array, classes: ClassAxis) -> tuple[jax.Array, Normalizer]:
     """`-sum_k t_k log p_k` of each row, for targets that need not sum to one, with the row's normaliser."""
     row = normalizer(z, classes)
-    return _target_terms(z, targets, row, classes), row
+    return _target_terms(z, targets, row, row.log_total, classes), row
 
 
-def _target_terms(z: jax.Array, targets: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Array:
+def _target_terms(
+    z: jax.Array, targets: jax.Array, row: Normalizer, log_rest: jax.Array, classes: ClassAxis
+) -> jax.Array:
     """`sum_k t_k ((m - z_k) + log1p(r))`; a removed class without a target is as if it were not there."""
     absent = jnp.isneginf(z) & (targets == 0)
     targets, gaps = (jnp.where(absent, 0, x) for x in (targets, row.shift - z))
-    return classes.sum(targets * gaps) + classes.sum(targets) * row.log_total
+    return classes.sum(targets * gaps) + classes.sum(targets) * log_rest
 
 
 def target_gradient(z: jax.Array, targets: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Array:
@@ -169,7 +171,8 @@ def softmax_loss(z: jax.Array, rows: RowTargets, options: LossOptions, classes: 
         targets = _smoothed(jnp.where(ignored, 0, rows.probabilities), options, classes.size(z))
         loss, row = target_nll(jnp.where(ignored, 0, z), targets, classes)
     if options.z_loss is not None:
-        loss += options.z_loss * jnp.square(row.shift + row.log_total)
+        kept = jnp.where(ignored, 0, z)
+        loss += options.z_loss * jnp.square(row.shift + log_total(kept, row, classes))
     if rows.labels is None or options.smoothing is not None or options.z_loss is not None:
         # The loss of a label alone is 0 there, and one more pass over the rows shows at 65536 x 10.
         loss = jnp.where(ignored, 0, loss)
@@ -255,4 +258,4 @@ def _uniform_nll(z: jax.Array, row: Normalizer, options: LossOptions, classes: C
     targets = _smoothed(jnp.zeros_like(z), options, classes.size(z))
     if options.class_weights is not None:
         return target_nll(z, targets, classes)[0]
-    return _target_terms(z, targets, row, classes)
+    return _target_terms(z, targets, row, log_total(z, row, classes), classes)

@@ -119,6 +119,18 @@ def _probabilities_jvp(classes, primals, tangents):
     return p, p * d_log_p
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def log_total(z: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Array:
+    """`log1p(r)`, the log-normaliser less its shift, whose derivative is `p` and keeps the digits of `p (1 - p)`."""
+    return row.log_total
+
+
+@log_total.defjvp
+def _log_total_jvp(classes, primals, tangents):
+    (z, row), (dz, _) = primals, tangents
+    return log_total(z, row, classes), classes.sum(probabilities(z, row, classes) * dz)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Entropy and variance
 

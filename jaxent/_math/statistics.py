@@ -59,7 +59,7 @@ def row_statistics(z: jax.Array, rows: RowTargets, classes: ClassAxis, top_k: in
         top_classes = jnp.where(jnp.moveaxis(usable, classes.axis, -1), top_classes, -1)
     statistics = TokenStatistics(
         log_prob,
-        per_row(row.shift + row.log_total),
+        per_row(row.shift + softmax.log_total(z, row, classes)),
         per_row(softmax.entropy(z, classes)),
         argmax,
         rank,

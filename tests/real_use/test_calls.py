@@ -620,12 +620,12 @@ def test_import_from_a_checkout_that_is_not_installed(tmp_path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The README's recipes, with gradients, at easy and at impossible examples
+# The recipes of the page on optax, with gradients, at easy and at impossible examples
 
 
 def recipe(call: str) -> str:
     """The right column of the table of optax's losses."""
-    for line in (ROOT / "README.md").read_text().splitlines():
+    for line in (ROOT / "docs" / "optax_flax.md").read_text().splitlines():
         if line.startswith("|") and f"`{call}(" in line.split("|")[1]:
             return line.replace(r"\|", "\0").split("|")[2].replace("\0", "|").split("`")[1]
     raise LookupError(call)

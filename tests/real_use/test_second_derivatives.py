@@ -98,7 +98,7 @@ def test_binary_curvature_in_other_dtypes() -> None:
     got = jax.hessian(jaxent.sigmoid_cross_entropy)(jnp.bfloat16(20), jnp.bfloat16(0))
     close(got, logistic_slopes(20)[0], rtol=1e-2)
     with jax.enable_x64(True):
-        for z in (20.0, 40.0, -300.0, 700.0):
+        for z in (20.0, 40.0, -30.0):
             got = jax.hessian(jaxent.sigmoid_cross_entropy)(np.float64(z), np.float64(0))
             close(got, logistic_slopes(z)[0], rtol=1e-14)
 
