@@ -63,6 +63,23 @@ FUNCTIONS: dict[str, Function] = {
     "jensen_shannon_divergence": _measure(jaxent.jensen_shannon_divergence, TARGETS),
     "conditional_entropy": _joint(jaxent.conditional_entropy),
     "mutual_information": _joint(jaxent.mutual_information),
+    "renyi_entropy below 1": _measure(jaxent.renyi_entropy, 0.5),
+    "renyi_divergence of order 1": _measure(jaxent.renyi_divergence, TARGETS, 1.0),
+    "renyi_divergence, rescaled": _measure(jaxent.renyi_divergence, TARGETS, 20.0),
+    "hellinger_distance": _measure(jaxent.hellinger_distance, TARGETS),
+    "perplexity": _measure(jaxent.perplexity),
+    "brier_score": _measure(jaxent.brier_score, TARGETS),
+    "generalized_jensen_shannon_divergence": lambda z: jaxent.generalized_jensen_shannon_divergence(
+        jnp.exp(z / 4) / CLASSES
+    ),
+    "normalized_mutual_information": _joint(jaxent.normalized_mutual_information),
+    "variation_of_information": _joint(jaxent.variation_of_information),
+    "pointwise_mutual_information": lambda z: jnp.sum(
+        jaxent.pointwise_mutual_information(jnp.exp(z / 4) / (ROWS * CLASSES)) ** 2
+    ),
+    "conditional_mutual_information": lambda z: jaxent.conditional_mutual_information(
+        jnp.exp(z / 4).reshape(8, 8, CLASSES) / (ROWS * CLASSES)
+    ),
 }
 
 

@@ -75,7 +75,7 @@ BAD = {
         ([[3, 5]], [0]),
         {},
         TypeError,
-        r"brier_score: `probabilities` must have a floating dtype, got int.*sum\(\)`",
+        r"brier_score: `probabilities` must have a floating dtype .*sum\(\)`\), got int",
     ),
     "a scalar": ((0.5, 1), {}, ValueError, r"`probabilities` must have a class axis at -1, got float"),
     "bools": ((f32([[1, 0]]), np.array([True])), {}, TypeError, r"`targets` must have an integer dtype, got bool"),

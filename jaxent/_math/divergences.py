@@ -79,31 +79,43 @@ def _kl_rows(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> jax.Array:
 
 @_kl_rows.defjvp
 def _kl_rows_jvp(classes, primals, tangents):
-    # By z_p: p_k (log(p_k / q_k) - D) = -p_k c_k. By z_q: q_k - p_k = p_k expm1(c_k - D).
     (z_p, z_q), (dz_p, dz_q) = primals, tangents
-    divergence = _kl_rows(z_p, z_q, classes)
+    in_p = softmax.softmax(z_p, classes) * _centred(z_p, z_q, classes)
+    return _kl_rows(z_p, z_q, classes), classes.sum(_gaps(z_p, z_q, classes) * dz_q - in_p * dz_p)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _gaps(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> jax.Array:
+    """`q_k - p_k = p_k expm1(c_k - D)`, the derivative of the divergence with respect to `z_q`."""
     p, q = softmax.softmax(z_p, classes), softmax.softmax(z_q, classes)
-    centred, _, _ = _centred_differences(z_p, z_q, classes)
-    log_q_over_p = centred - divergence
+    log_q_over_p = _centred(z_p, z_q, classes) - _kl_rows(z_p, z_q, classes)
     near = (jnp.abs(log_q_over_p) <= 1) & ~jnp.isneginf(z_p) & (_lost_mass(z_p, z_q, classes) == 0)
-    by_q = _difference(z_p, z_q, jnp.where(near, p * jnp.expm1(jnp.where(near, log_q_over_p, 0)), q - p), classes)
-    return divergence, classes.sum(by_q * dz_q - p * centred * dz_p)
+    return jnp.where(near, p * jnp.expm1(jnp.where(near, log_q_over_p, 0)), q - p)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _difference(z_p: jax.Array, z_q: jax.Array, difference: jax.Array, classes: ClassAxis) -> jax.Array:
-    """`q - p` as it was found, with the derivatives of the two softmaxes, which keep the digits of `q (1 - q)`."""
-    del z_p, z_q
-    return difference
+@_gaps.defjvp
+def _gaps_jvp(classes, primals, tangents):
+    # Of each softmax by itself, whose derivative keeps its digits where one class has nearly everything.
+    dp, dq = (
+        jax.jvp(lambda z: softmax.softmax(z, classes), (z,), (dz,))[1] for z, dz in zip(primals, tangents, strict=True)
+    )
+    return _gaps(*primals, classes), dq - dp
 
 
-@_difference.defjvp
-def _difference_jvp(classes, primals, tangents):
-    (z_p, z_q, difference), (dz_p, dz_q, _) = primals, tangents
-    of_softmax = functools.partial(softmax.softmax, classes=classes)
-    _, dp = jax.jvp(of_softmax, (z_p,), (dz_p,))
-    _, dq = jax.jvp(of_softmax, (z_q,), (dz_q,))
-    return _difference(z_p, z_q, difference, classes), dq - dp
+@functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
+def _centred(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> jax.Array:
+    """`d_k - E_p[d]` with `d = z_q - z_p`; `-p_k` times it is the derivative of the divergence w.r.t. `z_p`."""
+    return _centred_differences(z_p, z_q, classes)[0]
+
+
+@_centred.defjvp
+def _centred_jvp(classes, primals, tangents):
+    # Each tangent less its mean under P, and less what moving P does to the mean of d.
+    (z_p, z_q), row = primals, softmax.normalizer(primals[0], classes)
+    centred, p = _centred(z_p, z_q, classes), softmax.probabilities(z_p, row, classes)
+    from_p, from_q = (softmax.log_probabilities_jvp(classes, (z_p, row), (dz, None))[1] for dz in tangents)
+    tangent = (from_q - from_p) - classes.sum(p * from_p * centred)
+    return centred, jnp.where(jnp.isneginf(z_p) | jnp.isneginf(z_q), 0, tangent)
 
 
 def jensen_shannon_rows(z_p: jax.Array, z_q: jax.Array, mixture: jax.Array, classes: ClassAxis) -> jax.Array:

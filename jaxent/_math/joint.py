@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxent._math import safe
-from jaxent._mesh.class_axis import row_sum
+from jaxent._mesh.class_axis import kept_apart, row_sum
 
 Axes = tuple[int, ...]
 
@@ -99,8 +99,9 @@ def _log_quotient(p: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 
 @_log_quotient.defjvp
 def _log_quotient_jvp(primals, tangents):
+    # What a and b add is kept apart from the spreading over the table, whose transpose is a sum: see `row_sum`.
     (p, a, b), (dp, da, db) = primals, tangents
-    return _log_quotient(p, a, b), dp / p - da / a - db / b
+    return _log_quotient(p, a, b), dp / p - kept_apart(da / a) - kept_apart(db / b)
 
 
 def _dependence(p: jax.Array, given_z: bool) -> jax.Array:

@@ -19,11 +19,16 @@ def row_sum(x: jax.Array, axis: int | tuple[int, ...], keepdims: bool = True) ->
     over a batch, as it is under `vmap` and so in every Hessian. `reduce_precision` to the dtype's own precision changes
     no bit and ends the fusion; its transpose is itself, so that the sums of reverse mode are kept apart as well.
     """
-    total = jnp.sum(x, axis=axis, keepdims=keepdims, dtype=x.dtype)  # a sum of int32 would become int64 with x64 on
+    # A sum of int32 would become int64 with x64 on.
+    return kept_apart(jnp.sum(x, axis=axis, keepdims=keepdims, dtype=x.dtype))
+
+
+def kept_apart(x: jax.Array) -> jax.Array:
+    """`x`, as it is, in a computation of its own, and so is what comes back to it in reverse mode."""
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        return total
+        return x
     bits = jnp.finfo(x.dtype)
-    return lax.reduce_precision(total, exponent_bits=bits.nexp, mantissa_bits=bits.nmant)
+    return lax.reduce_precision(x, exponent_bits=bits.nexp, mantissa_bits=bits.nmant)
 
 
 VocabAxis = str | tuple[str, ...] | None
