@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxent._arguments import arrays
 from jaxent._arguments.reduction import Reduction, check_reduction

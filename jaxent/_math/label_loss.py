@@ -161,8 +161,8 @@ def _other_probabilities_jvp(classes, primals, tangents):
 @label_loss.defjvp
 def _label_loss_jvp(classes, for_gradient, primals, tangents):
     (z, labels, ignored), (dz, _, _) = primals, tangents
-    nll, row = label_loss(z, labels, ignored, classes, True)
-    d_nll = classes.sum(label_gradient(z, labels, ignored, nll, row, classes) * dz)
+    nll, row, gradient = label_loss_and_gradient(z, labels, ignored, classes)
+    d_nll = classes.sum(gradient * dz)
     exponentials = jnp.exp(jnp.where(ignored, -jnp.inf, z - row.shift))
     return (nll, row), (d_nll, Normalizer(jnp.zeros_like(row.shift), classes.sum(exponentials * dz)))
 
