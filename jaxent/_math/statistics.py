@@ -48,9 +48,8 @@ def row_statistics(z: jax.Array, rows: RowTargets, classes: ClassAxis, top_k: in
         label_logit = lax.stop_gradient(classes.take(z, rows.labels))
         higher = classes.sum((lax.stop_gradient(z) > label_logit).astype(jnp.int32))
         rank = per_row(jnp.where(usable & (rows.labels != INVALID), higher, -1))
-    materialized = lax.optimization_barrier(
-        lax.stop_gradient(z)
-    )  # compared with its own maximum, not with one rounded anew
+    # Compared with its own maximum, not with one that XLA rounds anew.
+    materialized = lax.optimization_barrier(lax.stop_gradient(z))
     argmax = per_row(jnp.where(usable, classes.min_index(materialized == classes.max(materialized)), -1))
     if top_k:
         top_z, top_classes = classes.top(z, top_k)

@@ -187,9 +187,8 @@ def _top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     if not may_be_split_by_xla(x):
         return lax.top_k(x, k)
     classes = ClassAxis()
-    materialized = lax.optimization_barrier(
-        lax.stop_gradient(x)
-    )  # compared with its own maximum, not with one rounded anew
+    # Compared with its own maximum, not with one that XLA rounds anew.
+    materialized = lax.optimization_barrier(lax.stop_gradient(x))
     left, values, found = jnp.ones(x.shape, bool), [], []
     for _ in range(k):
         highest = classes.max(jnp.where(left, materialized, -jnp.inf))
