@@ -71,10 +71,10 @@ def linear_gradient_norms(
     \Big|\frac{\partial \ell_n}{\partial W}\Big| = |d_n|\,|h_n|, \quad
     \Big|\frac{\partial \ell_n}{\partial b}\Big| = |d_n|$$
 
-    where `d_n` is the gradient by the logits before soft cap and temperature, `p_n - y_n` if there are none. The first
-    is the EL2N score of Paul et al. (2021), definition 2.2; the third, the norm of an outer product, is due to
-    Goodfellow (2015). Equal to the norms of `jax.vmap(jax.grad(...))` of the row losses, which would hold a kernel for
-    each row; here rows are taken a chunk at a time, for two matrix products.
+    where `d_n` is the gradient with respect to the logits before soft cap and temperature, `p_n - y_n` if there are
+    none. The first is the EL2N score of Paul et al. (2021), definition 2.2; the third, the norm of an outer product, is
+    due to Goodfellow (2015). Equal to the norms of `jax.vmap(jax.grad(...))` of the row losses, which would hold a
+    kernel for each row; here rows are processed in chunks, for two matrix products.
 
     **Arguments:** those of `linear_softmax_cross_entropy` but for the reduction: the loss of a row is that of
     `reduction="none"`, with its weights, and is not divided by anything.

@@ -36,7 +36,7 @@ class GaussNewton:
 
 @dataclasses.dataclass(frozen=True)
 class Fisher:
-    """`A` is `w d d^T`, where `d` is the derivative by the logits of the row's loss without its weight."""
+    """`A` is `w d d^T`, where `d` is the derivative w.r.t. the logits of the row's loss without its weight."""
 
     classes: ClassAxis
 

@@ -41,7 +41,7 @@ def error(got: Any, want: Any) -> float:
 
 
 def check(gradients: Any, dz: np.ndarray, h: Any = H, w: Any = W, allowed: float = 3e-3) -> None:
-    """The gradients by hidden states and kernel, that of the classes that are no label by itself."""
+    """The gradients of hidden states and kernel, that of the classes that are no label by itself."""
     gh, gw = gradients
     dw = ref.wide(h).T @ dz
     assert np.count_nonzero(gw[:, 64:]) > 0.9 * gw[:, 64:].size
