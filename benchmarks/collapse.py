@@ -42,9 +42,8 @@ def split_data(seed: int) -> tuple[Data, Data]:
     np.random.default_rng(seed).shuffle(pairs)
     sums = pairs.sum(-1) % MODULUS
     count = round(SHARE * len(pairs))
-    parts = Data(pairs[:count], sums[:count]), Data(pairs[count:], sums[count:])
-    train, test = (Data(*(jnp.asarray(x, jnp.int32) for x in part)) for part in parts)
-    return train, test
+    pairs, sums = (jnp.asarray(x, jnp.int32) for x in (pairs, sums))
+    return Data(pairs[:count], sums[:count]), Data(pairs[count:], sums[count:])
 
 
 def init(seed: int, dtype: Any) -> dict[str, jax.Array]:
@@ -163,7 +162,9 @@ def draw(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.collapse", description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.collapse", description="Train modular addition with four losses."
+    )
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--every", type=int, default=50, help="steps between two points of the curves")
     parser.add_argument("--seed", type=int, default=0)

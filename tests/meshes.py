@@ -39,7 +39,7 @@ ROW, CLASS, LOGITS, KERNEL = P("data"), P("vocab"), P("data", "vocab"), P(None, 
 
 
 @functools.cache
-def arrays() -> dict[str, tuple[np.ndarray, P]]:
+def arrays() -> dict[str, tuple[Any, P]]:
     """Everything that a loss takes, with how it is split."""
     rng = np.random.default_rng(0)
 

@@ -126,7 +126,9 @@ def test_while_a_model_is_measured(text: Path, tmp_path: Path):
 
 def test_only_the_command_takes_signals():
     """A program that imports the library keeps its own."""
-    program = "import signal, jaxent; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    # A process in the background starts with Ctrl-C ignored.
+    before = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    program = f"{before}; import jaxent; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     found = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment(), check=True
     )

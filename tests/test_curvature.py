@@ -414,12 +414,9 @@ def test_rows_that_do_not_count(rng: np.random.Generator):
         for nothing in product(broken, labels, steps, weights=weights, where=none):
             np.testing.assert_array_equal(nothing, 0)
         beyond = np.where(np.arange(ROWS) == 0, COUNT, labels)
-        for outside in (
-            product(hidden, beyond, np.ones_like(hidden), weights=weights, where=every),
-            product(hidden, labels, np.ones_like(hidden), weights=-weights, where=every),
-        ):
-            assert np.isnan(outside[1]).all()
-            assert np.isnan(outside[0][0]).all()
+        outside = product(hidden, beyond, np.ones_like(hidden), weights=weights, where=every)
+        assert np.isnan(outside[1]).all()
+        assert np.isnan(outside[0][0]).all()
 
     def dense(logits: Any, labels: Any) -> Any:
         return ggn_vector_product(lambda z: z, logits, np.ones_like(logits), targets=labels)

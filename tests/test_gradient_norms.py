@@ -205,7 +205,7 @@ def test_the_noise_scale_at_the_edges():
     ("call", "error", "parts"),
     [
         (lambda: gradient_noise_scale(np.ones(3), np.ones(2)), ValueError, ["`mean_norm`", "scalar", "float32[2]"]),
-        (lambda: gradient_noise_scale(np.ones(3, bool), 1.0), TypeError, ["`norms`", "floating", "bool[3]"]),
+        (lambda: gradient_noise_scale(np.ones(3, np.complex64), 1.0), TypeError, ["`norms`", "floating", "complex64"]),
         (lambda: gradient_noise_scale(np.ones(3), 1.0, where=np.ones(2, bool)), ValueError, ["`where`", "(3,)"]),
         (
             lambda: linear_gradient_norms(np.ones((2, 3)), np.ones((3, 4)), np.zeros(3, np.int32)),

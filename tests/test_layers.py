@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jaxent
 import jaxent.torch_compat
+from jaxent import _errors
 
 PACKAGE = Path(__file__).parents[1] / "jaxent"
 # The wings from the ground up; the public modules are the files of the package's own folder.
@@ -100,7 +101,7 @@ def test_a_function_is_named_in_its_errors_where_it_is_called():
     for scope in (jaxent, jaxent.torch_compat):
         for name, function in vars(scope).items():
             if inspect.isfunction(function) and not name.startswith("_"):
-                assert function.__code__.co_filename == jaxent._errors.__file__, f"{name} lacks @public"
+                assert function.__code__.co_filename == _errors.__file__, f"{name} lacks @public"
     threaded = [
         f"{path.relative_to(PACKAGE)}: {node.name}"
         for path in MODULES

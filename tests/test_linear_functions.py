@@ -232,11 +232,16 @@ def test_masked_log_probabilities_leave_the_kernel_alone(devices: int, rng: np.r
         "dense": lambda w: jaxent.token_statistics(hidden @ w, labels),
     }
     kept = labels >= 0
-    want = jax.grad(lambda w: jaxent.token_statistics(hidden[kept] @ w, labels[kept]).log_prob.sum())(kernel)
+
+    def log_prob(z: Any, labels: Any) -> Any:
+        found: Any = jaxent.token_statistics(z, labels)
+        return found.log_prob.sum()
+
+    want = jax.grad(lambda w: log_prob(hidden[kept] @ w, labels[kept]))(kernel)
     for way in ways.values():
         np.testing.assert_allclose(
             jax.jit(jax.grad(functools.partial(total, f=way)))(kernel), want, rtol=1e-4, atol=1e-6
         )
-        statistics = way(kernel)
+        statistics: Any = way(kernel)
         np.testing.assert_array_equal(statistics.rank[~kept], -1)
         np.testing.assert_array_equal(statistics.entropy[~kept], 0)

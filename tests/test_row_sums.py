@@ -47,7 +47,7 @@ FUNCTIONS: dict[str, Function] = {
     "probabilities with options": lambda z: jaxent.softmax_cross_entropy(z, TARGETS, reduction="sum", **OPTIONS),
     "nll_loss": lambda z: jaxent.nll_loss(z**3, LABELS, reduction="sum"),
     "gradient": lambda z: jnp.sum(jaxent.softmax_cross_entropy_gradient(z, LABELS, reduction="sum", **OPTIONS) ** 2),
-    "log-probability": lambda z: jnp.sum(jaxent.token_statistics(z, LABELS).log_prob),
+    "log-probability": lambda z: jnp.sum(jnp.asarray(jaxent.token_statistics(z, LABELS).log_prob)),
     "log-normalizer": lambda z: jnp.sum(jaxent.token_statistics(z, LABELS).log_normalizer),
     "entropy of logits": lambda z: jnp.sum(jaxent.token_statistics(z).entropy),
     "logit_hessian_product": lambda z: jnp.sum(jaxent.logit_hessian_product(z, z**2) ** 2),

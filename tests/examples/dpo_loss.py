@@ -50,6 +50,6 @@ value, (_, by_kernel) = jax.jit(step)(hidden, kernel, labels, reference)
 products = str(jax.make_jaxpr(step)(hidden, kernel, labels, reference)).count("dot_general[")
 print(f"loss {value:.4f}, {products} matrix products")
 assert products == 4
-want = dpo_in_numpy(*(np.float64(x) for x in (hidden, kernel)), labels, np.float64(reference))
+want = dpo_in_numpy(np.float64(hidden), np.float64(kernel), labels, np.float64(reference))
 assert np.allclose(value, want[0], rtol=1e-5)
 assert np.allclose(by_kernel, want[1], rtol=1e-3, atol=1e-6)

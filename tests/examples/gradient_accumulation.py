@@ -1,7 +1,6 @@
-"""Gradient accumulation in a scan: its memory does not grow with the number of microbatches, and its mean is exact.
+"""Gradient accumulation in a scan whose memory does not grow: take the gradient inside the step, not of the scan."""
 
-The gradient of a scan of losses keeps one gradient of the kernel per step. Take the gradient inside the step instead.
-"""
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ def accumulated(kernel, hidden, labels):
         gradient, loss = jax.grad(total, has_aux=True)(kernel, *microbatch)
         return jax.tree.map(jnp.add, carry, (gradient, loss)), None
 
-    nothing = jnp.zeros_like(kernel), WeightedSum(jnp.zeros(()), jnp.zeros(()))
+    nothing = jnp.zeros_like(kernel), WeightedSum()
     (gradient, loss), _ = jax.lax.scan(step, nothing, (hidden, labels))
     return loss.mean(), gradient / loss.weight
 
@@ -40,14 +39,15 @@ def scanned(kernel, hidden, labels):
 
 def temporaries(step, count):
     like = kernel, jnp.zeros((count, ROWS, FEATURES)), jnp.zeros((count, ROWS), jnp.int32)
-    return jax.jit(step).lower(*like).compile().memory_analysis().temp_size_in_bytes / 2**20
+    analysis: Any = jax.jit(step).lower(*like).compile().memory_analysis()
+    return analysis.temp_size_in_bytes / 2**20
 
 
 keys = jax.random.split(jax.random.key(0), 3)
 kernel = jax.random.normal(keys[0], (FEATURES, WORDS))
 hidden = jax.random.normal(keys[1], (8, ROWS, FEATURES))
-counted = jnp.arange(ROWS) < 8 * jnp.arange(1, 9)[:, None]
-labels = jnp.where(counted, jax.random.randint(keys[2], (8, ROWS), 0, WORDS), -100)
+words = jax.random.randint(keys[2], (8, ROWS), 0, WORDS)
+labels = jnp.where(jnp.arange(ROWS) < 8 * jnp.arange(1, 9)[:, None], words, -100)
 big_batch = jax.value_and_grad(linear_softmax_cross_entropy, argnums=1)(hidden, kernel, labels)
 for a, b in zip(jax.jit(accumulated)(kernel, hidden, labels), big_batch, strict=True):
     assert jnp.allclose(a, b, rtol=1e-4, atol=1e-7)

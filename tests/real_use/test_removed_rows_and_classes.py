@@ -563,7 +563,7 @@ def test_weights_at_their_neutral_values() -> None:
     close(jax.grad(f)(jnp.array([0.0, 2.0])), [(nll[0] - nll[1]) / 2, 0])
     z, t = Z2[0], np.array([0.0, 0.5, 1.0], np.float32)
     for name, module in (("sigmoid_cross_entropy", jaxent), ("binary_cross_entropy_with_logits", nn)):
-        f = getattr(module, name)
+        f: Any = getattr(module, name)
         close(jax.grad(lambda c: f(z, t, pos_weight=c))(jnp.ones(3)), t * ref.softplus(-z) / 3)  # noqa: B023
 
 
