@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxent._arguments import arrays
+from jaxent._arguments.class_axes import flatten_softmax_arguments, spread_classes
 from jaxent._arguments.reduction import Reduction, quotient
 from jaxent._arguments.targets import (
     SoftmaxArguments,
@@ -28,7 +29,7 @@ def softmax_cross_entropy_gradient(
     logits: ArrayLike,
     targets: ArrayLike | SparseTargets,
     *,
-    axis: int = -1,
+    axis: int | tuple[int, ...] = -1,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
@@ -67,16 +68,23 @@ def softmax_cross_entropy_gradient(
     >>> softmax_cross_entropy_gradient(logits, jnp.array(2)).round(4)
     Array([ 0.25,  0.25, -0.5 ], dtype=float32)
     """
+    given = SoftmaxArguments(targets, where, weights, class_weights, label_smoothing, z_loss)
+    axes, sizes = (), ()
+    if isinstance(axis, tuple):
+        sizes = jnp.shape(logits)
+        logits, given, axes = flatten_softmax_arguments(logits, given, axis, vocab_axis)
+        axis = -1
     call = check_softmax_call(
         logits,
-        SoftmaxArguments(targets, where, weights, class_weights, label_smoothing, z_loss),
+        given,
         axis=axis,
         ignore_index=ignore_index,
         reduction=reduction,
         denominator=denominator,
         vocab_axis=vocab_axis,
     )
-    return _softmax_cross_entropy_gradient(call)
+    gradient = _softmax_cross_entropy_gradient(call)
+    return spread_classes(gradient, axes, tuple(sizes[a] for a in axes)) if axes else gradient
 
 
 @functools.partial(jax.jit, inline=True)

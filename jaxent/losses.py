@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxent._arguments import arrays
+from jaxent._arguments.class_axes import flatten_softmax_arguments
 from jaxent._arguments.options import BinaryOptions, LabelOptions, SoftmaxOptions
 from jaxent._arguments.reduction import Reduction, WeightedSum, check_reduction, reduce_losses
 from jaxent._arguments.targets import (
@@ -53,7 +54,7 @@ def softmax_cross_entropy(
     logits: ArrayLike,
     targets: ArrayLike | SparseTargets,
     *,
-    axis: int = -1,
+    axis: int | tuple[int, ...] = -1,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
@@ -76,7 +77,8 @@ def softmax_cross_entropy(
 
     **Arguments:**
 
-    - `logits`: `(*batch, classes)`, floating; the classes lie at `axis`.
+    - `logits`: `(*batch, classes)`, floating; the classes lie at `axis`, or at all of a tuple of axes. Class indices
+      then count the classes of these axes row by row, and `class_weights` have their shape.
     - `targets`: `(*batch,)` class indices of any integer dtype, or class probabilities shaped like `logits`, or
       `SparseTargets`.
     - `where`: `(*batch,)` bool; False drops a row. `weights`: `(*batch,)`, row weights `w` of either sign (advantages,
@@ -107,9 +109,13 @@ def softmax_cross_entropy(
     >>> softmax_cross_entropy(logits, jnp.array([2, -100])).round(4)
     Array(0.5514, dtype=float32)
     """
+    given = SoftmaxArguments(targets, where, weights, class_weights, label_smoothing, z_loss)
+    if isinstance(axis, tuple):
+        logits, given, _ = flatten_softmax_arguments(logits, given, axis, vocab_axis)
+        axis = -1
     call = check_softmax_call(
         logits,
-        SoftmaxArguments(targets, where, weights, class_weights, label_smoothing, z_loss),
+        given,
         axis=axis,
         ignore_index=ignore_index,
         reduction=reduction,

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxent._arguments import arrays
+from jaxent._arguments.class_axes import flatten_classes
 from jaxent._arguments.distributions import Axes, Axis, check_class_axes, probabilities
 from jaxent._arguments.options import ScoreOptions
 from jaxent._arguments.reduction import Reduction, WeightedSum, check_reduction, reduce_losses
@@ -97,14 +98,8 @@ def _brier_score(
     axes: Axes,
     reduction: Reduction,
 ) -> jax.Array | WeightedSum:
-    def flat(x: jax.Array) -> jax.Array:
-        """With the classes on one last axis."""
-        last = tuple(range(-len(axes), 0))
-        x = jnp.moveaxis(x, axes, last)
-        return x if len(axes) == 1 else x.reshape(*x.shape[: -len(axes)], -1)
-
-    p = flat(p)
-    t = flat(t) if jnp.issubdtype(t.dtype, jnp.floating) else t
+    p = flatten_classes(p, axes)
+    t = flatten_classes(t, axes) if jnp.issubdtype(t.dtype, jnp.floating) else t
     losses, counted = map_rows(_weighted_losses, p, t, where, weights, without=-1)
     return reduce_losses(losses, counted, reduction, None)
 

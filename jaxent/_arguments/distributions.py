@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxent._arguments import arrays
+from jaxent._arguments.class_axes import flatten_classes, spread_classes
 from jaxent._errors import ArgumentValueError
 from jaxent._math import safe
 from jaxent._mesh.class_axis import ClassAxis
@@ -110,11 +111,9 @@ def _evaluate_logits(
 
 def _of_last_axis(f: Callable[..., jax.Array], operands: tuple[jax.Array, ...], axes: Axes) -> jax.Array:
     """`f` of several axes made one, which it keeps, with all classes or with length 1."""
-    last = tuple(range(-len(axes), 0))
-    moved = [jnp.moveaxis(x, axes, last) for x in operands]
-    batch, classes = moved[0].shape[: -len(axes)], moved[0].shape[-len(axes) :]
-    value = f(*(x.reshape(*batch, -1) for x in moved))
-    return jnp.moveaxis(value.reshape(*batch, *(classes if value.shape[-1] > 1 else [1] * len(axes))), last, axes)
+    value = f(*(flatten_classes(x, axes) for x in operands))
+    sizes = tuple(operands[0].shape[a] for a in axes)
+    return spread_classes(value, axes, sizes if value.shape[-1] > 1 else (1,) * len(axes))
 
 
 def _in_base(value: jax.Array, log_base: jax.Array | None) -> jax.Array:

@@ -41,7 +41,7 @@ class LabelOptions(ClassOptions, total=False):
 class SoftmaxOptions(CrossEntropyOptions, total=False):
     """Of `softmax_cross_entropy`."""
 
-    axis: int
+    axis: int | tuple[int, ...]
 
 
 class ScoreOptions(TypedDict, total=False):

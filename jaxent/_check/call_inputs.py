@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxent._arguments import arrays
+from jaxent._arguments.class_axes import flatten_softmax_arguments
 from jaxent._arguments.targets import (
     SoftmaxArguments,
     check_classes,
@@ -55,6 +56,13 @@ def _classes(xp: Any, signature: LossSignature, data: dict[str, Any], arguments:
     targets = values[2 if linear else 1]
     if inputs.ndim == 0:
         raise arrays.shape_error(names[0], "have a class axis", inputs)
+    options = (arguments.get(name) for name in ("where", "weights", "class_weights"))
+    numbers = (arguments.get(name, 0.0) for name in ("label_smoothing", "z_loss"))
+    given = SoftmaxArguments(targets, *options, *numbers)
+    if not linear and isinstance(arguments.get("axis"), tuple):
+        several = arguments["axis"]
+        inputs, given, _ = flatten_softmax_arguments(inputs, given, several, arguments.get("vocab_axis"))
+        arguments = arguments | {"axis": -1}
     if not linear:
         axis = signature.class_axis(arguments, inputs.ndim)
         check_classes(names[0], inputs.shape, axis)
@@ -68,9 +76,7 @@ def _classes(xp: Any, signature: LossSignature, data: dict[str, Any], arguments:
         inputs = jnp.broadcast_to(inputs, (*inputs.shape[: inputs.ndim - 1 - len(places)], *weight.shape[1:]))
     else:
         shape, axis = (*inputs.shape[:-1], values[1].shape[1]), -1
-    options = (arguments.get(name) for name in ("where", "weights", "class_weights"))
-    numbers = (arguments.get(name, 0.0) for name in ("label_smoothing", "z_loss"))
-    given = check_softmax_arguments(SoftmaxArguments(targets, *options, *numbers), shape, axis)
+    given = check_softmax_arguments(given, shape, axis)
     given = jax.tree.map(lax.stop_gradient, given)
     ignore_index = check_ignore_index(arguments.get("ignore_index", -100))
     if signature.pytorch and linear and ignore_index is None:
