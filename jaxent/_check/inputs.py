@@ -58,7 +58,7 @@ def diagnose(
     targets: ArrayLike | SparseTargets | None = None,
     *,
     loss: Callable[..., Any] | None = None,
-    axis: int = -1,
+    axis: int | tuple[int, ...] = -1,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
     class_weights: ArrayLike | None = None,
