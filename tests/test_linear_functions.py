@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_dtypes
+import mpmath
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding
@@ -245,3 +246,29 @@ def test_masked_log_probabilities_leave_the_kernel_alone(devices: int, rng: np.r
         statistics: Any = way(kernel)
         np.testing.assert_array_equal(statistics.rank[~kept], -1)
         np.testing.assert_array_equal(statistics.entropy[~kept], 0)
+
+
+@pytest.mark.parametrize("cap", [0.5, 30.0, 1e3, 1e4, 1e8])
+def test_every_derivative_of_a_soft_cap_keeps_its_digits(cap: float):
+    def loss(hidden: jax.Array, cap: jax.Array) -> jax.Array:
+        return linear_loss(lambda logits: logits[:, 0], hidden[None], jnp.ones((1, 1)), soft_cap=cap, reduction="sum")
+
+    for x in (1e-2, 0.3, 1.0, 1.5, 7.0):
+        x, cap = (float(np.float32(number)) for number in (x, cap))
+        arguments = jnp.array([x]), jnp.array(cap)
+        (by_x,), by_cap = jax.grad(loss, argnums=(0, 1))(*arguments)
+        (((by_xx,),), (mixed,)), (_, by_cap_twice) = jax.hessian(loss, argnums=(0, 1))(*arguments)
+        with mpmath.workdps(60):
+            u = mpmath.mpf(x) / cap
+            squared_sech = mpmath.sech(u) ** 2
+            slope = 2 * u * mpmath.tanh(u) * squared_sech
+            want = [
+                (by_x, squared_sech),
+                (by_cap, mpmath.tanh(u) - u * squared_sech),
+                (by_xx, -2 * mpmath.tanh(u) * squared_sech / cap),
+                (mixed, slope / cap),
+                (by_cap_twice, -slope * u / cap),
+            ]
+            for got, exact in want:
+                if abs(exact) > 1e-36:
+                    assert abs(float(got) - exact) <= 4e-6 * abs(exact), (x, cap, float(got), float(exact))

@@ -43,8 +43,7 @@ class LogitTransform(NamedTuple):
         infinite = jnp.isinf(z)
         finite = jnp.where(infinite, 0, z)
         if self.soft_cap is not None:
-            cap = self.soft_cap.astype(z.dtype)
-            finite = cap * safe.tanh(finite / cap)
+            finite = safe.soft_cap(finite, self.soft_cap.astype(z.dtype))
         if self.temperature is not None:
             finite = finite / self.temperature.astype(z.dtype)
         return jnp.where(infinite, lax.stop_gradient(z), finite)

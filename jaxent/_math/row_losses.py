@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxent._math.label_loss import INVALID, label_log_prob, label_loss, label_loss_and_gradient
 from jaxent._math.softmax import Normalizer, has_softmax, log_probabilities, log_total, normalizer, probabilities
 from jaxent._math.sparse_targets import SparseRow, sparse_gradient, sparse_nll
-from jaxent._mesh.class_axis import ClassAxis
+from jaxent._mesh.class_axis import ClassAxis, row_sum
 
 
 class RowTargets(NamedTuple):
@@ -219,7 +219,7 @@ def target_mass(z: jax.Array, rows: RowTargets, options: LossOptions, classes: C
     if rows.probabilities is not None:
         return classes.sum(_smoothed(jnp.where(rows.ignored, 0, rows.probabilities), options, count))
     if rows.sparse is not None:
-        mass = jnp.sum(_smoothed_shares(rows.sparse, rows.ignored, options).shares, axis=classes.axis, keepdims=True)
+        mass = row_sum(_smoothed_shares(rows.sparse, rows.ignored, options).shares, classes.axis)
         return mass if options.smoothing is None else mass + classes.sum(_smoothed(jnp.zeros_like(z), options, count))
     if rows.labels is None:
         return jnp.ones_like(rows.ignored, z.dtype)

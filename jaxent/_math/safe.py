@@ -54,15 +54,28 @@ def _expm1_jvp(primals, tangents):
 
 
 @jax.custom_jvp
-def tanh(x: jax.Array) -> jax.Array:
+def _tanh(x: jax.Array) -> jax.Array:
     """The hyperbolic tangent, with a slope that keeps its digits: `1 - t^2` of JAX's own rule is 0 beyond 9."""
     return jnp.tanh(x)
 
 
-@tanh.defjvp
+@_tanh.defjvp
 def _tanh_jvp(primals, tangents):
     (x,), (dx,) = primals, tangents
-    return tanh(x), _squared_sech(x) * dx
+    return _tanh(x), _squared_sech(x) * dx
+
+
+@jax.custom_jvp
+def soft_cap(x: jax.Array, cap: jax.Array) -> jax.Array:
+    """`c tanh(x / c)`; plain JAX gives rounding for its derivative with respect to a cap far above `x`."""
+    return cap * _tanh(x / cap)
+
+
+@soft_cap.defjvp
+def _soft_cap_jvp(primals, tangents):
+    (x, cap), (dx, d_cap) = primals, tangents
+    u = x / cap
+    return soft_cap(x, cap), _squared_sech(u) * dx + _tanh_excess(u) * d_cap
 
 
 @jax.custom_jvp
@@ -75,7 +88,26 @@ def _squared_sech(x: jax.Array) -> jax.Array:
 @_squared_sech.defjvp
 def _squared_sech_jvp(primals, tangents):
     (x,), (dx,) = primals, tangents
-    return _squared_sech(x), -2 * tanh(x) * _squared_sech(x) * dx
+    return _squared_sech(x), -2 * _tanh(x) * _squared_sech(x) * dx
+
+
+# sum_n (2 x)^(2 n + 3) / (2 n + 3)!: sinh(2 x) - 2 x.
+_SINH_TAIL = [2 ** (2 * n + 3) / math.factorial(2 * n + 3) for n in range(12)]
+
+
+@jax.custom_jvp
+def _tanh_excess(x: jax.Array) -> jax.Array:
+    """`tanh(x) - x sech(x)^2`, as `(sinh(2 x) - 2 x) sech(x)^2 / 2` where the difference would cancel."""
+    near = jnp.abs(x) < 1
+    y = jnp.where(near, x, 0)
+    series = y * y * y * _polynomial(_SINH_TAIL, y * y) * _squared_sech(y) / 2
+    return jnp.where(near, series, _tanh(x) - x * _squared_sech(x))
+
+
+@_tanh_excess.defjvp
+def _tanh_excess_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return _tanh_excess(x), 2 * x * _tanh(x) * _squared_sech(x) * dx
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxent._math.softmax import Normalizer, log_probabilities, normalizer, probabilities
-from jaxent._mesh.class_axis import ClassAxis
+from jaxent._mesh.class_axis import ClassAxis, row_sum
 
 
 class SparseRow(NamedTuple):
@@ -31,7 +31,7 @@ def sparse_nll(z: jax.Array, row: SparseRow, classes: ClassAxis) -> tuple[jax.Ar
 
 def _sum(x: jax.Array, classes: ClassAxis) -> jax.Array:
     """Over the k entries, which every device of a vocabulary axis has."""
-    return jnp.sum(x, axis=classes.axis, keepdims=True)
+    return row_sum(x, classes.axis)
 
 
 def _gaps(z: jax.Array, row: SparseRow, normal: Normalizer, classes: ClassAxis) -> jax.Array:

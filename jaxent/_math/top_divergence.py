@@ -12,7 +12,7 @@ from jaxent._math import safe
 from jaxent._math.label_loss import INVALID
 from jaxent._math.softmax import Normalizer, normalizer
 from jaxent._math.sparse_targets import SparseRow
-from jaxent._mesh.class_axis import ClassAxis
+from jaxent._mesh.class_axis import ClassAxis, row_sum
 
 Tail = Literal["bucket", "renormalize", "drop"]
 
@@ -39,7 +39,7 @@ def top_divergence_rows(z: jax.Array, top: SparseRow, classes: ClassAxis, tail: 
 
 
 def _sum(x: jax.Array, classes: ClassAxis) -> jax.Array:
-    return jnp.sum(x, axis=classes.axis, keepdims=True)
+    return row_sum(x, classes.axis)
 
 
 def _log_sum(log_p: jax.Array, classes: ClassAxis) -> jax.Array:
