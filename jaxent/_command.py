@@ -140,7 +140,8 @@ def deferred() -> Iterator[Received]:
         if received.signum:  # too late for the main thread to have seen it
             _end(received.signum)
     finally:
-        _deferred = None
+        if not received.signum:  # else the process is ending in order, and may still get the same request
+            _deferred = None
 
 
 @contextlib.contextmanager

@@ -92,26 +92,44 @@ def test_twice_in_the_loop(text: Path, tmp_path: Path):
     assert [p.name for p in out.iterdir() if not p.name.startswith(".")] == [NAME]
 
 
-def test_a_second_request_does_not_wait(tmp_path: Path):
-    """A loop that takes long, here by sleeping inside what defers signals."""
-    program = (
-        "import sys, time\n"
-        "sys.argv[0] = 'jaxent'\n"
-        "import jaxent\n"
-        "from jaxent import _command\n"
-        "with _command.deferred():\n"
-        "    print('ready', flush=True)\n"
-        "    time.sleep(600)\n"
-    )
+def start_program(body: str) -> subprocess.Popen[str]:
+    """A program that has taken signals as the command does, once it has said that it is ready."""
+    before = "import sys, time\nsys.argv[0] = 'jaxent'\nimport jaxent\nfrom jaxent import _command\n"
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment()}
-    process = subprocess.Popen([sys.executable, "-c", program], **streams)
+    process = subprocess.Popen([sys.executable, "-c", before + body], **streams)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_a_second_request_does_not_wait():
+    """A loop that takes long, here by sleeping inside what defers signals."""
+    process = start_program("with _command.deferred():\n    print('ready', flush=True)\n    time.sleep(600)\n")
     process.send_signal(signal.SIGINT)
     time.sleep(_command.SAME_REQUEST + 0.2)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert ended(process) == (130, ["jaxent: interrupted"])
+
+
+def test_the_same_request_comes_while_the_run_ends_in_order():
+    process = start_program(
+        "try:\n"
+        "    with _command.deferred() as received:\n"
+        "        print('ready', flush=True)\n"
+        "        while not received.signum:\n"
+        "            time.sleep(0.01)\n"
+        "        raise ValueError\n"
+        "except ValueError:\n"
+        "    print('ending', flush=True)\n"
+        "    time.sleep(0.2)\n"
+        "    sys.exit(7)\n"
+    )
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ending\n"
+    process.send_signal(signal.SIGTERM)
+    assert ended(process) == (7, [])
 
 
 def test_while_a_model_is_measured(text: Path, tmp_path: Path):
