@@ -1,6 +1,7 @@
 """The suite `compiled`: what the compilers of accelerators make of the losses, read from their text. Nothing is run."""
 
 import collections
+import dataclasses
 import re
 import time
 from collections.abc import Sequence
@@ -37,7 +38,8 @@ class Reading:
         return sum(k.times * k.bytes for k in self.kernels)
 
 
-def compile_for(function: Any, arguments: Sequence[Any], unknown_trips: int = 1) -> Reading:
+def compile_for(function: Any, arguments: Sequence[Any], unknown_trips: Sequence[int] = (1,)) -> Reading:
+    """`unknown_trips` of the loops over rows: one over whole chunks and, of few chunks, one over parts of the last."""
     lowered = jax.jit(function).lower(*arguments)
     start = time.perf_counter()
     program = lowered.compile()
@@ -107,7 +109,7 @@ def _rate(device: Device, product: Product) -> float:
 
 def measure(target: str, program: Program) -> dict[str, Any]:
     """One program for one device, as a row of the record."""
-    device = compilers.topology(target).devices[0]
+    device, program = compilers.topology(target).devices[0], dataclasses.replace(program, target=target)
     row: dict[str, Any] = {
         "target": target,
         "head": program.head,
@@ -118,7 +120,7 @@ def measure(target: str, program: Program) -> dict[str, Any]:
         "chunk_rows": program.block_rows,
     }
     try:
-        reading = compile_for(program.function(), program.arguments(device), program.num_chunks)
+        reading = compile_for(program.function(), program.arguments(device), (program.num_chunks, 0))
     except jax.errors.JaxRuntimeError as error:
         return row | {"failed": _reason(str(error))}
     biggest = largest(reading)

@@ -8,11 +8,15 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax.sharding import SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxent
 from benchmarks.cases import HEADS
+from jaxent._engine.chunking import chunking_of, default_chunk_rows
+from jaxent._engine.devices import DEVICES, Target
 
 Mode = Literal["value", "value and gradient", "Hessian product", "statistics", "divergence"]
 MODES: tuple[Mode, ...] = ("value", "value and gradient", "Hessian product", "statistics", "divergence")
@@ -28,7 +32,6 @@ PRODUCTS: dict[Mode, int] = {
     "statistics": 1,
     "divergence": 4,
 }
-ACCELERATOR_LOGITS = 2**28  # that our chunks hold by default, on an accelerator
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,9 @@ class Program:
     precision: Precision = "bfloat16"
     author: Author = "jaxent"
     rows: int = ROWS
+    target: str = "h100"
     chunk_rows: int | None = None
+    """None for what suits the target."""
 
     @property
     def features(self) -> int:
@@ -60,8 +65,9 @@ class Program:
         if self.author != "jaxent":
             return self.rows
         held = self.classes * (2 if self.mode == "divergence" else 1)
-        wanted = self.chunk_rows or max(1, ACCELERATOR_LOGITS // held)
-        return jaxent.plan(self.rows, self.features, self.classes, chunk_rows=wanted).chunk_rows
+        target = Target(False, DEVICES[self.target])
+        default = default_chunk_rows(target, self.features, held, _dtypes(self.precision)[0])
+        return chunking_of(self.rows, self.chunk_rows, default).chunk_rows
 
     @property
     def num_chunks(self) -> int:
@@ -73,9 +79,9 @@ class Program:
         return 2 * PRODUCTS[self.mode] * self.rows * self.features * self.classes
 
     def arguments(self, device: Any) -> list[jax.ShapeDtypeStruct]:
-        """Shapes on a device that need not be here."""
+        """Shapes on a device that need not be here; a mesh of one tells the engine which it is."""
         hidden, kernel = _dtypes(self.precision)
-        like = functools.partial(jax.ShapeDtypeStruct, sharding=SingleDeviceSharding(device))
+        like = functools.partial(jax.ShapeDtypeStruct, sharding=on_device(device))
         layer = [like((self.rows, self.features), hidden), like((self.features, self.classes), kernel)]
         labels = [like((self.rows,), jnp.int32)]
         if self.mode == "Hessian product":
@@ -84,6 +90,10 @@ class Program:
 
     def function(self) -> Callable[..., Any]:
         return (_ours if self.author == "jaxent" else _dense)(self)
+
+
+def on_device(device: Any) -> NamedSharding:
+    return NamedSharding(Mesh(np.array([device]), ("data",), axis_types=(AxisType.Auto,)), P())
 
 
 def _dtypes(precision: Precision) -> tuple[Any, Any]:
@@ -108,7 +118,7 @@ def _derived(mode: Mode, loss: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _ours(program: Program) -> Callable[..., Any]:
-    options: dict[str, Any] = {"chunk_rows": program.block_rows}
+    options: dict[str, Any] = {"chunk_rows": program.chunk_rows}
     if program.precision == "mixed":
         options["dtype"] = jnp.bfloat16
     if program.mode == "statistics":

@@ -101,4 +101,5 @@ def _configuration(device: Device, gpu: Multiprocessors) -> str:
       registers_per_core_limit: 65536 registers_per_block_limit: 65536
     }}
     platform_name: "CUDA"
+    device_description_str: "{device.kinds[0]}"
     """

@@ -6,9 +6,10 @@ it stays in registers, an array in another memory space (a TPU's vector memory) 
 reads what it takes, and an update in place writes what it changes.
 """
 
+import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,8 +62,12 @@ class Kernel:
         return sum(part.bytes for part in (*self.read, *self.written))
 
 
-def kernels(text: str, unknown_trips: int = 1) -> list[Kernel]:
-    """What a program runs, in order; a loop whose length is not known runs `unknown_trips` times."""
+def kernels(text: str, unknown_trips: Sequence[int] = (1,)) -> list[Kernel]:
+    """What a program runs, in order.
+
+    `unknown_trips`: how often loops run whose lengths depend on the data, one after the other; the last number stands
+    for all that follow.
+    """
     return list(_Reader(parse(text), unknown_trips).run("ENTRY", 1, False))
 
 
@@ -78,9 +83,9 @@ UPDATES = ("dynamic-update-slice", "scatter")
 
 
 class _Reader:
-    def __init__(self, computations: dict[str, Computation], unknown_trips: int):
+    def __init__(self, computations: dict[str, Computation], unknown_trips: Sequence[int]):
         self.computations = computations
-        self.unknown_trips = unknown_trips
+        self.unknown_trips = itertools.chain(unknown_trips, itertools.repeat(unknown_trips[-1]))
 
     def run(self, name: str, times: int, in_loop: bool) -> Iterator[Kernel]:
         computation = self.computations[name]
@@ -89,8 +94,10 @@ class _Reader:
             if FREE.fullmatch(opcode) or '"AllocateBuffer"' in instruction.attributes:
                 continue
             if opcode == "while":
-                trips = trip_count(instruction, self.computations) or self.unknown_trips
-                yield from self.run(instruction.called("body"), times * trips, True)
+                trips = trip_count(instruction, self.computations)
+                trips = next(self.unknown_trips) if trips is None else trips
+                if trips:
+                    yield from self.run(instruction.called("body"), times * trips, True)
             elif opcode == "conditional":
                 yield from self._dearest_branch(instruction, times, in_loop)
             elif opcode in ("call", "async-start"):

@@ -89,9 +89,10 @@ def test_kernels_of_a_loop():
 
 def test_a_loop_of_unknown_length_counts_as_the_caller_says():
     unknown = LOOP.replace("direction=LT", "direction=NE")
-    assert {kernel.times for kernel in kernels(unknown, unknown_trips=7)} == {7}
+    assert {kernel.times for kernel in kernels(unknown, unknown_trips=(7,))} == {7}
+    assert not kernels(unknown, unknown_trips=(0,))
     noted = unknown.replace("body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"3"}}')
-    assert {kernel.times for kernel in kernels(noted, unknown_trips=7)} == {3}
+    assert {kernel.times for kernel in kernels(noted, unknown_trips=(7,))} == {3}
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxent._arguments import arrays
+from jaxent._engine.devices import Target
+from jaxent._engine.roofline import ROWS_ALIGNED, chunk_rows_for
 from jaxent._errors import ArgumentValueError
 from jaxent._mesh.types import pcast_like
 
-# Logits held at a time, in elements. An accelerator needs thousands of rows to fill its matrix units (heuristic: 1 GiB
-# of float32). On a CPU twice as many rows as features are the fastest, since each chunk also adds a gradient as large
-# as the kernel to the sum so far; less than 16 MiB does not pay, and beyond 256 MiB memory matters more than the last
-# percents. Measured on 2 cores, float32: D=64 V=32768 at 128 rows 0.60 of dense optax, at 1024 rows 0.78; D=512 V=32768
-# at 1024 rows 0.90, at 256 1.06; D=256 V=128256 at 512 rows 0.91, at 128 1.04.
+# Logits held at a time, in elements. Devices in the table of `devices.py` get what `chunk_rows_for` says; one that is
+# not gets a budget (heuristic: 1 GiB of float32), since it needs thousands of rows to fill its matrix units. On a CPU
+# twice as many rows as features are the fastest, since each chunk also adds a gradient as large as the kernel to the
+# sum so far; less than 16 MiB does not pay, and beyond 256 MiB memory matters more than the last percents. Measured on
+# 2 cores, float32: D=64 V=32768 at 128 rows 0.60 of dense optax, at 1024 rows 0.78; D=512 V=32768 at 1024 rows 0.90, at
+# 256 1.06; D=256 V=128256 at 512 rows 0.91, at 128 1.04.
 ACCELERATOR_LOGITS = 2**28
 CPU_LOGITS = (2**22, 2**26)
 CPU_ROWS_PER_FEATURE = 2
@@ -283,28 +286,33 @@ def _fill(shapes: Pytree, rows: int | None = None) -> Pytree:
 # How many rows
 
 
-def _default_chunk_rows(features: int, num_classes: int) -> int:
-    if jax.default_backend() != "cpu":
-        return ACCELERATOR_LOGITS // num_classes
+class DefaultRows(NamedTuple):
+    """Rows whose logits one device holds at a time unless the caller says, and what their number is a multiple of."""
+
+    rows: int
+    aligned: int = 1
+
+
+def default_chunk_rows(target: Target, features: int, num_classes: int, dtype: Any) -> DefaultRows:
+    if target.device is not None:
+        return DefaultRows(chunk_rows_for(target.device, num_classes, dtype), ROWS_ALIGNED)
+    if not target.on_cpu:
+        return DefaultRows(max(1, ACCELERATOR_LOGITS // num_classes))
     least, most = (n // num_classes for n in CPU_LOGITS)
-    return min(max(CPU_ROWS_PER_FEATURE * features, least), most)
+    return DefaultRows(max(1, min(max(CPU_ROWS_PER_FEATURE * features, least), most)))
 
 
 def chunking_of(
-    rows: int,
-    features: int,
-    num_classes: int,
-    chunk_rows: int | None,
-    devices: int = 1,
-    strided: bool = False,
+    rows: int, chunk_rows: int | None, default: DefaultRows, devices: int = 1, strided: bool = False
 ) -> Chunking:
-    """The caller's `chunk_rows`, or the rows whose logits fit the budget, in chunks of equal size.
+    """The caller's `chunk_rows`, or the default of one device, in chunks of equal size.
 
-    `devices` is over how many devices XLA may have split rows and classes. The budget is each one's, and where it could
-    have split the rows evenly each has its share of every chunk, which is then no smaller than that.
+    `devices` is over how many devices XLA may have split rows and classes. The default is each one's, and where it
+    could have split the rows evenly each has its share of every chunk, which is then no smaller than that.
     """
+    aligned = 1
     if chunk_rows is None:
-        chunk_rows = max(1, devices * _default_chunk_rows(features, num_classes))
+        chunk_rows, aligned = devices * default.rows, default.aligned
     else:
         chunk_rows = arrays.as_int("chunk_rows", chunk_rows, "be an int or None")
         if chunk_rows < 1:
@@ -318,4 +326,6 @@ def chunking_of(
     least = -(-rows_each // max(1, chunk_rows // groups))
     # A few chunks more avoid padding, and with it a copy of all rows.
     even = (chunks for chunks in range(least, least + least // 4 + 1) if rows_each % chunks == 0)
-    return Chunking(rows, groups * -(-rows_each // next(even, least)), groups, strided)
+    own = -(-rows_each // next(even, least))
+    own = min(rows_each, aligned * -(-own // aligned))
+    return Chunking(rows, groups * own, groups, strided)

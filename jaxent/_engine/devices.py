@@ -1,9 +1,12 @@
-"""What devices can do, from their makers' data sheets."""
+"""What devices can do, from their makers' data sheets, and which of them a computation is for."""
 
 import dataclasses
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
+from jaxent._mesh.types import mesh_of
 from jaxent._typing import DTypeLike
 
 
@@ -74,3 +77,21 @@ def device_named(name: str) -> Device | None:
     wanted = name.lower()
     matches = [(len(kind), d) for d in DEVICES.values() for kind in d.kinds if wanted.startswith(kind)]
     return DEVICES.get(wanted) or max(matches, key=lambda match: match[0], default=(0, None))[1]
+
+
+class Target(NamedTuple):
+    """What a computation is for."""
+
+    on_cpu: bool
+    device: Device | None
+    """None if it is not in the table."""
+
+
+def target_of(*arrays: jax.Array) -> Target:
+    """The devices of the mesh that arrays are typed with, which need not be here; else this process's own.
+
+    A mesh also tells what a program is compiled for ahead of time. `jax.export` and a sharding that names one device do
+    not.
+    """
+    device = mesh_of(*arrays).abstract_device or jax.devices()[0]
+    return Target(device.platform == "cpu", device_named(device.device_kind))

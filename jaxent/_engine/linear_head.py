@@ -18,7 +18,8 @@ from jaxent._arguments.targets import (
     check_softmax_arguments,
     row_targets,
 )
-from jaxent._engine.chunking import Chunking, chunking_of
+from jaxent._engine.chunking import Chunking, chunking_of, default_chunk_rows
+from jaxent._engine.devices import target_of
 from jaxent._engine.row_results import stream_rows
 from jaxent._engine.streaming import Counted, Head, Logits, MatrixProducts, RowFunction, stream_sum
 from jaxent._math import safe
@@ -172,7 +173,8 @@ def chunking_for(chunk_rows: int | None, *heads: Head) -> Chunking:
     rows, features = shapes[0][0], max([shape[1] for shape in shapes[::2]])
     classes = max(1, sum([shape[1] for shape in shapes[1::2]]))
     strided = any(may_be_split_by_xla(head.hidden) for head in heads)
-    return chunking_of(rows, features, classes, chunk_rows, devices, strided)
+    default = default_chunk_rows(target_of(*operands), features, classes, heads[0].hidden.dtype)
+    return chunking_of(rows, chunk_rows, default, devices, strided)
 
 
 def logits_like(*heads: Head) -> jax.ShapeDtypeStruct:

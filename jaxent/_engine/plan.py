@@ -7,7 +7,8 @@ import numpy as np
 
 from jaxent._arguments import arrays
 from jaxent._arguments.reduction import Reduction, check_reduction
-from jaxent._engine.chunking import chunking_of
+from jaxent._engine.chunking import chunking_of, default_chunk_rows
+from jaxent._engine.devices import target_of
 from jaxent._errors import ArgumentValueError, public
 from jaxent._typing import DTypeLike
 
@@ -80,7 +81,8 @@ def plan(
         raise arrays.dtype_error("dtype", "be a dtype, such as jnp.bfloat16 or 'bfloat16'", dtype) from error
     if not is_floating:
         raise arrays.dtype_error("dtype", "be floating", np.dtype(dtype).name)
-    chunking = chunking_of(num_rows, features, num_classes, chunk_rows)
+    default = default_chunk_rows(target_of(), features, num_classes, dtype)
+    chunking = chunking_of(num_rows, chunk_rows, default)
     narrow = np.dtype(dtype).itemsize
     wide = max(4, narrow)
     copies = wide + (narrow if narrow < wide else 0)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxent._engine.devices import target_of
 from jaxent._mesh.types import mesh_of, pcast_like
 
 Pytree = Any
@@ -19,7 +20,7 @@ LEAST_LOGITS = 2**16  # of a block; heuristic: smaller ones are left to one core
 
 def row_blocks(rows: int, classes: int, like: jax.Array) -> int:
     """Into how many blocks to cut the rows of a chunk; `like` is typed as they are."""
-    on_cpu = jax.default_backend() == "cpu" and mesh_of(like).empty
+    on_cpu = target_of(like).on_cpu and mesh_of(like).empty
     return BLOCKS if on_cpu and rows % BLOCKS == 0 and rows * classes >= BLOCKS * LEAST_LOGITS else 1
 
 

@@ -35,6 +35,8 @@ class TokenStatistics(NamedTuple):
 
 def row_statistics(z: jax.Array, rows: RowTargets, classes: ClassAxis, top_k: int) -> TokenStatistics:
     """`TokenStatistics` of the rows; of an ignored one 0 in floating and -1 in integer fields, whatever it holds."""
+    # The logits as they are written once; a `where` of them is exact, however often XLA computes it.
+    written = lax.optimization_barrier(lax.stop_gradient(z))
     z = jnp.where(rows.ignored, 0, z)
     row = softmax.normalizer(z, classes)
     usable = jnp.isfinite(row.rest)
@@ -49,8 +51,8 @@ def row_statistics(z: jax.Array, rows: RowTargets, classes: ClassAxis, top_k: in
         higher = classes.sum((lax.stop_gradient(z) > label_logit).astype(jnp.int32))
         rank = per_row(jnp.where(usable & (rows.labels != INVALID), higher, -1))
     # Compared with its own maximum, not with one that XLA rounds anew.
-    materialized = lax.optimization_barrier(lax.stop_gradient(z))
-    argmax = per_row(jnp.where(usable, classes.min_index(materialized == classes.max(materialized)), -1))
+    own = jnp.where(rows.ignored, 0, written)
+    argmax = per_row(jnp.where(usable, classes.min_index(own == classes.max(own)), -1))
     if top_k:
         top_z, top_classes = classes.top(z, top_k)
         first = jnp.moveaxis(row.shift, classes.axis, -1), jnp.moveaxis(row.log_total, classes.axis, -1)
