@@ -20,6 +20,8 @@ class Collective(NamedTuple):
     shape: tuple[int, ...]
     times: int
     devices: int
+    looped: bool = False
+    """Whether it stands in a loop, be it one of unknown length, which counts once."""
 
     @property
     def bytes(self) -> int:
@@ -49,12 +51,13 @@ def collectives(hlo: str) -> list[Collective]:
     """Every collective in a compiled program; one that is started and ended by two instructions counts once."""
     computations = parse(hlo)
     found = []
-    for name, times in _executions(computations).items():
+    for (name, looped), times in _executions(computations).items():
         for instruction in computations[name].instructions.values():
             kind = instruction.opcode.removesuffix("-start")
             if kind in KINDS:
                 devices = _group_size(instruction.attributes)
-                found += [Collective(kind, array.dtype, array.shape, times, devices) for array in instruction.arrays]
+                sent = instruction.arrays
+                found += [Collective(kind, array.dtype, array.shape, times, devices, looped) for array in sent]
     return found
 
 
@@ -70,16 +73,20 @@ def _group_size(attributes: str) -> int:
     return 0
 
 
-def _executions(computations: dict[str, Computation]) -> dict[str, int]:
-    """How often each computation runs; a loop of unknown length counts once."""
-    times: dict[str, int] = {}
+def _executions(computations: dict[str, Computation]) -> dict[tuple[str, bool], int]:
+    """How often each computation runs outside and inside loops; one of unknown length counts once, as a branch does."""
+    times: dict[tuple[str, bool], int] = {}
 
-    def visit(name: str, count: int) -> None:
-        times[name] = times.get(name, 0) + count
+    def visit(name: str, count: int, looped: bool) -> None:
+        times[name, looped] = times.get((name, looped), 0) + count
         for instruction in computations[name].instructions.values():
-            trips = (trip_count(instruction, computations) or 1) if instruction.opcode == "while" else 1
-            for called in re.findall(r"(?:calls|body|to_apply|_computation)=%?([\w.\-]+)", instruction.attributes):
-                visit(called, count * trips)
+            loop = instruction.opcode == "while"
+            trips = (trip_count(instruction, computations) or 1) if loop else 1
+            called = re.findall(r"(?:calls|body|condition|to_apply|_computation)=%?([\w.\-]+)", instruction.attributes)
+            for branches in re.findall(r"branch_computations=\{([^}]*)\}", instruction.attributes):
+                called += re.findall(r"[\w.\-]+", branches)
+            for other in called:
+                visit(other, count * trips, looped or loop)
 
-    visit("ENTRY", 1)
+    visit("ENTRY", 1, False)
     return times

@@ -1,7 +1,7 @@
 """How large the gradients of single rows are, and what their spread says about the batch size."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -112,9 +112,9 @@ def _linear_gradient_norms(call: LinearCall) -> GradientNorms:
     dtype = head.kernel.dtype
 
     def row_fn(
-        logits: Logits, per_row: tuple[RowTargets, jax.Array], shared: tuple[LogitTransform, LossOptions, jax.Array]
+        logits: Logits, per_row: tuple[RowTargets, jax.Array], shared: tuple[tuple[LogitTransform, LossOptions], Any]
     ) -> GradientNorms:
-        (rows, hidden), (transform, options, kernel) = per_row, shared
+        (rows, hidden), ((transform, options), (kernel,)) = per_row, shared
         z, pull = jax.vjp(transform, logits[0])
         rows = ignore_zero_weight_rows(wide_rows(rows, z), classes, z)
         dz = softmax_loss_gradient(z, rows, options, classes)
@@ -134,11 +134,11 @@ def _linear_gradient_norms(call: LinearCall) -> GradientNorms:
         row_fn,
         (head,),
         (rows, head.hidden),
-        (call.transform, options, head.kernel),
+        (call.transform, options),
         call.chunking,
         products,
         counted,
-        in_blocks=False,
+        with_kernels=True,
     )
     return jax.tree.map(call.batch.unflatten, norms)
 

@@ -147,7 +147,7 @@ def linear_kl_divergence(
         row_fn=DivergenceRowLoss(ClassAxis(-1, vocab_axis), divergence),
         reduction=reduction,
         chunking=chunking_for(chunk_rows, head_p, head_q),
-        products=matrix_products(precision, head_p),
+        products=matrix_products(precision, head_p, vocab_axis),
     )
     return batch.unflatten(losses) if reduction == "none" else losses
 

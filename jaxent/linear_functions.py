@@ -19,7 +19,6 @@ from jaxent._arguments.reduction import Reduction, WeightedSum
 from jaxent._arguments.targets import (
     SoftmaxArguments,
 )
-from jaxent._engine.chunking import Chunking
 from jaxent._engine.linear_head import (
     LinearCall,
     check_linear_call,
@@ -30,7 +29,7 @@ from jaxent._engine.linear_head import (
 )
 from jaxent._engine.row_blocks import row_blocks
 from jaxent._engine.row_results import stream_rows
-from jaxent._engine.streaming import Counted, Head, Logits, vary_over_row_axes
+from jaxent._engine.streaming import Counted, Logits, vary_over_row_axes
 from jaxent._errors import public
 from jaxent._math.row_losses import weighted
 from jaxent._mesh.class_axis import VocabAxis
@@ -120,7 +119,7 @@ def linear_loss(
         targets_required=False,
     )
     row_args = jax.tree.map(lambda x: check_row_argument(x, call.batch, hidden), row_args)
-    program, consts, params = _program("row_loss", row_loss, call.head, row_args, params, call.chunking)
+    program, consts, params = _program("row_loss", row_loss, call, row_args, params)
     loss, aux = _linear_loss(call, row_args, (consts, params), row_fn=_RowLoss(program, has_aux))
     return (loss, aux) if has_aux else loss
 
@@ -178,7 +177,7 @@ def linear_rows(
         targets_required=False,
     )
     row_args = jax.tree.map(lambda x: check_row_argument(x, call.batch, hidden), row_args)
-    program, consts, params = _program("row_fn", row_fn, call.head, row_args, params, call.chunking)
+    program, consts, params = _program("row_fn", row_fn, call, row_args, params)
     return _linear_rows(call, row_args, (consts, params), row_fn=_RowResults(program))
 
 
@@ -291,13 +290,13 @@ class _Untraced:
 def _program(
     argument: str,
     f: Callable[..., Any],
-    head: Head,
+    linear: LinearCall,
     row_args: tuple[Any, ...],
     params: Any,
-    chunking: Chunking,
 ) -> tuple["_Program | _Untraced", dict[int, list[Any]], Any]:
     """The program, the values that it closed over, and the parameters."""
-    params = vary_over_row_axes(jax.tree.map(jnp.asarray, params), (head,))
+    head, chunking = linear.head, linear.chunking
+    params = vary_over_row_axes(jax.tree.map(jnp.asarray, params), (head,), linear.products)
     call = _UserFunction(f, argument, _takes_params(f, len(row_args), params))
     blocks, consts, out_tree = {}, {}, None
     like = head.kernel
@@ -311,7 +310,7 @@ def _program(
     if axes_of_type(mesh, AxisType.Explicit) and not any(consts.values()):
         return _Untraced(call), {}, params
     text = "\n".join(str(jaxpr) for jaxpr in blocks.values())
-    return _Program(f, argument, blocks, out_tree, text), vary_over_row_axes(consts, (head,)), params
+    return _Program(f, argument, blocks, out_tree, text), vary_over_row_axes(consts, (head,), linear.products), params
 
 
 def _block(rows: int, like: Any, others: list[jax.Array]) -> Any:

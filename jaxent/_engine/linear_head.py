@@ -115,7 +115,7 @@ def check_linear_call(
         check_ignore_index(ignore_index),
         reduction,
         chunking_for(chunk_rows, *[head] * blocks),
-        matrix_products(precision, head),
+        matrix_products(precision, head, vocab_axis),
     )
 
 
@@ -183,12 +183,12 @@ def logits_like(*heads: Head) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, arrays.accumulation_dtype(*(head.kernel for head in heads)))
 
 
-def matrix_products(precision: Precision, head: Head) -> MatrixProducts:
+def matrix_products(precision: Precision, head: Head, vocab_axis: VocabAxis = None) -> MatrixProducts:
     """float32 inputs keep float32 accuracy unless the caller, or `jax.default_matmul_precision`, says otherwise."""
     config: Any = jax.config  # its options are not typed
     if precision is None and head.kernel.dtype == np.float32 and config.jax_default_matmul_precision is None:
         precision = jax.lax.Precision.HIGHEST
-    return MatrixProducts(precision)
+    return MatrixProducts(precision, vocab_axis)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,11 +37,11 @@ def stream_rows(
     products: MatrixProducts,
     counted: Counted,
     *,
-    in_blocks: bool = True,
+    with_kernels: bool = False,
 ) -> Pytree:
     """`row_fn(logits, row_args, params)` of all rows; `row_fn` returns a pytree of `(chunk_rows, ...)` arrays.
 
-    Without `in_blocks` it gets whole chunks, since it has a matrix product of its own.
+    With `with_kernels` it has a matrix product of its own: it gets whole chunks, and `(params, kernels)` for `params`.
 
     What rows share goes in twice if it is narrower than its sums: as it is, and as a wide array that has its
     derivative. The scan adds the chunks' shares of a constant's cotangent in the constant's dtype, and devices theirs:
@@ -52,7 +52,7 @@ def stream_rows(
     layers, narrow = jax.tree.map(lambda x, y: x if y is None else lax.stop_gradient(x), shared, wide)
 
     def part(heads: tuple[Head, ...], rows: Pytree, shared: Pytree) -> Pytree:
-        return None, _each_row(row_fn, in_blocks, chunking, products, heads, rows[0], *shared, rows[1])
+        return None, _each_row(row_fn, with_kernels, chunking, products, heads, rows[0], *shared, rows[1])
 
     heads = tuple(Head(head.hidden, *layer) for head, layer in zip(heads, layers, strict=True))
     return on_own_rows(part, heads, (row_args, counted), (narrow, wide))[1]
@@ -89,22 +89,22 @@ def _narrow_jvp(primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def _each_row(row_fn, in_blocks, chunking, products, heads, row_args, params, wide, counted) -> Pytree:
+def _each_row(row_fn, with_kernels, chunking, products, heads, row_args, params, wide, counted) -> Pytree:
     def by_blocks(logits: Logits, args: Pytree, params: Pytree) -> Pytree:
         return by_row_blocks(lambda logits, args: (None, None, row_fn(logits, args, params)), logits, args)[2]
 
-    step, hidden = _row_step(by_blocks if in_blocks else row_fn, products, heads, params, None)
+    row_step = row_fn if with_kernels else by_blocks
+    step, hidden = _row_step(row_step, with_kernels, products, heads, params, None)
     return chunking.loop(step, None, (hidden, row_args), counted.mask(by_weight=True))[1]
 
 
-def _each_row_jvp(row_fn, in_blocks, chunking, products, primals, tangents):
-    del in_blocks
+def _each_row_jvp(row_fn, with_kernels, chunking, products, primals, tangents):
     moving = jax.tree.map(is_differentiated, tangents)
     free, fixed = partition(primals, moving)
 
     def rows(free: Pytree) -> Pytree:
         heads, row_args, params, wide, counted = merge(free, fixed)
-        step, hidden = _row_step(row_fn, products, heads, params, wide)
+        step, hidden = _row_step(row_fn, with_kernels, products, heads, params, wide)
         moving_rows = ([head.hidden for head in moving[0]], moving[1])
         kept = counted.mask(by_weight=False)  # a later derivative may be with respect to the weights
         return chunking.scan(step, None, (hidden, row_args), moving_rows, kept, again=True)[1]
@@ -115,13 +115,13 @@ def _each_row_jvp(row_fn, in_blocks, chunking, products, primals, tangents):
 _each_row.defjvp(_each_row_jvp, symbolic_zeros=True)
 
 
-def _row_step(row_fn, products, heads, params, wide) -> tuple[Callable[..., Any], list[jax.Array]]:
+def _row_step(row_fn, with_kernels, products, heads, params, wide) -> tuple[Callable[..., Any], list[jax.Array]]:
     """A step of the loop over rows, and the hidden states that it goes over."""
-    params = vary_over_row_axes(params, heads)
+    params = vary_over_row_axes(params, heads, products)
     like = jax.tree.leaves(heads)
     if wide is not None:
         layers, others = wide
-        wide = jax.tree.map(lambda x: pcast_like(x, like), layers), vary_over_row_axes(others, heads)
+        wide = jax.tree.map(lambda x: pcast_like(x, like), layers), vary_over_row_axes(others, heads, products)
     heads = jax.tree.map(lambda x: pcast_like(x, like), heads)
     shared = ([(head.kernel, head.bias) for head in heads], params)
 
@@ -132,7 +132,7 @@ def _row_step(row_fn, products, heads, params, wide) -> tuple[Callable[..., Any]
         if wide is not None:
             layers, params = jax.tree.map(lambda x, y: x if y is None else _narrow(x, y), shared, wide)
         logits = tuple(_logits(products, Head(h, *layer)) for h, layer in zip(hidden, layers, strict=True))
-        return carry, row_fn(logits, args, params)
+        return carry, row_fn(logits, args, (params, [kernel for kernel, _ in layers]) if with_kernels else params)
 
     return step, [head.hidden for head in heads]
 

@@ -26,8 +26,9 @@ from jaxent._arguments import arrays
 from jaxent._arguments.options import Precision
 from jaxent._engine.chunking import Chunking, merge, partition
 from jaxent._engine.row_blocks import by_row_blocks
-from jaxent._mesh.apply import shard_map_rows
-from jaxent._mesh.types import pcast_like, sum_to_type, varying
+from jaxent._mesh.apply import shard_map_rows, whole_along_others
+from jaxent._mesh.class_axis import VocabAxis, axis_tuple
+from jaxent._mesh.types import axis_names, partition_of, pcast_like, sum_to_type
 
 Pytree = Any
 SymbolicZero = jax.custom_derivatives.SymbolicZero
@@ -70,9 +71,12 @@ class MatrixProducts:
 
     Operands keep the dtype of the inputs: the gradient with respect to the logits is rounded to bf16 for the backward
     products of a bf16 head.
+
+    Inside `jax.shard_map`, `vocab_axis` are the mesh axes that split the classes.
     """
 
     precision: Precision = None
+    vocab_axis: VocabAxis = None
 
     def logits(self, head: Head) -> jax.Array:
         z = self._dot(head.hidden, head.kernel, 1, 0)
@@ -128,7 +132,8 @@ def on_own_rows(
         layers, params = shared
         return f(tuple(Head(h, *layer) for h, layer in zip(hidden, layers, strict=True)), args, params)
 
-    layers = [(head.kernel, head.bias) for head in heads]
+    rows = axis_names(partition_of(heads[0].hidden))
+    layers = [(whole_along_others(head.kernel, 0, rows), head.bias) for head in heads]
     return shard_map_rows(part, ([head.hidden for head in heads], row_args), (layers, params))
 
 
@@ -209,7 +214,7 @@ def _sum_and_gradients(row_loss, chunking, products, wanted, moving, inputs):
     heads, row_args, params, counted = inputs
     want_heads, want_args, want_params, want_counted = wanted
     free_params, fixed_params = partition(params, want_params)
-    free_params = vary_over_row_axes(free_params, heads)
+    free_params = vary_over_row_axes(free_params, heads, products)
     heads = jax.tree.map(lambda x: pcast_like(x, jax.tree.leaves(heads)), heads)
     needs_logits = [any(jax.tree.leaves(want)) for want in want_heads]
     free_args, fixed_args = partition(row_args, want_args)
@@ -283,10 +288,9 @@ def _times(x: jax.Array, unit: jax.Array | None) -> jax.Array:
     return x if unit is None else x * unit.astype(x.dtype)
 
 
-def vary_over_row_axes(params: Pytree, heads: tuple[Head, ...]) -> Pytree:
+def vary_over_row_axes(params: Pytree, heads: tuple[Head, ...], products: MatrixProducts) -> Pytree:
     """`params`, typed as differing along the mesh axes that split rows, so that their cotangents are summed over them
     after the scan and not in every step; not along those that split classes, where the losses do not differ.
     """
     rows = [head.hidden for head in heads]
-    split = frozenset[str]().union(*(varying(head.kernel) for head in heads))
-    return jax.tree.map(lambda x: pcast_like(x, rows, except_for=split), params)
+    return jax.tree.map(lambda x: pcast_like(x, rows, except_for=axis_tuple(products.vocab_axis)), params)

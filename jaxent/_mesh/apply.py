@@ -6,14 +6,15 @@ after the scan, and the classes are left to XLA, so that a row function may look
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxent._mesh.types import Partition, axes_of_type, axis_names, mesh_of, partition_of
@@ -46,19 +47,70 @@ def map_rows(f: Callable[..., Any], x: jax.Array, *others: Any, without: int | N
 def shard_map_rows(f: Callable[..., Any], per_row: Any, shared: Any) -> Any:
     """`f(per_row, shared)`, on an explicit mesh of every device's own rows: sums over rows, and results of each row.
 
-    The rows are split as the first leaf of `per_row` is.
+    The rows are split as the first leaf of `per_row` is. What is shared and split over the same mesh axes, as the
+    features of a kernel are in fully sharded data parallelism, is gathered once, and its cotangent is reduce-scattered.
     """
     first, *_ = jax.tree.leaves(per_row)
     axes = partition_of(first)[0]
-    specs = (P(), P(axes))
+    out_specs = (P(), P(axes))
+    leaves, structure = jax.tree.flatten(shared)
+    splits = [partition_of(x) for x in leaves]
 
-    def part(per_row: Any, shared: Any) -> Any:
-        sums, rows = f(per_row, shared)
+    def part(per_row: Any, leaves: list[jax.Array]) -> Any:
+        whole = [_gather(x, split, axes) for x, split in zip(leaves, splits, strict=True)]
+        sums, rows = f(per_row, jax.tree.unflatten(structure, whole))
         return (lax.psum(sums, axes) if axes else sums), rows
 
-    mesh = mesh_of(*jax.tree.leaves((per_row, shared)))
-    parts = on_each_device(part, axes, (P(axes), P()), specs)
-    return with_auto_axes(parts, per_row, shared, mesh=mesh, out_specs=specs)
+    mesh = mesh_of(*jax.tree.leaves(per_row), *leaves)
+    in_specs = (P(axes), [P(*_among(split, axes)) for split in splits])
+    parts = on_each_device(part, axes, in_specs, out_specs)
+    return with_auto_axes(parts, per_row, leaves, mesh=mesh, out_specs=out_specs)
+
+
+def _among(split: Partition, axes: Collection[str], *, within: bool = True) -> Partition:
+    return tuple(tuple(a for a in names if (a in axes) == within) for names in split)
+
+
+def _gather(x: jax.Array, split: Partition, axes: tuple[str, ...]) -> jax.Array:
+    """The whole of what is split over some of the manual mesh axes `axes`; `x` itself if it is not.
+
+    The other axes that split it are made manual as well: beside an automatic axis XLA gathers that one too.
+    """
+    held, others = _among(split, axes), _among(split, axes, within=False)
+    if not any(held):
+        return x
+    gather = functools.partial(_all_gather, split=held, axes=axes)
+    return on_each_device(gather, axis_names(others), P(*others), P(*others))(x)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _all_gather(x: jax.Array, split: Partition, axes: tuple[str, ...]) -> jax.Array:
+    """Of an array that is split over some of `axes`, and typed as differing along all of them.
+
+    Its cotangent is summed in at least float32, first over the axes that split it, of which each device keeps its part.
+    """
+    others = tuple(a for a in axes if a not in axis_names(split))
+    x = lax.pcast(x, others, to="varying") if others else x
+    for dim, names in enumerate(split):
+        x = lax.all_gather(x, names, axis=dim, tiled=True) if names else x
+    return x
+
+
+@_all_gather.defjvp
+def _all_gather_jvp(split, axes, primals, tangents):
+    (x,), (dx,) = primals, tangents
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return _all_gather(x, split, axes), _all_gather(dx.astype(wide), split, axes).astype(x.dtype)
+
+
+def whole_along_others(x: jax.Array, axis: int, axes: Collection[str]) -> jax.Array:
+    """`x`, gathered along a dimension over the explicit mesh axes that are not among `axes`."""
+    split = list(partition_of(x))
+    kept = tuple(a for a in split[axis] if a in axes)
+    if kept == split[axis]:
+        return x
+    split[axis] = kept
+    return jax.sharding.reshard(x, NamedSharding(mesh_of(x), P(*split)))
 
 
 @dataclasses.dataclass(frozen=True)

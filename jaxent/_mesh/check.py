@@ -8,7 +8,7 @@ from jax import lax
 from jax.sharding import AxisType
 
 from jaxent._errors import ArgumentTypeError, ArgumentValueError
-from jaxent._mesh.class_axis import VocabAxis
+from jaxent._mesh.class_axis import VocabAxis, axis_tuple
 from jaxent._mesh.types import axes_of_type, axis_names, mesh_of, partition_of, varying
 
 
@@ -20,7 +20,7 @@ def check_vocab_axis(vocab_axis: VocabAxis, rows: Mapping[str, Any]) -> None:
     """
     if vocab_axis is None:
         return
-    axes = vocab_axis if isinstance(vocab_axis, tuple) else (vocab_axis,)
+    axes = axis_tuple(vocab_axis)
     if not axes or not all(isinstance(axis, str) for axis in axes):
         expected = "be the name of a mesh axis or a tuple of names"
         raise ArgumentTypeError(f"`vocab_axis` must {expected}, got {vocab_axis!r}")
@@ -67,7 +67,7 @@ def check_class_axis(
             f"`class_weights` must be split over the mesh axes that split the classes of `{first}`, or "
             f"over none, got {jax.typeof(class_weights)} and {jax.typeof(like)}; `jax.sharding.reshard` it"
         )
-    axes = vocab_axis if isinstance(vocab_axis, tuple) else (vocab_axis,)
+    axes = axis_tuple(vocab_axis)
     for name, (x, axis) in split.items():
         taken = partition_of(x)[axis]
         for other, y in whole.items():
@@ -87,14 +87,14 @@ def check_class_axis(
 
 
 def check_linear_layer(hidden: jax.Array, kernel: jax.Array, suffix: str = "") -> None:
-    """On an explicit mesh rows and classes are split, each over mesh axes of its own, and features are not."""
+    """On an explicit mesh rows and classes are split, each over mesh axes of its own; a kernel's features may be."""
     if mesh_of(hidden, kernel).empty:
         return
-    rows, (features, classes) = partition_of(hidden), partition_of(kernel)
+    rows, classes = partition_of(hidden), partition_of(kernel)[1]
     both = sorted(set(axis_names(rows)) & set(classes))
-    if features or rows[-1]:
-        problem = "have whole features on every device"
-        remedy = "`jax.sharding.reshard` the kernel to PartitionSpec(None, classes) first"
+    if rows[-1]:
+        problem = f"have whole features in `hidden{suffix}`"
+        remedy = f"`jax.sharding.reshard` it so that {rows[-1][0]!r} splits rows or nothing"
     elif both:
         problem = "be split over different mesh axes"
         remedy = f"{both[0]!r} cannot split both rows and classes: `jax.sharding.reshard` one of them"

@@ -34,6 +34,11 @@ def kept_apart(x: jax.Array) -> jax.Array:
 VocabAxis = str | tuple[str, ...] | None
 """The mesh axes that split the classes inside `jax.shard_map`."""
 
+
+def axis_tuple(vocab_axis: VocabAxis) -> tuple[str, ...]:
+    return vocab_axis if isinstance(vocab_axis, tuple) else () if vocab_axis is None else (vocab_axis,)
+
+
 # Labels compared in one pass over the classes. Heuristic: the passes, not the comparisons, take the time.
 SPREAD_AT_ONCE = 8
 
@@ -68,8 +73,7 @@ class ClassAxis:
         """An int32 zero for each row of `x`, the same on all devices that share the row."""
         shape = list(x.shape)
         shape[self.axis] = 1
-        own = self.mesh_axis if isinstance(self.mesh_axis, tuple) else (self.mesh_axis or "",)
-        return pcast_like(jnp.zeros(shape, jnp.int32), [x], except_for=own)
+        return pcast_like(jnp.zeros(shape, jnp.int32), [x], except_for=axis_tuple(self.mesh_axis))
 
     def is_class(self, labels: jax.Array, x: jax.Array) -> jax.Array:
         """Where `x` holds the row's label; false all along the row for a label outside the classes."""
