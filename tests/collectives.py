@@ -13,6 +13,11 @@ def collectives(compiled: Any) -> list[Collective]:
     return read(compiled.as_text())
 
 
+def large_in_loops(found: list[Collective], least: int) -> list[Collective]:
+    """Those that stand in a loop and send at least as many numbers at a time."""
+    return [c for c in found if c.looped and c.numbers >= c.times * least]
+
+
 def foreign(found: list[Collective], data: int, vocab: int) -> list[Collective]:
     """Whatever is not a sum of a few numbers per row, of one per class, or of a gradient of hidden states or kernel."""
 

@@ -206,7 +206,7 @@ SHARDABLE = tuple(name for name, case in CASES.items() if case.takes_vocab_axis)
 
 def program(case: str, mesh: jax.sharding.Mesh | None = None, *, manual: bool = False) -> Callable[..., Any]:
     """Value with per-row results, gradient by what is wanted, and the Hessian product in the direction of it."""
-    call, wanted = CASES[case], CASES[case].wanted
+    call = CASES[case]
 
     def loss(*args: Any) -> Any:
         if not manual:
@@ -216,8 +216,14 @@ def program(case: str, mesh: jax.sharding.Mesh | None = None, *, manual: bool = 
         out_specs = P(), P() if call.result is mean else ROW
         return jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=out_specs)(*args)
 
+    return with_derivatives(loss, len(call.wanted))
+
+
+def with_derivatives(loss: Callable[..., Any], wanted: int) -> Callable[..., Any]:
+    """What `loss` returns, the gradient of the first of that by the first `wanted` arguments, and a Hessian product."""
+
     def everything(*args: Any) -> Any:
-        primals, rest = args[: len(wanted)], args[len(wanted) :]
+        primals, rest = args[:wanted], args[wanted:]
 
         def gradient(*primals: Any) -> Any:
             every = tuple(range(len(primals)))

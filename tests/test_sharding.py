@@ -304,8 +304,6 @@ def test_explicit_splits_that_do_not_fit():
     both = r"jaxent.linear_softmax_cross_entropy: `hidden` and `kernel` must "
     loss = call("linear_softmax_cross_entropy")
     names(loss, on(mesh, "h", P("vocab")), w, y, match=both + "be split over different mesh axes")
-    features = jax.device_put(np.zeros((8, CLASSES), np.float32), NamedSharding(mesh, P("data")))
-    names(loss, np.zeros((ROWS, 8), np.float32), features, y, match=both + "have whole features on every device")
     classes = on(mesh, "c", P("data"))
     names(lambda *a: loss(*a[:-1], class_weights=a[-1]), h, w, y, classes, match="`class_weights` must be split over")
     kl = jaxent.linear_kl_divergence

@@ -27,7 +27,7 @@ from jaxent._math.row_losses import LossOptions, RowTargets
 from jaxent._mesh.apply import Batch
 from jaxent._mesh.check import check_class_axis, check_linear_layer, check_vocab_axis
 from jaxent._mesh.class_axis import ClassAxis, VocabAxis
-from jaxent._mesh.types import automatic_devices, local_shape, may_be_split_by_xla, mesh_of
+from jaxent._mesh.types import automatic_devices, axes_that_split, local_shape, may_be_split_by_xla, mesh_of
 from jaxent._typing import ArrayLike
 
 
@@ -132,6 +132,8 @@ def check_head(
             f"have shape (features, classes) with {h.shape[-1]} features, as `hidden{suffix}` has; "
             "a (classes, features) embedding goes in as `embedding.T`"
         )
+        if w.ndim == 2 and (axes := axes_that_split(w, h.shape[-1])):
+            expected += f"; features that a mesh axis splits, with `jax.lax.all_gather(kernel{suffix}, {axes}, tiled=True)`"
         raise arrays.shape_error(f"kernel{suffix}", expected, w)
     if w.shape[1] == 0:
         check_classes(f"kernel{suffix}", w.shape, -1)

@@ -26,6 +26,15 @@ def pcast_like(
     return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
 
+def axes_that_split(x: jax.Array, size: int) -> str:
+    """The manual mesh axis, or the tuple of all of them, along which parts like `x` have `size` entries; else ''."""
+    mesh, own = mesh_of(x), sorted(varying(x))
+    names = [*own, tuple(own)]
+    sizes = [mesh.shape[a] for a in own]
+    fits = [repr(n) for n, s in zip(names, [*sizes, math.prod(sizes)]) if s > 1 and x.shape[0] * s == size]
+    return fits[0] if fits else ""
+
+
 def sum_to_type(x: jax.Array, like: jax.Array) -> jax.Array:
     """`x`, summed over the mesh axes along which it differs between devices and `like` does not."""
     axes = varying(x) - varying(like)
