@@ -230,7 +230,11 @@ def test_a_gather_in_a_loop_is_seen(loop: str):
             chosen = lax.map(lambda x: lax.cond(x[0, 0] > 0, product, lambda _: nothing, x), chunks)
             return chosen.reshape(-1, w.shape[1])
         start = lax.pcast(jnp.zeros((h.shape[0], w.shape[1])), ("fsdp", "vocab"), to="varying")
-        return lax.while_loop(lambda z: lax.pmax(jnp.sum(z), ("fsdp", "vocab")) < 1, lambda z: z + product(h + z[:, :FEATURES]), start)
+
+        def below_one(z: jax.Array) -> jax.Array:
+            return lax.pmax(jnp.sum(z), ("fsdp", "vocab")) < 1
+
+        return lax.while_loop(below_one, lambda z: z + product(h + z[:, :FEATURES]), start)
 
     f = jax.shard_map(part, mesh=mesh, in_specs=(on.spec("h"), on.spec("w")), out_specs=P("fsdp", "vocab"))
     found = collectives(jax.jit(f).lower(*placed(on, mesh, ("h", "w"))).compile(FAST))

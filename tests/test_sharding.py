@@ -15,7 +15,6 @@ from meshes import (
     FEATURES,
     KINDS,
     MESHES,
-    ROWS,
     SHARDABLE,
     TOP,
     arrays,

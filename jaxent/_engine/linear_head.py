@@ -133,7 +133,7 @@ def check_head(
             "a (classes, features) embedding goes in as `embedding.T`"
         )
         if w.ndim == 2 and (axes := axes_that_split(w, h.shape[-1])):
-            expected += f"; features that a mesh axis splits, with `jax.lax.all_gather(kernel{suffix}, {axes}, tiled=True)`"
+            expected += f"; where {axes} splits its features, `jax.lax.all_gather(kernel{suffix}, {axes}, tiled=True)`"
         raise arrays.shape_error(f"kernel{suffix}", expected, w)
     if w.shape[1] == 0:
         check_classes(f"kernel{suffix}", w.shape, -1)

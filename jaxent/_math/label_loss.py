@@ -12,7 +12,7 @@ from jaxent._math.one_pass import largest_and_others
 from jaxent._math.softmax import Normalizer, finite_or_nan, log_probabilities_jvp
 from jaxent._math.wide_rows import has_wide_rows, in_row_blocks
 from jaxent._mesh.class_axis import ClassAxis, row_sum
-from jaxent._mesh.types import may_be_split_by_xla
+from jaxent._mesh.types import may_be_split_by_xla, pcast_like
 
 INVALID = -2  # a label that is no class: loss nan, gradient nan
 
@@ -137,7 +137,9 @@ def label_loss_and_gradient(
     # vectorises, and in `_other_exponentials` it would cost 1.3 times the time at 16384 x 100.
     reach = jnp.where(ignored, 2**30, 0)
     at_label = jnp.abs(classes.local_indices(z) - (labels - classes.offset(z))) <= reach
-    gradient = jnp.where(at_label, safe.expm1(-nll), _other_probabilities(z, labels, ignored, row, classes))
+    # Cast before it is spread over the classes, so that its cotangent crosses the mesh as one number per row.
+    own = pcast_like(safe.expm1(-nll), [z])
+    gradient = jnp.where(at_label, own, _other_probabilities(z, labels, ignored, row, classes))
     return nll, row, gradient
 
 

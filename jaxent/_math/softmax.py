@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxent._mesh.class_axis import ClassAxis
+from jaxent._mesh.types import pcast_like
 
 
 class Normalizer(NamedTuple):
@@ -108,8 +109,10 @@ def log_probabilities_jvp(classes, primals, tangents):
     top = lax.optimization_barrier(z == row.shift)  # one answer for the three uses
     ties = jnp.maximum(classes.sum(top.astype(jnp.int32)), 1)
     at_top = classes.sum(jnp.where(top, dz, 0)) / ties.astype(dz.dtype)
-    step = jnp.where(top & (ties == 1), 0, dz - at_top)
-    return log_probabilities(z, row, classes), step - classes.sum(probabilities(z, row, classes) * step)
+    # Cast before they are spread over the classes, so that cotangents cross the mesh as one number per row.
+    step = jnp.where(top & (ties == 1), 0, dz - pcast_like(at_top, [z]))
+    mean = classes.sum(probabilities(z, row, classes) * step)
+    return log_probabilities(z, row, classes), step - pcast_like(mean, [z])
 
 
 @probabilities.defjvp

@@ -29,10 +29,9 @@ def pcast_like(
 def axes_that_split(x: jax.Array, size: int) -> str:
     """The manual mesh axis, or the tuple of all of them, along which parts like `x` have `size` entries; else ''."""
     mesh, own = mesh_of(x), sorted(varying(x))
-    names = [*own, tuple(own)]
-    sizes = [mesh.shape[a] for a in own]
-    fits = [repr(n) for n, s in zip(names, [*sizes, math.prod(sizes)]) if s > 1 and x.shape[0] * s == size]
-    return fits[0] if fits else ""
+    sizes = {repr(a): mesh.shape[a] for a in own}
+    sizes[repr(tuple(own))] = math.prod(sizes.values())
+    return next((name for name, devices in sizes.items() if devices > 1 and x.shape[0] * devices == size), "")
 
 
 def sum_to_type(x: jax.Array, like: jax.Array) -> jax.Array:
