@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -128,3 +129,18 @@ OPTIONS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], Arguments]] 
 
 # The options in whose gradient terms cancel, so that its error is measured against the terms.
 CANCELLING = {name for name in OPTIONS if any(part in name for part in ("smoothing", "z_loss", "every", "probabilit"))}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Scalars and stacks, to try transformations with
+
+
+def norm2(tree: Any) -> jax.Array:
+    return sum((jnp.sum(x**2) for x in jax.tree.leaves(tree)), jnp.zeros(()))
+
+
+def both(f: Callable[..., Any]) -> Any:
+    return jax.grad(f, argnums=(0, 1))
+
+
+def stacked(x: Any) -> jax.Array:
+    return jnp.stack([jnp.asarray(x), 0.5 * x, -x])

@@ -1,13 +1,18 @@
 """What holds in every test: eight CPU devices, no implicit promotion of dtype or rank, one seed per test, a grid."""
 
+import math
 import os
 import zlib
-from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from cli_text import SMALL, write_text
+
+from jaxent.cli import main
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -18,18 +23,34 @@ if "JAX_COMPILATION_CACHE_DIR" in os.environ:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-# A person who waits is shown each n-th row of a table, since every row costs a compilation; CI takes all of them.
-NTH_ROW = 4
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as `grid` what the README's command leaves out: most rows of each table, and the cases of `real_use`."""
-    rows = Counter[str]()
+    """Mark as `grid` what the README's command leaves out: most rows of each table, and the cases of `real_use`.
+
+    Every row costs a compilation, so that a person who waits is shown the first one only, or as many as `rows` says; CI
+    takes all of them.
+    """
+    tables: dict[str, list[pytest.Item]] = {}
     for item in items:
-        table = item.nodeid.split("[")[0]
-        if "real_use" in item.path.parts or (hasattr(item, "callspec") and rows[table] % NTH_ROW):
+        marks = {mark.name for mark in item.iter_markers()}
+        if "real_use" in item.path.parts:
             item.add_marker(pytest.mark.grid)
-        rows[table] += 1
+        elif hasattr(item, "callspec") and not marks & {"slow", "grid"}:
+            tables.setdefault(item.nodeid.split("[")[0], []).append(item)
+    for table in tables.values():
+        mark = table[0].get_closest_marker("rows")
+        shown = 1 if mark is None else min([len(table), *mark.args])
+        step = math.ceil(len(table) / shown)
+        for i, item in enumerate(table):
+            if i % step:
+                item.add_marker(pytest.mark.grid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Each file is one worker's, since its tests share fixtures and compiled programs."""
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
 
 
 @pytest.fixture
@@ -49,3 +70,17 @@ def x64() -> Iterator[None]:
     """64-bit types for the length of a test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of six text files."""
+    return write_text(tmp_path_factory.mktemp("text") / "src")
+
+
+@pytest.fixture(scope="session")
+def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `jaxent train` leaves after a small run; no test changes it."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    assert main(["train", str(text), *SMALL, "--out", str(out), "--quiet"]) == 0
+    return out

@@ -205,25 +205,22 @@ def gradient(measure: Measure, *vectors: np.ndarray) -> np.ndarray:
 
 def hessian(measure: Measure, *vectors: np.ndarray) -> np.ndarray:
     """All second derivatives, the vectors laid end to end."""
-    entries = _entries(vectors)
-    result = np.zeros((len(entries), len(entries)))
-    with mpmath.workdps(DIFFERENCE_DIGITS):
-        numbers = [exact(v) for v in vectors]
-        for a, first in enumerate(entries):
-            for b, second in enumerate(entries[: a + 1]):
-                result[a, b] = result[b, a] = float(_partial(measure, numbers, [first, second]))
-    return result
+    return _second_derivatives(measure, vectors)
 
 
 def third(measure: Measure, at: int, *vectors: np.ndarray) -> np.ndarray:
     """The derivative of the whole Hessian with respect to one entry, counted through the vectors laid end to end."""
+    return _second_derivatives(measure, vectors, _entries(vectors)[at])
+
+
+def _second_derivatives(measure: Measure, vectors: Any, *further: Any) -> np.ndarray:
     entries = _entries(vectors)
     result = np.zeros((len(entries), len(entries)))
     with mpmath.workdps(DIFFERENCE_DIGITS):
         numbers = [exact(v) for v in vectors]
         for a, first in enumerate(entries):
             for b, second in enumerate(entries[: a + 1]):
-                result[a, b] = result[b, a] = float(_partial(measure, numbers, [first, second, entries[at]]))
+                result[a, b] = result[b, a] = float(_partial(measure, numbers, [first, second, *further]))
     return result
 
 

@@ -17,6 +17,8 @@ from cases import (
     token_statistics,
 )
 
+pytestmark = pytest.mark.rows  # nothing is compiled
+
 Z = np.zeros((2, 3), np.float32)
 Y = np.array([0, 1])
 SOFTMAX: dict[str, Any] = {

@@ -31,12 +31,10 @@ SMALL = (
 )
 
 
-@pytest.fixture(scope="module")
-def record(tmp_path_factory):
-    path = tmp_path_factory.mktemp("record") / "record.json"
+def record_of(some, path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, "SUITES", ("all",))
-        patch.setattr(command, "cases", lambda suite, quick, at_hand: list(SMALL))
+        patch.setattr(command, "cases", lambda suite, quick, at_hand: list(some))
         patch.setattr(command, "QUICK", EFFORT)
         patch.setattr(limits, "COPY_BYTES", {"cpu": 2**16})
         patch.setattr(limits, "PRODUCT_SIZES", {"cpu": ((64, 64, 64),)})
@@ -44,8 +42,18 @@ def record(tmp_path_factory):
     return json.loads(path.read_text())
 
 
-def test_record_holds_every_sample_and_where_it_was_taken(record):
-    assert [case["name"] for case in record["cases"]] == [case.name for case in SMALL]
+@pytest.fixture(scope="module")
+def record(tmp_path_factory):
+    return record_of(SMALL, tmp_path_factory.mktemp("record") / "record.json")
+
+
+def test_the_record_of_one_case(tmp_path):
+    assert_complete(record_of(SMALL[:1], tmp_path / "record.json"), SMALL[:1])
+
+
+def assert_complete(record, some):
+    """Every sample, and where it was taken."""
+    assert [case["name"] for case in record["cases"]] == [case.name for case in some]
     assert record["versions"].keys() >= {"jaxent", "jax", "optax"}
     assert record["machine"]["cores"] >= 1
     for case in record["cases"]:
@@ -59,6 +67,12 @@ def test_record_holds_every_sample_and_where_it_was_taken(record):
             assert row["percent_of_limit"] is None or 0 < row["percent_of_limit"] <= 100
 
 
+@pytest.mark.grid
+def test_the_record_of_every_kind_of_case(record):
+    assert_complete(record, SMALL)
+
+
+@pytest.mark.grid
 def test_table_has_a_line_for_each_contender(record):
     for case in record["cases"]:
         lines = report.table(case | {"left_out": {}}).splitlines()
@@ -137,6 +151,7 @@ def test_contenders_take_turns(monkeypatch):
     assert order == [*"ab", *"ba", *"ab"]  # long calls: no untimed ones
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("factor", "changed"), [(1.0, 0), (1.03, 0), (1.5, 1), (0.5, 1)])
 def test_compare_reports_changes_beyond_the_noise(record, factor, changed):
     noise = np.random.default_rng(0)
@@ -186,6 +201,7 @@ def test_collectives_are_counted_with_their_loops():
     assert sum(c.sent for c in found) == pytest.approx(5 * 4 * 2 * 7 / 8)
 
 
+@pytest.mark.grid
 def test_meshes_report_what_they_send(record):
     rows = next(case["rows"] for case in record["cases"] if case["case"]["suite"] == "sharded")
     sent = {row["peer"]: row["sent_mib"] for row in rows}
@@ -197,6 +213,7 @@ def test_meshes_report_what_they_send(record):
         assert sent[f"jaxent, {kind}"] >= least
 
 
+@pytest.mark.grid
 def test_growth_is_the_exponent(record):
     grown = copy.deepcopy(record)
     for case in report.sweep(grown, "rows"):
@@ -207,6 +224,7 @@ def test_growth_is_the_exponent(record):
     assert lines[1].split()[-2:] == ["N^1.50", "N^0.00"]
 
 
+@pytest.mark.grid
 def test_findings_name_who_is_faster(record):
     changed = copy.deepcopy(record)
     for case in changed["cases"]:
@@ -219,6 +237,7 @@ def test_findings_name_who_is_faster(record):
     assert "compile time by optax's, dense" in text
 
 
+@pytest.mark.grid
 def test_pictures_are_drawn_from_what_there_is(record, tmp_path):
     path = tmp_path / "record.json"
     path.write_text(json.dumps(record))
@@ -248,6 +267,7 @@ def assert_belongs_to_its_record(text, repository):
     assert f"Source\0{pictures.source(record)}".encode() in (repository / readme.PAGE.parent / chart).read_bytes()
 
 
+@pytest.mark.grid
 def test_the_page_is_written_from_the_record(record, tmp_path):
     path = tmp_path / "benchmarks" / "record.json"
     path.parent.mkdir()

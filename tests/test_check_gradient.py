@@ -71,6 +71,7 @@ def test_a_wrong_entry_is_named():
     assert report.worst.got == pytest.approx(6.75, rel=1e-9)
 
 
+@pytest.mark.grid
 def test_one_entry_in_thousands():
     x = np.linspace(0.5, 1.5, 5000).astype(np.float32)
     for place in range(0, 5000, 1250):
@@ -345,6 +346,7 @@ COVERED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], bool]] = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", COVERED)
 def test_what_else_can_be_checked(name: str):
     """Curvature, norms, statistics, measures and PyTorch's losses, and what is due of second order."""
@@ -354,6 +356,7 @@ def test_what_else_can_be_checked(name: str):
     assert {c.way for c in report.comparisons} == {"value", "jax.grad", "jax.jvp", DIFFERENCES}
 
 
+@pytest.mark.grid
 def test_smooth_functions_raise_no_false_alarm(rng: np.random.Generator):
     functions: list[Callable[[Any], Any]] = [
         lambda x: jnp.sum(jnp.tanh(x)) ** 2,

@@ -82,6 +82,7 @@ def test_every_loss_is_there():
     assert not {"jax", "jnp", "jaxent"} & set(vars(references))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("option", ["everything", "probabilities, everything"])
 def test_an_option_out_of_everything(option: str):
     (case,) = (c for c in cases.cases() if (c.loss, c.option) == ("softmax_cross_entropy", option))
@@ -139,6 +140,7 @@ def test_row_sums_are_right_here():
     assert measure_row_sums().sentences() == []
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("error", [3.06, float("inf")])
 def test_wrong_row_sums_are_told(error: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """The losses may all be in bounds: the user's own code is not."""

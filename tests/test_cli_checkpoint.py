@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from cli_text import SMALL, fails, write_text
+from cli_text import SMALL, fails
 
 from jaxent.cli import main
 from jaxent.cli.atomic_files import SUFFIX, exclusive_directory
@@ -20,18 +20,6 @@ from jaxent.cli.errors import CommandError
 from jaxent.cli.train import model
 from jaxent.cli.train.checkpoint import NAME, Checkpoint
 from jaxent.cli.train.ngrams import Stream
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "src")
-
-
-@pytest.fixture(scope="module")
-def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("trained") / "out"
-    assert main(["train", str(text), *SMALL, "--out", str(out), "--quiet"]) == 0
-    return out
 
 
 def content(stored: Checkpoint) -> list[bytes]:
@@ -134,6 +122,7 @@ def test_an_optimizer_of_another_kind(text: Path, trained: Path, tmp_path: Path,
     fails(command, "is from another version of optax: --overwrite starts again", capsys)
 
 
+@pytest.mark.grid
 def test_compressed_and_endless_files(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """A bomb of 1 GB in 1 MB, a header that asks for 10^15 numbers, a pipe without a writer, a folder."""
     command = ["tokens", "x", "--checkpoint", str(tmp_path)]

@@ -62,6 +62,7 @@ class Runner:
         return (self.folder / a / NAME).read_bytes() == (self.folder / b / NAME).read_bytes()
 
 
+@pytest.mark.grid
 @pytest.mark.skipif(os.name != "posix", reason="there is no SIGKILL elsewhere")
 def test_killed_and_resumed(tmp_path: Path):
     runner, chance = Runner(tmp_path, []), random.Random(0)

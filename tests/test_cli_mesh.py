@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cli_text import SMALL, fails, write_text
+from cli_text import SMALL, fails
 
 from jaxent.cli import main
 from jaxent.cli.train.checkpoint import NAME, Checkpoint
@@ -20,20 +20,8 @@ MESH = ["--mesh", "data=4,vocab=2"]
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "src")
-
-
-@pytest.fixture(scope="module")
 def command(text: Path) -> list[str]:
     return ["train", str(text), *SMALL, "--quiet"]
-
-
-@pytest.fixture(scope="module")
-def alone(command: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("alone") / "out"
-    assert main([*command, "--out", str(out)]) == 0
-    return out
 
 
 def same_losses(found: Path, expected: Path) -> None:
@@ -55,7 +43,7 @@ def same_losses(found: Path, expected: Path) -> None:
     ],
 )
 def test_eight_devices_reach_the_losses_of_one(
-    mesh: str, shard: int, command: list[str], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mesh: str, shard: int, command: list[str], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     def spy(state: State, *arguments: object, **options: object) -> None:
         train(state, *arguments, **options)  # pyright: ignore
@@ -65,9 +53,10 @@ def test_eight_devices_reach_the_losses_of_one(
 
     monkeypatch.setattr("jaxent.cli.train.run.train", spy)
     assert main([*command, "--mesh", mesh, "--out", str(tmp_path / "o")]) == 0
-    same_losses(tmp_path / "o", alone)
+    same_losses(tmp_path / "o", trained)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_run_resumes_on_its_mesh(
     signum: signal.Signals,
@@ -149,10 +138,11 @@ def two_processes(arguments: list[str]) -> list[subprocess.Popen[str]]:
     ]
 
 
-def test_two_processes_reach_the_losses_of_one(command: list[str], alone: Path, tmp_path: Path):
+@pytest.mark.grid
+def test_two_processes_reach_the_losses_of_one(command: list[str], trained: Path, tmp_path: Path):
     processes = two_processes([*command, "--out", str(tmp_path / "o")])
     for process in processes:
         _, err = process.communicate(timeout=240)
         assert process.returncode == 0, err
-    same_losses(tmp_path / "o", alone)
+    same_losses(tmp_path / "o", trained)
     assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [NAME, "loss.png", "report.json"]

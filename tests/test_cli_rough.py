@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cli_text import environment, fails, run, write_text
+from cli_text import environment, fails, run
 
 from jaxent.cli import main
 from jaxent.cli.train.checkpoint import NAME, Checkpoint
@@ -20,13 +20,8 @@ TINY = ["--width", "4", "--steps", "2", "--batch-rows", "8", "--vocab-size", "25
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "src")
-
-
-@pytest.fixture(scope="module")
-def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("trained") / "out"
+def tiny(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tiny") / "out"
     assert run("train", text, *TINY, "--out", out, "--quiet") == (0, "", "")
     return out
 
@@ -64,11 +59,12 @@ def test_check_and_module_runs_tell_it_too():
         assert (found.returncode, found.stderr.count("\n")) == (2, 1)
 
 
-def test_the_environment_does_not_change_the_bits(text: Path, trained: Path, tmp_path: Path):
+@pytest.mark.grid
+def test_the_environment_does_not_change_the_bits(text: Path, tiny: Path, tmp_path: Path):
     odd = environment(JAX_ENABLE_X64="1", JAX_DISABLE_JIT="1", JAX_DEBUG_NANS="1", JAX_NUMPY_RANK_PROMOTION="raise")
     assert run("train", text, *TINY, "--out", tmp_path / "o", "--quiet", env=odd) == (0, "", "")
-    assert (tmp_path / "o" / NAME).read_bytes() == (trained / NAME).read_bytes()
-    recorded = json.loads((trained / "report.json").read_text())["environment"]
+    assert (tmp_path / "o" / NAME).read_bytes() == (tiny / NAME).read_bytes()
+    recorded = json.loads((tiny / "report.json").read_text())["environment"]
     assert recorded.keys() >= {"jax", "device"}
 
 
@@ -82,12 +78,13 @@ def shell(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["sh", "-c", line], cwd=folder, env=found, capture_output=True, text=True, timeout=240)
 
 
-def test_closed_streams(text: Path, trained: Path, tmp_path: Path):
+@pytest.mark.grid
+def test_closed_streams(text: Path, tiny: Path, tmp_path: Path):
     for closed in ("1>&-", "2>&-", "0<&- 1>&- 2>&-"):
         out = tmp_path / f"o{len(closed)}{closed[0]}"
         done = shell(f"jaxent train {text} {' '.join(TINY)} --out {out} {closed}", tmp_path)
         assert done.returncode == 0
-        assert (out / NAME).read_bytes() == (trained / NAME).read_bytes()
+        assert (out / NAME).read_bytes() == (tiny / NAME).read_bytes()
         if closed == "1>&-":
             assert done.stderr.startswith("corpus ")
             assert done.stderr.splitlines()[-1].startswith("step       2 of 2: ")
@@ -95,21 +92,31 @@ def test_closed_streams(text: Path, trained: Path, tmp_path: Path):
             assert done.stderr == ""
         if closed == "2>&-":
             assert done.stdout.startswith("\nheld-out text")  # and no progress in it
-    done = shell(f"jaxent tokens - --checkpoint {trained} <&-", tmp_path)
+    done = shell(f"jaxent tokens - --checkpoint {tiny} <&-", tmp_path)
     assert (done.returncode, done.stderr) == (2, "jaxent: the text is empty\n")
 
 
+FULL = "jaxent: cannot write the output: No space left on device\n"
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
-def test_full_streams(text: Path, trained: Path, tmp_path: Path):
-    full = "jaxent: cannot write the output: No space left on device\n"
-    for command in (f"tokens x --checkpoint {trained}", "--help", "train --help"):
-        done = shell(f"jaxent {command} > /dev/full", tmp_path)
-        assert (done.returncode, done.stderr) == (2, full)
+@pytest.mark.parametrize("command", ["--help", "train --help"])
+def test_help_on_a_full_device(command: str, tmp_path: Path):
+    done = shell(f"jaxent {command} > /dev/full", tmp_path)
+    assert (done.returncode, done.stderr) == (2, FULL)
+
+
+@pytest.mark.grid
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_full_streams(text: Path, tiny: Path, tmp_path: Path):
+    done = shell(f"jaxent tokens x --checkpoint {tiny} > /dev/full", tmp_path)
+    assert (done.returncode, done.stderr) == (2, FULL)
     done = shell(f"jaxent train {text} {' '.join(TINY)} --out o 2> /dev/full", tmp_path)
     assert done.returncode == 0
     assert "H(P-hat, Q)" in done.stdout
 
 
+@pytest.mark.grid
 def test_progress_off_a_terminal(text: Path, tmp_path: Path):
     """A line at each checkpoint."""
     command = ["train", text, "--width", "4", "--steps", "10", "--batch-rows", "8", "--checkpoint-every", "5"]
@@ -130,6 +137,7 @@ def test_progress_off_a_terminal(text: Path, tmp_path: Path):
 # Files
 
 
+@pytest.mark.grid
 def test_outputs_of_a_run_are_no_input(text: Path, tmp_path: Path):
     """`jaxent train .` twice is one run, wherever it writes, its log included."""
     for file in text.iterdir():
@@ -174,14 +182,15 @@ def test_links_are_no_second_file(text: Path, tmp_path: Path):
     assert read_corpus([str(tmp_path / "src")], 10**6).digest == alone.digest
 
 
-def test_names_with_escape_sequences(text: Path, trained: Path, tmp_path: Path):
+@pytest.mark.grid
+def test_names_with_escape_sequences(text: Path, tiny: Path, tmp_path: Path):
     folder = tmp_path / "\x1b[31mred\n"
     folder.mkdir()
     (folder / "\x1b]0;title\x07").write_bytes((text / "f0.txt").read_bytes())
     results = [
         run("train", folder, *TINY, "--out", folder / "\x1b[2J"),
-        run("evaluate", trained, folder),
-        run("evaluate", trained, folder, "--json"),
+        run("evaluate", tiny, folder),
+        run("evaluate", tiny, folder, "--json"),
         run("evaluate", folder / "\x1b[2J" / "\x1b", folder),
         run("train", folder, "--steps", "\x1b[31m", "--out", folder / "o"),
         run("train", folder / "\x1b[31mnone"),
@@ -242,6 +251,7 @@ def test_more_rows_than_memory(text: Path, tmp_path: Path, capsys: pytest.Captur
 # A run that diverges
 
 
+@pytest.mark.grid
 def test_a_run_that_diverges(text: Path, tmp_path: Path):
     """It is told when it happens; what is no number is null; the advice can be followed."""
     command = ["train", text, *TINY, "--out", tmp_path / "o"]
@@ -263,6 +273,7 @@ def test_a_run_that_diverges(text: Path, tmp_path: Path):
 # Disks
 
 
+@pytest.mark.grid
 def test_a_disk_that_fills_up(text: Path, tmp_path: Path):
     """A file system of 64 kB where one may be mounted, else a limit on the size of a file."""
     disk = tmp_path / "disk"

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cli_text import PATIENCE, environment, run, start, write_text
+from cli_text import PATIENCE, environment, run, start
 
 from jaxent import _command
 from jaxent.cli.train.checkpoint import NAME, Checkpoint
@@ -19,11 +19,6 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's"
 STEPS = 4000  # so many that no run reaches the end before its signal
 SETTINGS = ["--vocab-size", "262", "--width", "4", "--batch-rows", "4", "--checkpoint-every", "10"]
 STAGES = ("corpus", "tokens", "model", "step", "    ")
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "src")
 
 
 def ended(process: subprocess.Popen[str], before: str = "") -> tuple[int, list[str]]:
@@ -69,6 +64,7 @@ def test_before_the_first_step(text: Path, tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.grid
 def test_twice_in_the_loop(text: Path, tmp_path: Path):
     """The same request twice stops the run in order; one that comes later, at once, and keeps the last checkpoint."""
     out = tmp_path / "o"
@@ -132,6 +128,7 @@ def test_the_same_request_comes_while_the_run_ends_in_order():
     assert ended(process) == (7, [])
 
 
+@pytest.mark.grid
 def test_while_a_model_is_measured(text: Path, tmp_path: Path):
     assert run("train", text, *SETTINGS, "--steps", 10, "--out", tmp_path / "o", "--quiet")[0] == 0
     (tmp_path / "long").write_bytes((text / "f0.txt").read_bytes() * 2000)

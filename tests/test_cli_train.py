@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cli_text import SMALL, fails, write_text
+from cli_text import SMALL, fails
 
 from jaxent.cli import main
 from jaxent.cli.atomic_files import exclusive_directory, write_atomic
@@ -22,18 +22,6 @@ from jaxent.cli.train.loop import Schedule
 from jaxent.cli.train.mesh import DeviceMesh
 from jaxent.cli.train.model import Batch, hidden_states
 from jaxent.cli.train.ngrams import make_rows
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text(tmp_path_factory.mktemp("text") / "src")
-
-
-@pytest.fixture(scope="module")
-def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("trained") / "out"
-    assert main(["train", str(text), *SMALL, "--out", str(out), "--quiet"]) == 0
-    return out
 
 
 def test_what_a_run_leaves(trained: Path):
@@ -298,6 +286,7 @@ def test_every_row_once_a_round():
     assert Schedule(7, 1, 1.0, 0).block == 1
 
 
+@pytest.mark.grid
 def test_a_loss_that_is_not_finite(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     wild = ["train", str(text), *SMALL, "--learning-rate", "1e30", "--out", str(tmp_path / "o")]
     fails(wild, "the loss is no longer finite at step 5: try a lower --learning-rate", capsys)

@@ -100,6 +100,7 @@ def test_logit_hessian(shape: tuple[int, ...], rng: np.random.Generator):
     assert_close(logit_hessian_product(z, v), (want @ v[..., None])[..., 0], ulp=8, dtype=np.float32, size=size[..., 0])
 
 
+@pytest.mark.grid
 def test_logit_hessian_of_other_axes_and_dtypes(rng: np.random.Generator):
     z, v = draw_logits(rng, (2, 4, 3)), draw_logits(rng, (2, 4, 3))
     moved = np.moveaxis(z, 1, -1), np.moveaxis(v, 1, -1)
@@ -243,6 +244,7 @@ def test_both_matrices_of_a_network(option: str, rng: np.random.Generator):
         assert_curvature(got, wanted)
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("x64")
 def test_the_gauss_newton_matrix_is_the_fisher_matrix_of_labels_from_the_model(rng: np.random.Generator):
     inputs, params = draw_network(rng)
@@ -269,6 +271,7 @@ def test_the_gauss_newton_matrix_is_the_fisher_matrix_of_labels_from_the_model(r
 # Streamed
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(
     ("rows", "chunk_rows"), [((7,), 3), pytest.param((2, 3), None, marks=pytest.mark.slow), ((0,), None)]
@@ -315,6 +318,7 @@ def test_streamed_products_are_those_of_the_shaped_head(rows: tuple, chunk_rows:
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-14)
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("x64")
 def test_what_is_held_fixed(rng: np.random.Generator):
     hidden, kernel, bias = draw_head(rng)
@@ -386,6 +390,7 @@ def test_dtypes_of_steps_and_parameters(dtype: Any, rng: np.random.Generator):
 # Edges
 
 
+@pytest.mark.grid
 def test_rows_that_do_not_count(rng: np.random.Generator):
     hidden, kernel, _ = (x.astype(np.float32) for x in draw_head(rng))
     labels, v = draw_labels(rng, (ROWS,), COUNT), rng.normal(size=kernel.shape).astype(np.float32)
@@ -570,6 +575,7 @@ def test_products_on_meshes(name: str, kind: str, rng: np.random.Generator):
 # Costs
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("of", ["ggn", "fisher"])
 def test_costs_of_the_streamed_products(of: str):
     features, classes, chunk = 16, 4096, 128

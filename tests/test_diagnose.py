@@ -362,6 +362,7 @@ def clean_problem(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, Opt
     return z.astype(kind), labels, options
 
 
+@pytest.mark.grid
 def test_silence_on_clean_problems(rng: np.random.Generator):
     alarms = []
     for i in range(200):

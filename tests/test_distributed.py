@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from distributed_worker import arguments
 
 import jaxent
@@ -39,6 +40,7 @@ def run_both(port: int) -> str:
     return outputs[0][0]
 
 
+@pytest.mark.grid
 def test_two_processes_get_the_value_and_gradients_of_one():
     printed = run_both(free_port())
     found = json.loads(printed.strip().splitlines()[-1])

@@ -12,11 +12,14 @@ from nbclient import NotebookClient
 import jaxent
 
 DOCS = Path(__file__).parents[1] / "docs"
-PAGES = sorted(path for path in DOCS.glob("*.md"))
+PAGES = [
+    pytest.param(path, marks=() if path.stem == "index" else pytest.mark.grid, id=path.stem)
+    for path in sorted(DOCS.glob("*.md"))
+]
 BLOCK = re.compile(r"^```(python|pycon)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES)
 def test_the_code_of_a_page_runs(page: Path):
     """The blocks of a page share their names, as a reader would type them one after the other."""
     scope: dict[str, object] = {}

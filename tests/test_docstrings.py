@@ -14,6 +14,7 @@ import jaxent
 MODULES = ["jaxent", *(m.name for m in pkgutil.walk_packages(jaxent.__path__, "jaxent."))]
 
 
+@pytest.mark.rows(8)
 @pytest.mark.parametrize("name", [n for n in MODULES if not n.endswith("__main__")])
 def test_examples(name: str):
     module = importlib.import_module(name)

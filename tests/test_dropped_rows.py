@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import both, norm2, stacked
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -35,18 +36,6 @@ LOSSES: dict[str, tuple[Loss, Loss]] = {
         lambda h, w, **k: jnp.sum(dense(h @ w, LABELS, reduction="none", **k) ** 2),
     ),
 }
-
-
-def norm2(tree: Any) -> jax.Array:
-    return sum((jnp.sum(x**2) for x in jax.tree.leaves(tree)), jnp.zeros(()))
-
-
-def both(f: Loss) -> Any:
-    return jax.grad(f, argnums=(0, 1))
-
-
-def stacked(x: Any) -> jax.Array:
-    return jnp.stack([jnp.asarray(x), 0.5 * x, -x])
 
 
 TRANSFORMS: dict[str, Callable[..., Any]] = {
@@ -168,6 +157,7 @@ def test_each_device_skips_its_own_rows(reduction: str, kind: str, rng: np.rando
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("targets", ["labels", "probabilities"])
 def test_a_chunk_in_blocks_of_rows(targets: str, rng: np.random.Generator, monkeypatch: Any):
     """What the CPU does with large chunks, at small ones: every result and gradient as without blocks."""

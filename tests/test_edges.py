@@ -110,6 +110,7 @@ def test_a_dropped_row_is_exactly_zero(target: Any, arguments: dict[str, Any], o
         assert pair.total == 0
 
 
+@pytest.mark.grid
 def test_a_dropped_row_is_zero_in_third_derivatives():
     z = np.array([[1.0, 2.0, -1.0], [nan, inf, 3.0], [200.0, -inf, 0.0]], np.float32)
     labels = np.array([0, -100, -100])
@@ -136,6 +137,7 @@ def test_every_row_with_probabilities(option: str):
     check(list(ROWS.values()), targets, OPTIONS[option])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("count", [255, 256, 32769])
 def test_every_row_in_long_rows(count: int):
     check(list(ROWS.values()), [0, 1, 2, -1, 3], {}, count)
@@ -179,6 +181,7 @@ def test_a_bad_row_leaves_the_others_alone(count: int):
             assert np.all(np.isnan(got[n])) if unusable else np.all(np.delete(got[n], at) == 0)
 
 
+@pytest.mark.grid
 def test_smoothing_at_logits_far_apart():
     # Megatron: inf.
     z = [0.0, -50.0, -120.0]
@@ -187,6 +190,7 @@ def test_smoothing_at_logits_far_apart():
     assert_close(got, 0.1 / 3 * 170, ulp=4, dtype=np.float32)
 
 
+@pytest.mark.grid
 def test_smoothing_with_a_removed_class_costs_infinity_unless_its_weight_is_0():
     z = [1.0, -inf, 0.0]
     assert softmax_cross_entropy(np.array(z), np.array(0), label_smoothing=0.125) == inf

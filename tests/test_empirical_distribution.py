@@ -91,6 +91,7 @@ def test_a_joint_table(rng: np.random.Generator):
     np.testing.assert_allclose(got, info.empirical_distribution((x[counted], y[counted] - 1), (3, 3)), rtol=1e-6)
 
 
+@pytest.mark.grid
 def test_the_table_inside_transformations(rng: np.random.Generator):
     x, y = rng.integers(0, 3, size=(2, 4, 32))
     w = rng.random((4, 32)).astype(np.float32)

@@ -93,6 +93,7 @@ def test_tiny_norms_keep_their_digits(gap: float, dtype: Any):
     assert_close(got.hidden, by_hidden, ulp=tolerance, dtype=np.float32)
 
 
+@pytest.mark.grid
 def test_rows_at_the_edges(rng: np.random.Generator):
     hidden, kernel = (rng.normal(size=s).astype(np.float32) for s in ((ROWS, FEATURES), (FEATURES, COUNT)))
     labels = np.array([0, -100, COUNT, 1, 2, 3, 0])

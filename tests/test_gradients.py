@@ -114,6 +114,7 @@ def test_finite_differences_of_every_option(option: str, rng: np.random.Generato
     check_grads(jax.jit(lambda z: softmax_cross_entropy(z, **arguments)), (z,), order=2, modes=("fwd", "rev"))
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("by_label", [True, False])
 def test_finite_differences_by_every_argument(by_label: bool, rng: np.random.Generator):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import both, norm2, stacked
 from jax.test_util import check_grads
 
 import jaxent
@@ -70,18 +71,6 @@ LOSSES: dict[str, tuple[Loss, Loss]] = {
         lambda h, w, y: jnp.sum(focal(h @ w, y)),
     ),
 }
-
-
-def norm2(tree: Any) -> jax.Array:
-    return sum((jnp.sum(x**2) for x in jax.tree.leaves(tree)), jnp.zeros(()))
-
-
-def both(f: Loss) -> Any:
-    return jax.grad(f, argnums=(0, 1))
-
-
-def stacked(x: Any) -> jax.Array:
-    return jnp.stack([jnp.asarray(x), 0.5 * x, -x])
 
 
 def scanned(f: Loss, h: Any, w: Any, y: Any) -> Any:

@@ -55,6 +55,7 @@ def assert_same(got: Any, want: Any) -> None:
     jax.tree.map(check, got, want)
 
 
+@pytest.mark.rows(3)
 @pytest.mark.parametrize(("case", "shape", "kind"), GRID)
 def test_value_gradient_and_hessian_product(case: str, shape: str, kind: str):
     program = compiled(case, shape, kind)

@@ -84,6 +84,7 @@ def test_the_mean_divides_by_the_weights_of_the_rows_that_count(rng: np.random.G
     np.testing.assert_allclose(got, (losses * x["weights"]).sum() / (x["weights"] * kept).sum(), rtol=1e-6)
 
 
+@pytest.mark.grid
 def test_every_derivative_is_that_of_probabilities(rng: np.random.Generator):
     """With respect to shares, class weights and smoothing, and of second order, in both modes."""
     x = problem(rng, rows=4)
@@ -155,6 +156,7 @@ def test_from_hidden_states(reduction: str, rng: np.random.Generator):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.grid
 def test_temporaries_do_not_grow_with_the_number_of_classes_named():
     def temporaries(k: int) -> int:
         like = [((256, 8192), jnp.float32), ((256, k), jnp.int32), ((256, k), jnp.float32)]
