@@ -10,8 +10,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from jax.sharding import AxisType
-from jax.sharding import PartitionSpec as P
 
 import jaxent
 import jaxent.torch_compat
@@ -212,69 +210,7 @@ def test_float8_is_refused(name: str, dtype: Any):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Classes that are split over two mesh axes
-
-PARTS = P(None, ("a", "b"))
-SPLIT: dict[str, tuple[Call, tuple[Any, ...], Any]] = {
-    "softmax_cross_entropy": (
-        lambda z, v: api.softmax_cross_entropy(z, Y, label_smoothing=0.25, vocab_axis=v),
-        (Z,),
-        PARTS,
-    ),
-    "softmax_cross_entropy_gradient": (
-        lambda z, v: jax.lax.psum(jnp.sum(api.softmax_cross_entropy_gradient(z, Y, vocab_axis=v) ** 2), ("a", "b")),
-        (Z,),
-        PARTS,
-    ),
-    "token_statistics": (lambda z, v: api.token_statistics(z, Y, top_k=3, vocab_axis=v), (Z,), PARTS),
-    "ggn_vector_product": (
-        lambda z, v: jax.lax.psum(jnp.sum(api.ggn_vector_product(lambda z: z, z, z, vocab_axis=v) ** 2), ("a", "b")),
-        (Z,),
-        PARTS,
-    ),
-    "linear_softmax_cross_entropy": (
-        lambda w, v: api.linear_softmax_cross_entropy(H, w, Y, chunk_rows=1, vocab_axis=v),
-        (W,),
-        PARTS,
-    ),
-    "linear_token_statistics": (lambda w, v: api.linear_token_statistics(H, w, Y, top_k=3, vocab_axis=v), (W,), PARTS),
-    "linear_kl_divergence": (lambda w, v: api.linear_kl_divergence(H, w, H, 2 * w, vocab_axis=v), (W,), PARTS),
-    "linear_gradient_norms": (lambda w, v: api.linear_gradient_norms(H, w, Y, vocab_axis=v), (W,), PARTS),
-    "linear_ggn_vector_product": (
-        lambda w, v: api.linear_ggn_vector_product(H, w, (H, None), vocab_axis=v)[0],
-        (W,),
-        PARTS,
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SPLIT)
-def test_a_tuple_of_vocabulary_axes(name: str):
-    f, args, spec = SPLIT[name]
-    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-
-    def split(*args: Any) -> Any:
-        return f(*args, ("a", "b"))
-
-    want = f(*args, None) if "psum" not in f.__code__.co_names else None
-    got = jax.jit(jax.shard_map(split, mesh=mesh, in_specs=(spec,), out_specs=P()))(*args)
-    if want is None:
-        one = jax.make_mesh((1, 1), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-        want = jax.jit(jax.shard_map(split, mesh=one, in_specs=(spec,), out_specs=P()))(*args)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7), got, want)
-
-
-def test_the_gradient_over_two_vocabulary_axes():
-    mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-    loss = jax.shard_map(
-        lambda h, w: api.linear_softmax_cross_entropy(h, w, Y, vocab_axis=("a", "b")),
-        mesh=mesh,
-        in_specs=(P(), PARTS),
-        out_specs=P(),
-    )
-    got = jax.jit(jax.grad(loss, (0, 1)))(H, W)
-    want = jax.grad(api.linear_softmax_cross_entropy, (0, 1))(H, W, Y)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-7), got, want)
+# Mesh axes that split the classes
 
 
 @pytest.mark.parametrize("axis", [(), ("a", 0), ["a"], 3])
