@@ -66,10 +66,12 @@ Curvature
     fisher_vector_product             the empirical Fisher matrix through any model
     linear_ggn_vector_product         Gauss-Newton of a linear head, streamed
     linear_fisher_vector_product      the empirical Fisher matrix of a linear head, streamed
+    linear_ggn_diagonal               the diagonal of Gauss-Newton of a linear head, streamed
+    GGNDiagonal                       what it returns
 
 Gradients per row
 
-    linear_gradient_norms             norms of each row's gradients: logits (EL2N), hidden state, kernel, bias; streamed
+    linear_gradient_norms             norms of each row's or sequence's gradients: logits (EL2N), hidden, kernel, bias
     GradientNorms                     what it returns
     gradient_noise_scale              the batch size beyond which more examples stop paying off
     GradientNoise                     what it returns
@@ -140,6 +142,8 @@ from jaxent.joint_information import variation_of_information as variation_of_in
 from jaxent.linear import linear_softmax_cross_entropy as linear_softmax_cross_entropy
 from jaxent.linear_curvature import linear_fisher_vector_product as linear_fisher_vector_product
 from jaxent.linear_curvature import linear_ggn_vector_product as linear_ggn_vector_product
+from jaxent.linear_diagonal import GGNDiagonal as GGNDiagonal
+from jaxent.linear_diagonal import linear_ggn_diagonal as linear_ggn_diagonal
 from jaxent.linear_divergence import linear_kl_divergence as linear_kl_divergence
 from jaxent.linear_divergence import linear_kl_divergence_from_top as linear_kl_divergence_from_top
 from jaxent.linear_functions import linear_loss as linear_loss
@@ -158,6 +162,7 @@ __all__ = [
     "Comparison",
     "EmpiricalRisk",
     "Finding",
+    "GGNDiagonal",
     "GradientNoise",
     "GradientNorms",
     "GradientReport",
@@ -186,6 +191,7 @@ __all__ = [
     "kl_divergence",
     "kl_divergence_with_logits",
     "linear_fisher_vector_product",
+    "linear_ggn_diagonal",
     "linear_ggn_vector_product",
     "linear_gradient_norms",
     "linear_kl_divergence",

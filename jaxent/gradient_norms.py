@@ -1,10 +1,13 @@
 """How large the gradients of single rows are, and what their spread says about the batch size."""
 
+import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec as P
 
 from jaxent._arguments import arrays
 from jaxent._arguments.options import Precision
@@ -13,27 +16,36 @@ from jaxent._arguments.targets import (
     check_row_arguments,
     nan_if_negative,
 )
+from jaxent._engine.chunking import Chunking
 from jaxent._engine.linear_head import (
     LinearCall,
     LogitTransform,
     check_linear_call,
+    chunking_for,
     wide_rows,
 )
 from jaxent._engine.row_results import stream_rows
-from jaxent._engine.streaming import Logits
-from jaxent._errors import public
+from jaxent._engine.streaming import Counted, Head, Logits, MatrixProducts
+from jaxent._errors import ArgumentValueError, public
+from jaxent._math import norms
+from jaxent._math.norms import RowSpace
 from jaxent._math.row_losses import LossOptions, RowTargets, ignore_zero_weight_rows, softmax_loss_gradient
+from jaxent._mesh.apply import Batch, with_auto_axes
 from jaxent._mesh.class_axis import (
     ClassAxis,
     VocabAxis,
+    row_sum,
 )
+from jaxent._mesh.types import may_be_split_by_xla, mesh_of
 from jaxent._serialization import exportable
 from jaxent._typing import ArrayLike
+
+Per = Literal["row", "sequence"]
 
 
 @exportable
 class GradientNorms(NamedTuple):
-    """The Euclidean norms of the gradients of each row's loss, `(*batch,)` each."""
+    """The Euclidean norms of the gradients of each row's loss, `(*batch,)` each, or of each sequence's."""
 
     residual: jax.Array
     """By the logits, after soft cap and temperature: `|p - y|` without options, the EL2N score."""
@@ -43,6 +55,8 @@ class GradientNorms(NamedTuple):
     """By the kernel, the Frobenius norm."""
     bias: jax.Array
     """By the bias, whether there is one or not: by the logits before soft cap and temperature."""
+    survived: jax.Array
+    """What of the gradient by those logits survives the product with the kernel: its part in the kernel's row space."""
 
 
 @public
@@ -63,32 +77,50 @@ def linear_gradient_norms(
     chunk_rows: int | None = None,
     precision: Precision = None,
     vocab_axis: VocabAxis = None,
+    per: Per = "row",
 ) -> GradientNorms:
     r"""Norms of the gradients of every single row of `linear_softmax_cross_entropy`, in nats per unit of the argument.
 
     $$\Big|\frac{\partial \ell_n}{\partial z_n}\Big| = |p_n - y_n|, \quad
     \Big|\frac{\partial \ell_n}{\partial h_n}\Big| = |d_n W^\top|, \quad
     \Big|\frac{\partial \ell_n}{\partial W}\Big| = |d_n|\,|h_n|, \quad
-    \Big|\frac{\partial \ell_n}{\partial b}\Big| = |d_n|$$
+    \Big|\frac{\partial \ell_n}{\partial b}\Big| = |d_n|, \quad |d_n \Pi_W|$$
 
     where `d_n` is the gradient with respect to the logits before soft cap and temperature, `p_n - y_n` if there are
     none. The first is the EL2N score of Paul et al. (2021), definition 2.2; the third, the norm of an outer product, is
     due to Goodfellow (2015). Equal to the norms of `jax.vmap(jax.grad(...))` of the row losses, which would hold a
-    kernel for each row; here rows are processed in chunks, for two matrix products.
+    kernel for each row; here rows are processed in chunks, for two matrix products. The last, `survived`, is the part
+    of `d_n` in the row space of the kernel, onto which `Pi_W` projects: all that the hidden state is told. Its ratio to
+    `bias` is the share of the gradient that gets through the head (Godey & Artzi, 2026, arXiv:2603.10145). It needs
+    `W W^T`, `features / rows` of a product, and `jax.jit` drops it where it is not used.
+
+    **Per sequence.** With `per="sequence"` a loss is the sum of the rows along the last batch axis, and the norms are
+    those of its gradients with respect to all of its logits, all of its hidden states, the kernel and the bias:
+
+    $$\Big|\sum_t h_t d_t^\top\Big|^2 = \sum_{ts} \langle h_t, h_s \rangle \langle d_t, d_s \rangle, \qquad
+    \Big|\sum_t d_t\Big|, \qquad \sqrt{\textstyle\sum_t |d_t W^\top|^2}$$
+
+    the "ghost norms" of Li et al. (2022), section 4, by which gradients are clipped per example. The first is taken
+    from the sum on the left, a block of it at a time, with a triangular factor in place of the hidden states where a
+    sequence has fewer tokens than features: inner products would leave half of the digits where the terms nearly
+    cancel. It costs `min(tokens, features) / features` of a product more. A chunk holds whole sequences.
 
     **Arguments:** those of `linear_softmax_cross_entropy` but for the reduction: the loss of a row is that of
-    `reduction="none"`, with its weights, and is not divided by anything.
+    `reduction="none"`, with its weights, and is not divided by anything. `per`: `"row"` or `"sequence"`.
 
-    **Returns:** `GradientNorms`, each `(*batch,)`, float64 for float64 inputs, else float32. Rows are scaled before
-    they are squared, and before the product with the kernel: a norm keeps its relative accuracy down to the smallest
-    normal number, where `sqrt(sum(x**2))` gives 0 below 1e-23. The norm of an ignored row is exactly 0, whatever it
-    holds, and so is its derivative; a label out of range, or a row with nan, +inf or only -inf, gives nan.
+    **Returns:** `GradientNorms`, each `(*batch,)`, for sequences without the last batch axis; float64 for float64
+    inputs, else float32. Rows are scaled before they are squared, and before the product with the kernel: a norm keeps
+    its relative accuracy down to the smallest normal number, where `sqrt(sum(x**2))` gives 0 below 1e-23. The norm of
+    an ignored row, and of a sequence of such rows, is exactly 0, whatever it holds, and so is its derivative; a label
+    out of range, or a row with nan, +inf or only -inf, gives nan.
 
     **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or option.
 
-    >>> norms = linear_gradient_norms(jnp.full((1, 4), 0.5), jnp.zeros((4, 2)), jnp.array([1]))
+    >>> norms = linear_gradient_norms(jnp.full((2, 4), 0.5), jnp.eye(4, 2), jnp.array([1, 0]))
     >>> norms.residual, norms.kernel
-    (Array([0.70710677], dtype=float32), Array([0.70710677], dtype=float32))
+    (Array([0.70710677, 0.70710677], dtype=float32), Array([0.70710677, 0.70710677], dtype=float32))
+    >>> linear_gradient_norms(jnp.full((2, 4), 0.5), jnp.eye(4, 2), jnp.array([1, 0]), per="sequence").kernel
+    Array(0., dtype=float32)
     """
     call = check_linear_call(
         hidden,
@@ -102,63 +134,139 @@ def linear_gradient_norms(
         precision=precision,
         vocab_axis=vocab_axis,
     )
-    return _linear_gradient_norms(call)
+    if per not in ("row", "sequence"):
+        raise ArgumentValueError(f"`per` must be 'row' or 'sequence', got {per!r}")
+    if per == "sequence":
+        if not call.batch.shape:
+            expected = "have shape (*batch, tokens, features) with per='sequence'"
+            raise arrays.shape_error("hidden", expected, jnp.asarray(hidden))
+        if call.batch.split[-1]:
+            raise ArgumentValueError(
+                f"`hidden` must hold whole sequences on each device with per='sequence', got its tokens split over "
+                f"{', '.join(call.batch.split[-1])}"
+            )
+    return _linear_gradient_norms(call, per=per)
 
 
-@functools.partial(jax.jit, inline=True)
-def _linear_gradient_norms(call: LinearCall) -> GradientNorms:
-    rows, options, counted = call.rows()
-    head, classes, products = call.head, call.classes, call.products
-    dtype = head.kernel.dtype
+@dataclasses.dataclass(frozen=True)
+class _ChunkNorms:
+    """The norms of a chunk's rows, or of its sequences, as the engine takes them."""
 
-    def row_fn(
-        logits: Logits, per_row: tuple[RowTargets, jax.Array], shared: tuple[tuple[LogitTransform, LossOptions], Any]
-    ) -> GradientNorms:
-        (rows, hidden), ((transform, options), (kernel,)) = per_row, shared
-        z, pull = jax.vjp(transform, logits[0])
-        rows = ignore_zero_weight_rows(wide_rows(rows, z), classes, z)
+    classes: ClassAxis
+    products: MatrixProducts
+    by_sequence: bool
+    factored: bool
+    """Whether a sequence's hidden states are replaced by a triangular factor, which is smaller."""
+
+    def __call__(self, logits: Logits, per_row: tuple[RowTargets, jax.Array], shared: "_Shared") -> GradientNorms:
+        (rows, hidden), ((transform, options, space), (kernel,)) = per_row, shared
+        sequences = hidden.shape[:-1]
+        if self.by_sequence:
+            rows = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
+        classes, features = self.classes, ClassAxis()
+        (raw,) = logits
+        rows = ignore_zero_weight_rows(wide_rows(rows, raw), classes, raw)
+        z, pull = jax.vjp(transform, jnp.where(rows.ignored, 0, raw))
         dz = softmax_loss_gradient(z, rows, options, classes)
         (d_raw,) = pull(dz)
         # In units of the row's largest entry: in float16 a gradient of 1e-8 would be 0 before the product.
-        unit, size = _in_units(d_raw, classes)
-        d_hidden = classes.psum(products.by_hidden(unit.astype(dtype), kernel.astype(dtype)))
-        by_bias = size * _norm_in_units(unit, classes)
-        features = ClassAxis()
+        unit, size = norms.in_units(d_raw, classes)
+        operand = unit.astype(kernel.dtype)
+        d_hidden = classes.psum(self.products.by_hidden(operand, kernel))
+        by_bias = norms.norm_in_units(unit, classes)
+        survived = size * jnp.minimum(space.norms(d_hidden), by_bias)
+        each = norms.norm(dz, classes), size * norms.norm(d_hidden, features), survived
+        residual, by_hidden, survived = (jnp.where(rows.ignored, 0, x) for x in each)
         (state,) = arrays.accumulated(hidden)
-        norms = GradientNorms(
-            _norm(dz, classes), size * _norm(d_hidden, features), by_bias * _norm(state, features), by_bias
-        )
-        return jax.tree.map(lambda x: jnp.where(rows.ignored, 0, x)[:, 0], norms)
+        if not self.by_sequence:
+            by_bias = jnp.where(rows.ignored, 0, size * by_bias)
+            by_kernel = jnp.where(rows.ignored, 0, by_bias * norms.norm(state, features))
+            return GradientNorms(*(x[:, 0] for x in (residual, by_hidden, by_kernel, by_bias, survived)))
+        residual, by_hidden, survived, size = (x.reshape(sequences) for x in (residual, by_hidden, survived, size))
+        state = jnp.where(rows.ignored.reshape(*sequences, 1), 0, state)
+        unit, operand = (x.reshape(*sequences, x.shape[-1]) for x in (unit, operand))
+        by_kernel, by_bias = self._of_sums(state, unit, operand, size)
+        residual, by_hidden, survived = (norms.norm(x, features)[:, 0] for x in (residual, by_hidden, survived))
+        return GradientNorms(residual, by_hidden, by_kernel, by_bias, survived)
 
-    norms = stream_rows(
+    def _of_sums(
+        self, state: jax.Array, unit: jax.Array, operand: jax.Array, size: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """`|sum_t h_t d_t^T|` and `|sum_t d_t|` of sequences, for `d_t = size_t unit_t`."""
+        largest = norms.power_of_two(jnp.max(size, axis=1, initial=0))
+        share = size / largest[:, None]
+        by_bias = norms.norm(row_sum(unit * share[:, :, None], 1, keepdims=False), self.classes)[:, 0]
+        # The sizes go with the hidden states, in units of the largest of the products: a large gradient may meet a
+        # small hidden state and the other way round.
+        longest = norms.power_of_two(jnp.max(jnp.abs(state), axis=(1, 2), initial=0))
+        state = state / longest[:, None, None]
+        reach = share * jnp.max(jnp.abs(lax.stop_gradient(state)), axis=-1, initial=0)
+        together = norms.power_of_two(jnp.max(reach, axis=1, initial=0))
+        state = state * (share / together[:, None])[:, :, None]
+        if self.factored:
+            state = norms.triangular_factor(state)
+        squares = norms.squared_product_norms(
+            state.astype(operand.dtype), operand, self.classes, self.products.precision, size.dtype
+        )
+        return largest * longest * (together * norms.root(squares)), largest * by_bias
+
+
+_Shared = tuple[tuple[LogitTransform, LossOptions, RowSpace], list[jax.Array]]
+
+
+@functools.partial(jax.jit, static_argnames=("per",), inline=True)
+def _linear_gradient_norms(call: LinearCall, *, per: Per) -> GradientNorms:
+    rows, options, counted = call.rows()
+    head, batch, chunking = call.head, call.batch, call.chunking
+    row_fn = differentiable = _ChunkNorms(call.classes, call.products, per == "sequence", False)
+    if per == "sequence":
+        batch, chunking, head, rows, counted = _by_sequence(call, rows, counted)
+        tokens, features = head.hidden.shape[1:]
+        # Of parts of a sequence's features on several devices no factor is at hand.
+        factored = isinstance(tokens, int) and tokens < features and not may_be_split_by_xla(head.hidden)
+        row_fn = dataclasses.replace(row_fn, factored=factored)
+    found = stream_rows(
         row_fn,
         (head,),
         (rows, head.hidden),
-        (call.transform, options),
-        call.chunking,
-        products,
+        (call.transform, options, _row_space(call)),
+        chunking,
+        call.products,
         counted,
         with_kernels=True,
+        differentiable=differentiable,
     )
-    return jax.tree.map(call.batch.unflatten, norms)
+    return jax.tree.map(batch.unflatten, found)
 
 
-def _in_units(x: jax.Array, axis: ClassAxis) -> tuple[jax.Array, jax.Array]:
-    """The rows, divided by their largest entry, and that entry, a constant; 1 where there is nothing to divide by."""
-    largest = axis.max(jnp.abs(x))
-    size = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-    return x / size, size
+def _row_space(call: LinearCall) -> RowSpace:
+    def of(kernel: jax.Array) -> RowSpace:
+        return RowSpace.of(call.classes.psum(call.products.by_hidden(kernel, kernel)))
+
+    kernel = call.head.kernel
+    return with_auto_axes(of, kernel, mesh=mesh_of(kernel), out_specs=RowSpace(P(), P()))
 
 
-def _norm(x: jax.Array, axis: ClassAxis) -> jax.Array:
-    """The Euclidean norm of each row, with derivative 0 where it is 0."""
-    unit, size = _in_units(x, axis)
-    return size * _norm_in_units(unit, axis)
+def _by_sequence(
+    call: LinearCall, rows: RowTargets, counted: Counted
+) -> tuple[Batch, Chunking, Head, RowTargets, Counted]:
+    """The same with whole sequences as rows: `(sequences, tokens, ...)`."""
+    batch = Batch(call.batch.shape[:-1], call.batch.mesh, call.batch.split[:-1])
+    like = call.batch.unflatten(call.head.hidden)
 
+    def grouped(x: jax.Array) -> jax.Array:
+        return batch.flatten(call.batch.unflatten(x), like)
 
-def _norm_in_units(unit: jax.Array, axis: ClassAxis) -> jax.Array:
-    squares = axis.sum(jnp.square(unit))
-    return jnp.where(squares == 0, 0, jnp.sqrt(jnp.where(squares == 0, 1, squares)))
+    head = call.head._replace(hidden=grouped(call.head.hidden))
+    rows = jax.tree.map(grouped, rows)
+    kept, weights = jax.tree.map(grouped, counted)
+    counted = Counted(
+        None if kept is None else jnp.any(kept, axis=1),
+        None if weights is None else jnp.max(jnp.abs(weights), axis=1, initial=0),
+    )
+    tokens = head.hidden.shape[1]
+    at_once = max(1, call.chunking.chunk_rows // max(1, tokens)) if isinstance(tokens, int) else 1
+    return batch, chunking_for(at_once, head), head, rows, counted
 
 
 @exportable

@@ -92,7 +92,10 @@ linear_fisher_vector_product(hidden, kernel, targets, v, *, bias=None, where=Non
     precision=None, vocab_axis=None)
 linear_gradient_norms(hidden, kernel, targets, *, bias=None, where=None, weights=None, class_weights=None,
     ignore_index=-100, label_smoothing=0.0, z_loss=0.0, soft_cap=None, temperature=1.0, chunk_rows=None,
-    precision=None, vocab_axis=None)
+    precision=None, vocab_axis=None, per="row")
+linear_ggn_diagonal(hidden, kernel, targets=None, *, bias=None, where=None, weights=None, class_weights=None,
+    ignore_index=-100, label_smoothing=0.0, z_loss=0.0, soft_cap=None, temperature=1.0, reduction="mean",
+    denominator=None, chunk_rows=None, precision=None, vocab_axis=None)
 gradient_noise_scale(norms, mean_norm, *, where=None, weights=None)
 check_gradient(loss_fn, *args, closed_form=None, oracle=None, tolerance=None, second_order=False, **options)
 diagnose(logits, targets=None, *, loss=None, axis=-1, where=None, weights=None, class_weights=None, ignore_index=-100,

@@ -38,10 +38,15 @@ def stream_rows(
     counted: Counted,
     *,
     with_kernels: bool = False,
+    differentiable: RowFunction | None = None,
 ) -> Pytree:
     """`row_fn(logits, row_args, params)` of all rows; `row_fn` returns a pytree of `(chunk_rows, ...)` arrays.
 
     With `with_kernels` it has a matrix product of its own: it gets whole chunks, and `(params, kernels)` for `params`.
+    Derivatives are those of `differentiable`, an equal function, if there is one.
+
+    Hidden states of `(sequences, tokens, features)` make rows of whole sequences: results have one entry for each, and
+    the logits, `(sequences * tokens, classes)`, one for each token.
 
     What rows share goes in twice if it is narrower than its sums: as it is, and as a wide array that has its
     derivative. The scan adds the chunks' shares of a constant's cotangent in the constant's dtype, and devices theirs:
@@ -52,7 +57,9 @@ def stream_rows(
     layers, narrow = jax.tree.map(lambda x, y: x if y is None else lax.stop_gradient(x), shared, wide)
 
     def part(heads: tuple[Head, ...], rows: Pytree, shared: Pytree) -> Pytree:
-        return None, _each_row(row_fn, with_kernels, chunking, products, heads, rows[0], *shared, rows[1])
+        return None, _each_row(
+            (row_fn, differentiable or row_fn), with_kernels, chunking, products, heads, rows[0], *shared, rows[1]
+        )
 
     heads = tuple(Head(head.hidden, *layer) for head, layer in zip(heads, layers, strict=True))
     return on_own_rows(part, heads, (row_args, counted), (narrow, wide))[1]
@@ -89,7 +96,9 @@ def _narrow_jvp(primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def _each_row(row_fn, with_kernels, chunking, products, heads, row_args, params, wide, counted) -> Pytree:
+def _each_row(row_fns, with_kernels, chunking, products, heads, row_args, params, wide, counted) -> Pytree:
+    row_fn, _ = row_fns
+
     def by_blocks(logits: Logits, args: Pytree, params: Pytree) -> Pytree:
         return by_row_blocks(lambda logits, args: (None, None, row_fn(logits, args, params)), logits, args)[2]
 
@@ -98,7 +107,8 @@ def _each_row(row_fn, with_kernels, chunking, products, heads, row_args, params,
     return chunking.loop(step, None, (hidden, row_args), counted.mask(by_weight=True))[1]
 
 
-def _each_row_jvp(row_fn, with_kernels, chunking, products, primals, tangents):
+def _each_row_jvp(row_fns, with_kernels, chunking, products, primals, tangents):
+    _, row_fn = row_fns
     moving = jax.tree.map(is_differentiated, tangents)
     free, fixed = partition(primals, moving)
 
@@ -131,10 +141,15 @@ def _row_step(row_fn, with_kernels, products, heads, params, wide) -> tuple[Call
         layers, params = shared
         if wide is not None:
             layers, params = jax.tree.map(lambda x, y: x if y is None else _narrow(x, y), shared, wide)
-        logits = tuple(_logits(products, Head(h, *layer)) for h, layer in zip(hidden, layers, strict=True))
+        logits = tuple(_logits(products, Head(_rows(h), *layer)) for h, layer in zip(hidden, layers, strict=True))
         return carry, row_fn(logits, args, (params, [kernel for kernel, _ in layers]) if with_kernels else params)
 
     return step, [head.hidden for head in heads]
+
+
+def _rows(hidden: jax.Array) -> jax.Array:
+    """The hidden states of a block of sequences as those of its tokens."""
+    return hidden if hidden.ndim == 2 else hidden.reshape(hidden.shape[0] * hidden.shape[1], hidden.shape[2])
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -123,7 +123,7 @@ def stream_sum(
 
 
 def on_own_rows(
-    f: Callable[..., Pytree], heads: tuple[Head, ...], row_args: Pytree, params: Pytree
+    f: Callable[..., Pytree], heads: tuple[Head, ...], row_args: Pytree, params: Pytree, sum_specs: Any = None
 ) -> tuple[Pytree, Pytree]:
     """`f(heads, row_args, params)`, on an explicit mesh for each device's own rows: sums, and results of each row."""
 
@@ -134,7 +134,7 @@ def on_own_rows(
 
     rows = axis_names(partition_of(heads[0].hidden))
     layers = [(whole_along_others(head.kernel, 0, rows), head.bias) for head in heads]
-    return shard_map_rows(part, ([head.hidden for head in heads], row_args), (layers, params))
+    return shard_map_rows(part, ([head.hidden for head in heads], row_args), (layers, params), sum_specs)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -163,7 +163,7 @@ def _summed_jvp(row_loss, chunking, products, primals, tangents):
     wanted = jax.tree.map(is_differentiated, tangents)
     of_loop = functools.partial(_sum_and_gradients, row_loss, chunking, products, wanted, None)
     of_scan = functools.partial(_sum_and_gradients, row_loss, chunking, products, wanted)
-    total, aux, gradients = _with_derivative(of_loop, of_scan)(primals)
+    total, aux, gradients = with_derivative(of_loop, of_scan)(primals)
     steps = [tangent for tangent in jax.tree.leaves(tangents[:3]) if is_differentiated(tangent)]
     terms = [
         sum_to_type(jnp.sum(gradient * step.astype(gradient.dtype)), total).astype(total.dtype)
@@ -176,7 +176,7 @@ def _summed_jvp(row_loss, chunking, products, primals, tangents):
 _summed.defjvp(_summed_jvp, symbolic_zeros=True)
 
 
-def _with_derivative(value: Callable[[Pytree], Pytree], derivative: Callable[[Pytree, Pytree], Pytree]) -> Any:
+def with_derivative(value: Callable[[Pytree], Pytree], derivative: Callable[[Pytree, Pytree], Pytree]) -> Any:
     """`value(inputs)` with the derivative of `derivative(moving, inputs)`, an equal function.
 
     `moving` is a pytree like `inputs` that says which leaves a derivative is taken with respect to.

@@ -44,11 +44,12 @@ def map_rows(f: Callable[..., Any], x: jax.Array, *others: Any, without: int | N
     return with_auto_axes(f, x, *others, mesh=mesh_of(x, *jax.tree.leaves(others)), out_specs=P(*split))
 
 
-def shard_map_rows(f: Callable[..., Any], per_row: Any, shared: Any) -> Any:
+def shard_map_rows(f: Callable[..., Any], per_row: Any, shared: Any, sum_specs: Any = None) -> Any:
     """`f(per_row, shared)`, on an explicit mesh of every device's own rows: sums over rows, and results of each row.
 
-    The rows are split as the first leaf of `per_row` is. What is shared and split over the same mesh axes, as the
-    features of a kernel are in fully sharded data parallelism, is gathered once, and its cotangent is reduce-scattered.
+    The rows are split as the first leaf of `per_row` is; `sum_specs` type the sums, if they are not whole. What is
+    shared and split over the same mesh axes, as the features of a kernel are in fully sharded data parallelism, is
+    gathered once, and its cotangent is reduce-scattered.
     """
     first, *_ = jax.tree.leaves(per_row)
     axes = partition_of(first)[0]
@@ -64,7 +65,7 @@ def shard_map_rows(f: Callable[..., Any], per_row: Any, shared: Any) -> Any:
     mesh = mesh_of(*jax.tree.leaves(per_row), *leaves)
     in_specs = (P(axes), [P(*_among(split, axes)) for split in splits])
     parts = on_each_device(part, axes, in_specs, out_specs)
-    return with_auto_axes(parts, per_row, leaves, mesh=mesh, out_specs=out_specs)
+    return with_auto_axes(parts, per_row, leaves, mesh=mesh, out_specs=(sum_specs or P(), P(axes)))
 
 
 def _among(split: Partition, axes: Collection[str], *, within: bool = True) -> Partition:
@@ -113,6 +114,10 @@ def whole_along_others(x: jax.Array, axis: int, axes: Collection[str]) -> jax.Ar
     return jax.sharding.reshard(x, NamedSharding(mesh_of(x), P(*split)))
 
 
+def _joined(dims: int) -> Callable[[jax.Array], jax.Array]:
+    return lambda x: x.reshape(math.prod(x.shape[:dims]), *x.shape[dims:])
+
+
 @dataclasses.dataclass(frozen=True)
 class Batch:
     """The shape of a batch whose axes become one, and how an explicit mesh splits it.
@@ -137,7 +142,7 @@ class Batch:
         axes = axis_names(self.split)
         if axes and mesh_of(x).empty:
             x = self._on_mesh(x, like)
-        flat = on_each_device(lambda x: x.reshape(-1, *x.shape[dims:]), axes, P(*self.split), P(axes))
+        flat = on_each_device(_joined(dims), axes, P(*self.split), P(axes))
         return with_auto_axes(flat, x, mesh=self.mesh, out_specs=P(axes, *partition_of(x)[dims:]))
 
     def _on_mesh(self, x: jax.Array, like: jax.Array) -> jax.Array:
