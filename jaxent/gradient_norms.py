@@ -219,6 +219,9 @@ def _linear_gradient_norms(call: LinearCall, *, per: Per) -> GradientNorms:
     rows, options, counted = call.rows()
     head, batch, chunking = call.head, call.batch, call.chunking
     row_fn = differentiable = _ChunkNorms(call.classes, call.products, per == "sequence", False)
+    if per == "sequence" and batch.shape[-1] == 0:
+        (hidden,) = arrays.accumulated(batch.unflatten(head.hidden))
+        return GradientNorms(*[jnp.sum(hidden, axis=(-2, -1))] * len(GradientNorms._fields))
     if per == "sequence":
         batch, chunking, head, rows, counted = _by_sequence(call, rows, counted)
         tokens, features = head.hidden.shape[1:]
