@@ -247,7 +247,7 @@ def _row_space(call: LinearCall) -> RowSpace:
         return RowSpace.of(call.classes.psum(call.products.by_hidden(kernel, kernel)))
 
     kernel = call.head.kernel
-    return with_auto_axes(of, kernel, mesh=mesh_of(kernel), out_specs=RowSpace(P(), P()))
+    return with_auto_axes(of, kernel, mesh=mesh_of(kernel), out_specs=P())
 
 
 def _by_sequence(

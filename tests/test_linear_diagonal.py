@@ -127,8 +127,9 @@ def test_meshes(kind: str, rng: np.random.Generator):
 
     want = diagonal(*arguments)
     if kind == "manual":
-        outs = jaxent.GGNDiagonal(*specs)
-        split = jax.shard_map(lambda *a: diagonal(*a, vocab_axis="vocab"), mesh=mesh, in_specs=specs, out_specs=outs)
+        split = jax.shard_map(
+            lambda *a: tuple(diagonal(*a, vocab_axis="vocab")), mesh=mesh, in_specs=specs, out_specs=specs
+        )
         got = jax.jit(split)(*arguments)
     else:
         with jax.set_mesh(mesh):
@@ -163,6 +164,25 @@ def test_products_and_memory():
     assert compiled(512, slice(1, 3)).as_text().count(" dot(") == 2
     few, many = (compiled(rows, slice(0, 3)).memory_analysis().temp_size_in_bytes for rows in (512, 2048))
     assert many - few <= 4 * (16 + 4) * (2048 - 512)
+
+
+@pytest.mark.usefixtures("x64")
+def test_labels_drawn_from_the_model_give_unbiased_estimates(rng: np.random.Generator):
+    """Over all labels, each as likely as the model makes it: Gauss-Newton-Bartlett, and the Monte-Carlo Fisher."""
+    hidden, kernel, v = (rng.normal(size=s) for s in ((2, FEATURES), (FEATURES, 3), (FEATURES, 3)))
+    labels = np.stack(np.meshgrid(np.arange(3), np.arange(3)), axis=-1).reshape(9, 2)
+    p = np.asarray(jax.nn.softmax(hidden @ kernel, axis=-1))
+    likelihood = p[0, labels[:, 0]] * p[1, labels[:, 1]]
+
+    @jax.jit
+    @jax.vmap
+    def estimates(labels: jax.Array) -> Any:
+        gradient = jax.grad(jaxent.linear_softmax_cross_entropy, argnums=1)(hidden, kernel, labels)
+        return 2 * gradient**2, jaxent.linear_fisher_vector_product(hidden, kernel, labels, (None, v))[1]
+
+    bartlett, fisher = (np.tensordot(likelihood, x, axes=1) for x in estimates(labels))
+    np.testing.assert_allclose(bartlett, linear_ggn_diagonal(hidden, kernel).kernel, rtol=1e-12)
+    np.testing.assert_allclose(fisher, jaxent.linear_ggn_vector_product(hidden, kernel, (None, v))[1], rtol=1e-12)
 
 
 @pytest.mark.parametrize(
