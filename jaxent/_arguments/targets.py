@@ -213,13 +213,11 @@ def row_targets(
     arguments: SoftmaxArguments, z: jax.Array | jax.ShapeDtypeStruct, classes: ClassAxis, ignore_index: int | None
 ) -> tuple[RowTargets, LossOptions]:
     """The arguments in the logits' dtype, with the class axis in place; `z` gives dtype and number of classes."""
-
-    def per_row(x: jax.Array | None) -> jax.Array | None:
-        return None if x is None else jnp.expand_dims(x if x.dtype == bool else x.astype(z.dtype), classes.axis)
-
     class_weights = None if arguments.class_weights is None else arguments.class_weights.astype(z.dtype)
     smoothing, z_loss = (None if x is None else x.astype(z.dtype) for x in (arguments.smoothing, arguments.z_loss))
-    targets, where, weights = arguments.targets, per_row(arguments.where), per_row(arguments.weights)
+    per_row = arguments.where, None if arguments.weights is None else arguments.weights.astype(z.dtype)
+    where, weights = (None if x is None else jnp.expand_dims(x, classes.axis) for x in per_row)
+    targets = arguments.targets
     labels = probabilities = sparse = label_weights = None
     if targets is None:
         ignored = jnp.zeros((*z.shape[: z.ndim + classes.axis], 1, *z.shape[z.ndim + classes.axis + 1 :]), bool)

@@ -223,7 +223,7 @@ def stream_reduced(
     """
     if reduction == "none":
         return stream_rows(row_fn, heads, rows, shared, chunking, products, counted)
-    dtype = logits_like(*heads).dtype
+    dtype = arrays.accumulation_dtype(*(head.kernel for head in heads))
     weight = jnp.sum(total_weights).astype(dtype)
     if reduction == "mean":
         # The rows are divided before the products, not the gradients after them: those are as large as the kernel.

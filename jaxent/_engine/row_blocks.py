@@ -20,8 +20,8 @@ LEAST_LOGITS = 2**16  # of a block; heuristic: smaller ones are left to one core
 
 def row_blocks(rows: int, classes: int, like: jax.Array) -> int:
     """Into how many blocks to cut the rows of a chunk; `like` is typed as they are."""
-    on_cpu = target_of(like).on_cpu and mesh_of(like).empty
-    return BLOCKS if on_cpu and rows % BLOCKS == 0 and rows * classes >= BLOCKS * LEAST_LOGITS else 1
+    worth_it = rows % BLOCKS == 0 and rows * classes >= BLOCKS * LEAST_LOGITS
+    return BLOCKS if worth_it and target_of(like).on_cpu and mesh_of(like).empty else 1
 
 
 def by_row_blocks(

@@ -51,7 +51,10 @@ def shard_map_rows(f: Callable[..., Any], per_row: Any, shared: Any, sum_specs: 
     shared and split over the same mesh axes, as the features of a kernel are in fully sharded data parallelism, is
     gathered once, and its cotangent is reduce-scattered.
     """
-    first, *_ = jax.tree.leaves(per_row)
+    first, *others = jax.tree.leaves((per_row, shared))
+    mesh = mesh_of(first, *others)
+    if mesh.empty:
+        return f(per_row, shared)
     axes = partition_of(first)[0]
     out_specs = (P(), P(axes))
     leaves, structure = jax.tree.flatten(shared)
@@ -62,7 +65,6 @@ def shard_map_rows(f: Callable[..., Any], per_row: Any, shared: Any, sum_specs: 
         sums, rows = f(per_row, jax.tree.unflatten(structure, whole))
         return (lax.psum(sums, axes) if axes else sums), rows
 
-    mesh = mesh_of(*jax.tree.leaves(per_row), *leaves)
     in_specs = (P(axes), [P(*_among(split, axes)) for split in splits])
     parts = on_each_device(part, axes, in_specs, out_specs)
     return with_auto_axes(parts, per_row, leaves, mesh=mesh, out_specs=(sum_specs or P(), P(axes)))

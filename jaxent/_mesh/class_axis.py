@@ -103,13 +103,15 @@ class ClassAxis:
         if not jax.typeof(x).sharding.mesh.empty:
             # A gather over a sharded class axis raises on an explicit mesh; the comparison shards like any sum.
             return self.sum(jnp.where(self.is_class(labels, x), x, 0))
-        taken, local, count = self._gather(x, labels), labels - self.offset(x), x.shape[self.axis]
-        taken, local = (jnp.squeeze(x, self.axis) for x in (taken, local))  # faster on a CPU than (rows, 1)
+        local, count = labels - self.offset(x), x.shape[self.axis]
+        taken, local = (
+            jnp.squeeze(x, self.axis) for x in (self._gather(x, local), local)
+        )  # faster on a CPU than (rows, 1)
         return jnp.expand_dims(jnp.where((local >= 0) & (local < count), taken, 0), self.axis)
 
-    def _gather(self, x: jax.Array, labels: jax.Array) -> jax.Array:
-        local = jnp.clip(labels - self.offset(x), 0, x.shape[self.axis] - 1)
-        return jnp.take_along_axis(x, local, axis=self.axis, mode="promise_in_bounds")
+    def _gather(self, x: jax.Array, local: jax.Array) -> jax.Array:
+        inside = jnp.clip(local, 0, x.shape[self.axis] - 1)
+        return jnp.take_along_axis(x, inside, axis=self.axis, mode="promise_in_bounds")
 
     def take_each(self, x: jax.Array, labels: jax.Array) -> jax.Array:
         """`x` at each of the row's `k` labels, which lie along the class axis; 0 for those outside the classes."""
@@ -118,7 +120,7 @@ class ClassAxis:
             return self.psum(jnp.moveaxis(jnp.sum(chosen, axis=self.axis - 1), -1, self.axis))
         local = labels - self.offset(x)
         inside = (local >= 0) & (local < x.shape[self.axis])
-        return jnp.where(inside, self._gather(x, labels), 0)
+        return jnp.where(inside, self._gather(x, local), 0)
 
     def spread(self, values: jax.Array, labels: jax.Array, x: jax.Array) -> jax.Array:
         """The `k` values of each row added up at their labels, shaped like `x`.

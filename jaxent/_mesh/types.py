@@ -22,6 +22,8 @@ def pcast_like(
     A scan's carry must have its final type from the start, and a constant that is made varying before a scan is summed
     over the devices once, after it, on the way back, not once a step.
     """
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
     axes = frozenset[str]().union(*map(varying, others)).difference(varying(x), except_for)
     return lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
 
@@ -42,9 +44,11 @@ def sum_to_type(x: jax.Array, like: jax.Array) -> jax.Array:
 
 def may_be_split_by_xla(x: jax.Array) -> bool:
     """Whether the array may be split over devices without its type saying how."""
+    if jax.device_count() == 1:
+        return False
     mesh = mesh_of(x)
     # An array that only `jit` knows to be split has no mesh in its type.
-    return jax.device_count() > 1 and (mesh.empty or bool(auto_axis_names(mesh)))
+    return mesh.empty or bool(auto_axis_names(mesh))
 
 
 NO_MESH = AbstractMesh((), ())
