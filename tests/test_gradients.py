@@ -138,6 +138,7 @@ def test_finite_differences_by_every_argument(by_label: bool, rng: np.random.Gen
     )
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("x64")
 def test_finite_differences_of_the_other_losses(rng: np.random.Generator):
     z = draw_logits(rng, SHAPE, np.float64) / 4
