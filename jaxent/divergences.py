@@ -1,4 +1,4 @@
-"""How far distributions are from each other. What all measures have in common is told in `jaxent.information`."""
+"""How far distributions are from each other. `jaxent.information` describes what all measures have in common."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,6 @@
 """Measures of several variables, from a table of their joint probabilities.
 
-What all measures have in common is told in `jaxent.information`; a table of labels is made by `empirical_distribution`.
+`jaxent.information` describes what all measures have in common; `empirical_distribution` makes a table of labels.
 """
 
 from typing import Literal

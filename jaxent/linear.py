@@ -88,8 +88,8 @@ def linear_softmax_cross_entropy(
 
     $$z_n = \mathrm{cap}(h_n W + b) / T, \qquad \mathrm{cap}(x) = s \tanh(x / s)$$
 
-    and then the loss of `softmax_cross_entropy`. Rows are taken a chunk at a time, so that the memory does not grow
-    with their number, and value and gradient cost three matrix products, as many as dense code spends. Forward mode,
+    and then the loss of `softmax_cross_entropy`. Rows are processed in chunks, so that the memory does not grow with
+    their number, and value and gradient cost three matrix products, as many as dense code spends. Forward mode,
     Hessian products, `vmap`, `scan` and sharding work as through any function. Take a Hessian-vector product as
     `jax.jvp(jax.grad(loss), ...)`: reverse over reverse keeps the logits of all chunks. The soft cap is that of Gemma 2
     (2024), section 2.
@@ -97,13 +97,13 @@ def linear_softmax_cross_entropy(
     **Arguments:**
 
     - `hidden`: `(*batch, features)`, floating. `kernel`: `(features, classes)`; a `(classes, features)` embedding is
-      passed as `embedding.T`, which the CPU back end turns once a call. `bias`: `(classes,)`.
+      passed as `embedding.T`, which the CPU back end transposes once per call. `bias`: `(classes,)`.
     - `targets`, `where`, `weights`, `class_weights`, `ignore_index`, `label_smoothing`, `z_loss`, `reduction`,
       `denominator`, `vocab_axis`: as in `softmax_cross_entropy`, for logits `(*batch, classes)`. With `vocab_axis`,
       `kernel` and `bias` hold this device's classes and `hidden` is the same on all devices of the axis.
     - `soft_cap`: `s > 0`; None for no cap. `temperature`: `T > 0`. Both may be learnt.
     - `with_statistics`: also return the `TokenStatistics` of the logits after soft cap and temperature, from the same
-      pass: constants, at no product more. `log_prob` and `rank` are None where targets are probabilities.
+      pass: constants, which cost no extra product. `log_prob` and `rank` are None where targets are probabilities.
     - `chunk_rows`: rows at a time; None takes what `plan` says. `"none"` computes the logits again on the way back:
       four products.
     - `precision`: of the matrix products, as in `jax.lax.dot_general`. None means float32 accuracy for float32 inputs

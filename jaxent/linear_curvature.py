@@ -61,7 +61,7 @@ def linear_ggn_vector_product(
     G v = \frac{1}{W} \sum_n \big(A_n u_n W^\top,\; h_n^\top A_n u_n,\; A_n u_n\big)$$
 
     with the `A_n` of `ggn_vector_product`, for the logits of `linear_softmax_cross_entropy`; soft cap and temperature
-    belong to the model and enter through their derivatives. Rows are taken a chunk at a time: the memory does not grow
+    belong to the model and enter through their derivatives. Rows are processed in chunks: the memory does not grow
     with their number. A product by the kernel costs three matrix products of the size of the logits, and each of
     `hidden` and `kernel` adds two to the one for the logits.
 

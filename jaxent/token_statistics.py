@@ -1,4 +1,4 @@
-"""What one pass over the classes tells about each row, from logits or straight from hidden states."""
+"""Statistics of each row from one pass over the classes, of logits or straight from hidden states."""
 
 import functools
 

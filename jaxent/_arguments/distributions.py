@@ -24,7 +24,7 @@ Measure = Callable[..., jax.Array]
 
 
 class Options(NamedTuple):
-    """What nearly all measures take, as it came."""
+    """The arguments that nearly all measures take, not yet checked."""
 
     axis: Axis
     where: ArrayLike | None

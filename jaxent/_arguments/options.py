@@ -1,4 +1,4 @@
-"""The keywords of the losses beside `reduction`, on which the type of a result depends: for the overloads."""
+"""The keywords of the losses other than `reduction`, which decides the type of a result: for the overloads."""
 
 from typing import Any, Literal, TypedDict
 

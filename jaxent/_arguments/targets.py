@@ -38,14 +38,14 @@ class SparseTargets(NamedTuple):
 
 
 class SoftmaxArguments(NamedTuple):
-    """What a caller may say in addition to the logits, as it came or as checked arrays; None is an option left out."""
+    """The options of a softmax loss, as the caller passed them or as checked arrays; None is an option left out."""
 
     targets: Any = None  # None where only the logits count
     where: Any = None
     weights: Any = None
     class_weights: Any = None
-    smoothing: Any = None  # 0.0 as it came
-    z_loss: Any = None  # 0.0 as it came
+    smoothing: Any = None  # 0.0 before the check
+    z_loss: Any = None  # 0.0 before the check
 
     def without_classes(self, targets: str) -> dict[str, Any]:
         """The arguments with rows and no classes, by their names; `targets` is how the function calls the first."""

@@ -130,7 +130,7 @@ class _Points:
         """Points near the arguments where the function may be finite, and what is said of them."""
         leaves = self.flat.split(self.flat.x)
         finite = [np.isfinite(leaf) for leaf in leaves]
-        # Between 0 and 1, and not all the same, where nothing tells what the entries are like.
+        # Between 0 and 1, and not all the same, where nothing is known about the entries.
         unlike = [np.linspace(0.25, 0.75, leaf.size).reshape(leaf.shape) for leaf in leaves]
         means = [
             np.mean(leaf[kept]) if kept.any() else other

@@ -74,7 +74,7 @@ class GradientReport:
 
     @property
     def compared(self) -> bool:
-        """Whether anything of the gradient could be compared: the value alone tells nothing of it."""
+        """Whether any entry of the gradient could be compared: the value alone says nothing about it."""
         return any(c.way != VALUE for c in self.comparisons)
 
     @property

@@ -15,7 +15,7 @@ from jaxent._typing import DTypeLike
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one value and gradient of a linear loss costs; bytes estimate what XLA allocates beside the results."""
+    """What one value and gradient of a linear loss costs; bytes estimate XLA's temporaries."""
 
     chunk_rows: int
     """Rows at a time."""
@@ -28,7 +28,7 @@ class Plan:
     chunk_bytes: int
     """The logits of one chunk, and their gradient in the kernel's dtype where that is another one."""
     temp_bytes: int
-    """The chunk, its share of the kernel's gradient, and the rows beside their gradient."""
+    """The chunk, its share of the kernel's gradient, and the rows with their gradient."""
     dense_logits_bytes: int
     """What dense code holds instead: the logits of all rows."""
 

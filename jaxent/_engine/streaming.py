@@ -43,7 +43,7 @@ class Head(NamedTuple):
 
 
 class Counted(NamedTuple):
-    """Which rows count, `(rows,)` each; None where all do. The others have no influence, whatever they hold.
+    """Which rows count, `(rows,)` each; None where all do. The values of the others have no influence.
 
     `weights` multiply the row losses, and are among the row arguments too. A row of weight 0 is left out unless a
     derivative with respect to the weights is asked for, which is its loss.

@@ -80,7 +80,7 @@ def variation(p: jax.Array, *, axes: Axes) -> jax.Array:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What one variable tells of the other
+# What one variable says about the other
 
 
 def _product(p: jax.Array, given_z: bool) -> tuple[jax.Array, jax.Array]:
@@ -149,7 +149,7 @@ def pointwise_mutual_information(p: jax.Array, *, axes: Axes) -> jax.Array:
 
 
 def _root_of_product(h_x: jax.Array, h_y: jax.Array) -> jax.Array:
-    # Of neither a root at 0, whose derivative is infinite: the share is 0 there whatever it is.
+    # No root of either at 0, where its derivative is infinite: the share is 0 there in any case.
     return jnp.sqrt(jnp.where(h_x > 0, h_x, 1)) * jnp.sqrt(jnp.where(h_y > 0, h_y, 1))
 
 
@@ -160,7 +160,7 @@ def _mean(h_x: jax.Array, h_y: jax.Array) -> jax.Array:
 def _share(p: jax.Array, normalizer: Callable[[jax.Array, jax.Array], jax.Array] | None) -> jax.Array:
     """`I(X; Y)` divided by a mean of `H(X)` and `H(Y)`, or by `H(X, Y)`.
 
-    Where one variable has a single class the share is 0, and 1 where both have; this is told from the support, since
+    Where one variable has a single class the share is 0, and 1 where both have; the support decides this, since
     the entropy of a class that has 0.9999999 is not 0.
     """
     p = _zeros_kept(p)

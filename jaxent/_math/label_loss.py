@@ -1,4 +1,4 @@
-"""The loss of a row with a label, in one pass: what the label lacks, and the sum over the other classes."""
+"""The loss of a row with a label, in one pass: the label's gap to the maximum, and the sum over the other classes."""
 
 import functools
 
@@ -48,8 +48,8 @@ def label_loss(
 
     Shift first: `logsumexp(z) - z_y` at logits near 1e4 is 2.40723 where 2.40761 is due. `r` comes from the sum over
     the other classes: the label is a guess at the maximum. If it holds the maximum, that sum is `r`. If not, `r` is
-    that sum less what the label lacks to one, and may lose digits when it is small; but then `m - z_y` is the loss, and
-    `log1p(r)` is lost in it. With `for_gradient` the exponentials are those that the gradient needs too.
+    that sum minus `1 - exp(z_y - m)`, and may lose digits when it is small; but then the loss is `m - z_y`, against
+    which `log1p(r)` is negligible. With `for_gradient` the gradient can share the exponentials.
     """
     # Row quantities go without the class axis: the CPU back end takes twice as long over (65536, 1) as over (65536,).
     rows = labels, ignored, classes.take(z, labels)
@@ -78,7 +78,7 @@ def _shift_and_others(
     """
 
     def in_two_passes(z: jax.Array, label: jax.Array, ignored: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # A row without a softmax is nan of itself: its maximum is infinite, or a nan is among the exponentials.
+        # A row without a softmax becomes nan by itself: its maximum is infinite, or one of the exponentials is nan.
         shift = jnp.squeeze(classes.max(z), classes.axis)
         if not for_gradient:
             return shift, _sum_for_value(z, label, shift, classes)
@@ -130,7 +130,7 @@ def label_loss_and_gradient(
     """`label_loss` and its gradient `softmax(z) - onehot(y)`, with `-(1 - p_y) = expm1(-nll)` at the label; 0 in
     ignored rows, whatever they hold.
     """
-    # What is known once per row XLA would compute anew for each logit.
+    # Without the barrier XLA would recompute per logit what is known once per row.
     labels, ignored = lax.optimization_barrier((labels, ignored))
     nll, row = label_loss(z, labels, ignored, classes, True)
     # In ignored rows `nll` is 0. One comparison: with `is_class(labels, z) | ignored` the CPU back end no longer

@@ -23,7 +23,7 @@ def _log_over_mixture(p: jax.Array, w: jax.Array) -> jax.Array:
     From `p_i - m`, counted from the rounded mixture: what is left of `m` is the mean of the differences, and they know
     it to their own last digit. So distributions that differ in one bit have a divergence with all of its digits.
     """
-    m = lax.optimization_barrier(_mean(w, p))  # XLA may compute it anew in each use, and round it otherwise
+    m = lax.optimization_barrier(_mean(w, p))  # XLA may recompute it at each use, and round it differently
     differences = p - m
     gaps = differences - _mean(w, differences)
     defined = (p > 0) & (m > 0)

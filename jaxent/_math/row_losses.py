@@ -19,7 +19,7 @@ class RowTargets(NamedTuple):
     """
 
     labels: jax.Array | None  # int32, a class or INVALID; undefined in ignored rows
-    ignored: jax.Array  # bool: the row counts for nothing, whatever it holds
+    ignored: jax.Array  # bool: the row counts for nothing, whatever its values
     probabilities: jax.Array | None = None
     weights: jax.Array | None = None  # the caller's weight of the row
     label_weights: jax.Array | None = None  # the class weight of the row's label
@@ -151,7 +151,7 @@ def softmax_loss(z: jax.Array, rows: RowTargets, options: LossOptions, classes: 
     """The weighted loss of each row: `w ((1-e) c_y nll_y + e/C sum_k c_k nll_k + z_loss lse^2)` for a label `y`, and
     `w (sum_k c_k ((1-e) t_k + e/C) nll_k + z_loss lse^2)` for probabilities `t`.
 
-    Of the rows that `ignore_zero_weight_rows` leaves.
+    Call `ignore_zero_weight_rows` on the rows first.
     """
     ignored = rows.ignored
     if rows.sparse is not None:

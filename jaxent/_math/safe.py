@@ -171,7 +171,7 @@ def _log_ratio_jvp(primals, tangents):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def sum_of_others(p: jax.Array, axis: int) -> jax.Array:
     """`sum_{j != k} p_j` for each k; the largest entry is left out of its own sum, where `sum(p) - p` would cancel."""
-    p = lax.optimization_barrier(p)  # XLA may compute it anew in each use, and round it otherwise
+    p = lax.optimization_barrier(p)  # XLA may recompute it at each use, and round it differently
     largest = jnp.max(p, axis=axis, keepdims=True)
     top = p == largest
     ties = row_sum(top.astype(p.dtype), axis)

@@ -57,7 +57,7 @@ def finite_or_nan(largest: jax.Array) -> jax.Array:
 def normalizer(z: jax.Array, classes: ClassAxis) -> Normalizer:
     """`m` and `r` of rows without a label: the maxima are left out of the sum and counted.
 
-    The count is that of the ones which the sum left out. XLA may compute `z` anew in each sum and round it otherwise (a
+    The count is that of the ones which the sum left out. XLA may recompute `z` in each sum and round it differently (a
     division by a constant becomes a product in one of them): `z == m` can hold in one and not in the other.
     """
     shift = shift_of(z, classes)
@@ -180,8 +180,8 @@ def _centred(z: jax.Array, step: jax.Array, classes: ClassAxis) -> tuple[jax.Arr
     """`p` and `u_k - <p, u>`, the derivative of `log p_k` along `u`.
 
     Centred twice: at logits (0, -41) and u = (1, 0) the first mean rounds to 1, and the second, of (0, -1), is the
-    -1.6e-18 that it lacks. The derivatives by `u` are centred twice as well, forward and reverse. Sums of products,
-    which the CPU back end fuses, cost less than finding the maximum to count from.
+    missing -1.6e-18. The derivatives with respect to `u` are centred twice as well, forward and reverse. Sums of
+    products, which the CPU back end fuses, cost less than finding a maximum to count from.
     """
     shift = shift_of(z, classes)
     total = classes.sum(jnp.exp(z - shift))

@@ -1,4 +1,4 @@
-"""Statistics of a row of logits: what one pass over its classes tells."""
+"""Statistics of a row of logits, from one pass over its classes."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from jaxent._serialization import exportable
 
 @exportable
 class TokenStatistics(NamedTuple):
-    """What one pass over the logits tells about each row, in nats; None is what was not asked for."""
+    """Statistics of each row from one pass over the logits, in nats; None for those that were not asked for."""
 
     log_prob: jax.Array | None
     """`log p_y`, differentiable; nan for a label out of range."""
@@ -50,7 +50,7 @@ def row_statistics(z: jax.Array, rows: RowTargets, classes: ClassAxis, top_k: in
         label_logit = lax.stop_gradient(classes.take(z, rows.labels))
         higher = classes.sum((lax.stop_gradient(z) > label_logit).astype(jnp.int32))
         rank = per_row(jnp.where(usable & (rows.labels != INVALID), higher, -1))
-    # Compared with its own maximum, not with one that XLA rounds anew.
+    # Each logit is compared with the very maximum, not with one that XLA recomputes and rounds differently.
     own = jnp.where(rows.ignored, 0, written)
     argmax = per_row(jnp.where(usable, classes.min_index(own == classes.max(own)), -1))
     if top_k:

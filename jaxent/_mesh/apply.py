@@ -1,7 +1,7 @@
 """Functions run on each device's own rows, on automatic and on explicit meshes.
 
 On an automatic mesh arrays look whole, and XLA decides what crosses it. On an explicit mesh the type of an array says
-how it is split: the rows are then taken apart by a `shard_map` of our own, so that sums over rows cross the mesh once,
+how it is split: the rows are then split up by a `shard_map` of our own, so that sums over rows cross the mesh once,
 after the scan, and the classes are left to XLA, so that a row function may look at them as a whole.
 """
 
@@ -77,7 +77,7 @@ def _among(split: Partition, axes: Collection[str], *, within: bool = True) -> P
 def _gather(x: jax.Array, split: Partition, axes: tuple[str, ...]) -> jax.Array:
     """The whole of what is split over some of the manual mesh axes `axes`; `x` itself if it is not.
 
-    The other axes that split it are made manual as well: beside an automatic axis XLA gathers that one too.
+    The other axes that split it are made manual as well: next to an automatic axis XLA gathers that one too.
     """
     held, others = _among(split, axes), _among(split, axes, within=False)
     if not any(held):
@@ -148,7 +148,7 @@ class Batch:
         return with_auto_axes(flat, x, mesh=self.mesh, out_specs=P(axes, *partition_of(x)[dims:]))
 
     def _on_mesh(self, x: jax.Array, like: jax.Array) -> jax.Array:
-        """An array of the host, split as the batch is: outside `jit`, `shard_map` takes no other beside split ones."""
+        """An array of the host, split as the batch is: outside `jit`, `shard_map` takes split arrays only or none."""
         nowhere = jnp.any(jnp.zeros_like(like, bool), axis=-1)
         return jnp.where(jnp.expand_dims(nowhere, tuple(range(nowhere.ndim, x.ndim))), x, x)
 

@@ -13,10 +13,10 @@ from jaxent._mesh.types import axes_of_type, axis_names, mesh_of, partition_of, 
 
 
 def check_vocab_axis(vocab_axis: VocabAxis, rows: Mapping[str, Any]) -> None:
-    """An unknown mesh axis is named here, before a collective fails in words about axis environments.
+    """Name an unknown mesh axis here, before a collective fails with a message about axis environments.
 
-    `rows` are arguments with rows and no classes, as they came: split over the axis they would have a wrong shape too,
-    and without any to compare their shape with, a value would be wrong and no one told.
+    `rows` are arguments with rows and no classes, not yet checked: if split over the axis, they would have a wrong
+    shape too, and where there is nothing to compare it with, a value would be wrong without an error.
     """
     if vocab_axis is None:
         return

@@ -164,7 +164,7 @@ class ClassAxis:
         return values, jnp.take_along_axis(self.all_gather_replicated(index), best, axis=-1)
 
     def all_gather_replicated(self, x: jax.Array) -> jax.Array:
-        """The last axes of all shards, one beside the other. An all-gather's result would be typed as varying."""
+        """The last axes of all shards, side by side. An all-gather's result would be typed as varying."""
         shards = lax.axis_size(self.mesh_axis)
         own = jnp.arange(shards, dtype=jnp.int32)[:, None] == lax.axis_index(self.mesh_axis)
         slots = jnp.where(own.reshape(*[1] * (x.ndim - 1), shards, 1), x[..., None, :], 0)
@@ -193,7 +193,7 @@ def _top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     if not may_be_split_by_xla(x):
         return lax.top_k(x, k)
     classes = ClassAxis()
-    # Compared with its own maximum, not with one that XLA rounds anew.
+    # Each entry is compared with the very maximum, not with one that XLA recomputes and rounds differently.
     materialized = lax.optimization_barrier(lax.stop_gradient(x))
     left, values, found = jnp.ones(x.shape, bool), [], []
     for _ in range(k):

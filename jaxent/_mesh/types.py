@@ -20,7 +20,7 @@ def pcast_like(
     """`x`, typed inside `shard_map` as differing between devices along every axis that any of `others` differs along.
 
     A scan's carry must have its final type from the start, and a constant that is made varying before a scan is summed
-    over the devices once, after it, on the way back, not once a step.
+    over the devices once, after it, in the backward pass, not once per step.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
