@@ -126,7 +126,7 @@ def ggn_vector_product(
     A_n = w_n S_n\, (\mathrm{diag}\, p_n - p_n p_n^\top), \qquad J_n = \frac{\partial z_n}{\partial \theta}$$
 
     The generalised Gauss-Newton matrix: Schraudolph (2002), section 3; Martens (2020), section 8. `A_n` is the Hessian
-    of the row's loss by its logits, and `W` the divisor of the loss: where the logits are linear in the parameters, `G`
+    of the row's loss w.r.t. its logits, and `W` the divisor of the loss: where the logits are linear in the parameters, `G`
     is `jax.hessian` of the loss. `G` is symmetric and positive semi-definite: `jax.scipy.sparse.linalg.cg` takes it as
     it is, plus some damping.
 

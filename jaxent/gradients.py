@@ -40,7 +40,7 @@ def softmax_cross_entropy_gradient(
     denominator: ArrayLike | None = None,
     vocab_axis: VocabAxis = None,
 ) -> jax.Array:
-    r"""Derivative of `softmax_cross_entropy` by its logits, in closed form, in nats per unit of logit.
+    r"""Derivative of `softmax_cross_entropy` with respect to its logits, in closed form, in nats per unit of logit.
 
     $$\frac{\partial \ell_n}{\partial z_{nk}} = w_n \Big[(1-\epsilon)\, c_{y_n} (p_{nk} - [k = y_n])
     + \frac{\epsilon}{C} (p_{nk} \textstyle\sum_j c_j - c_k) + 2 \zeta\, \mathrm{lse}(z_n)\, p_{nk}\Big],

@@ -150,7 +150,7 @@ def check_row_arguments(
 
 
 def nan_if_negative(weights: jax.Array | None) -> jax.Array | None:
-    """Weights that count something."""
+    """Weights where a negative one has no meaning."""
     return None if weights is None else jnp.where(weights < 0, jnp.nan, weights)
 
 

@@ -22,7 +22,7 @@ class Plan:
     num_chunks: int
     """How many times."""
     matrix_products: int
-    """MatrixProducts of N x D x V multiply-adds: 3, or 4 for per-row losses, whose logits are computed twice."""
+    """Matrix products of N x D x V multiply-adds: 3, or 4 for per-row losses, whose logits are computed twice."""
     multiply_adds: int
     """Of all products."""
     chunk_bytes: int

@@ -22,7 +22,7 @@ def _lost_mass(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _pole(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> jax.Array:
-    """`+inf` where mass is lost, else 0; the derivative by `z_p` is infinite, with the sign of the lost mass's."""
+    """`+inf` where mass is lost, else 0; its derivative w.r.t. `z_p` is infinite, with the sign of the lost mass's."""
     return jnp.where(_lost_mass(z_p, z_q, classes) > 0, jnp.inf, 0).astype(z_p.dtype)
 
 

@@ -193,7 +193,7 @@ def _sum_of_others_jvp(axis, primals, tangents):
 def pole(p: jax.Array, q: jax.Array) -> jax.Array:
     """`+inf` where `p > 0` and `q = 0`, else 0: what `-p log q` and `p log(p / q)` have there.
 
-    The derivative is +inf by `p` and -inf by `q`; of second order +inf by `q`, and -inf mixed.
+    The derivative is +inf w.r.t. `p` and -inf w.r.t. `q`; the second +inf w.r.t. `q`, and the mixed one -inf.
     """
     return jnp.where((p > 0) & (q == 0), jnp.inf, 0).astype(p.dtype)
 
@@ -268,7 +268,7 @@ def _kl_of_positive_jvp(primals, tangents):
 
 
 def kl_term(p: jax.Array, q: jax.Array) -> jax.Array:
-    """`p log(p / q) + (q - p)`; `q`, with derivative 0 by `p`, at `p = 0`; +inf at `p > 0`, `q = 0`."""
+    """`p log(p / q) + (q - p)`; `q`, with derivative 0 w.r.t. `p`, at `p = 0`; +inf at `p > 0`, `q = 0`."""
     dropped = (p == 0) | (q == 0)
     term = kl_of_positive(jnp.where(dropped, 1, p), jnp.where(dropped, 1, q))
     return jnp.where(p == 0, q, term) + pole(p, q)

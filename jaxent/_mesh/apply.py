@@ -32,7 +32,7 @@ def with_auto_axes(f: Callable[..., Any], *arrays: Any, mesh: AbstractMesh, out_
 
 
 def on_each_device(f: Callable[..., Any], axes: tuple[str, ...], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """`f` of the parts, on every device of the mesh axes; for use inside `automatic`."""
+    """`f` of the parts, on every device of the mesh axes; for use inside `with_auto_axes`."""
     return jax.shard_map(f, in_specs=in_specs, out_specs=out_specs, axis_names=set(axes)) if axes else f
 
 

@@ -169,7 +169,7 @@ def cross_entropy(p: Array, q: Array) -> Exact:
 
 
 def kl_divergence(p: Array, q: Array) -> Exact:
-    """With `q - p` in each term, as documented: off the simplex it is in the gradient by `q`."""
+    """With `q - p` in each term, as documented: off the simplex it is in the gradient with respect to `q`."""
     return Exact(np.sum(p * np.log(p / q) + (q - p)), (np.log(p / q), 1 - p / q), (0 * p, 0 * q))
 
 
