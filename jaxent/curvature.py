@@ -35,7 +35,7 @@ Pytree = Any
 
 @public
 def logit_hessian(logits: ArrayLike, *, axis: int = -1) -> jax.Array:
-    r"""Second derivative of `-log p_y` by the logits, in nats per squared unit of logit, whatever the label `y`.
+    r"""Second derivative of `-log p_y` w.r.t. the logits, in nats per squared unit of logit, whatever the label `y`.
 
     $$\frac{\partial^2 \ell}{\partial z_i \partial z_j} = p_i\, [i = j] - p_i p_j, \qquad p = \mathrm{softmax}(z)$$
 
@@ -126,8 +126,8 @@ def ggn_vector_product(
     A_n = w_n S_n\, (\mathrm{diag}\, p_n - p_n p_n^\top), \qquad J_n = \frac{\partial z_n}{\partial \theta}$$
 
     The generalised Gauss-Newton matrix: Schraudolph (2002), section 3; Martens (2020), section 8. `A_n` is the Hessian
-    of the row's loss w.r.t. its logits, and `W` the divisor of the loss: where the logits are linear in the parameters, `G`
-    is `jax.hessian` of the loss. `G` is symmetric and positive semi-definite: `jax.scipy.sparse.linalg.cg` takes it as
+    of the row's loss w.r.t. its logits, and `W` the divisor of the loss: where the logits are linear in the parameters,
+    `G` is `jax.hessian` of the loss. `G` is symmetric and positive semi-definite: `jax.scipy.sparse.linalg.cg` takes it as
     it is, plus some damping.
 
     **What is the Fisher matrix and what is not.** With targets that sum to one, given as labels, probabilities or

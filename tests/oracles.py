@@ -164,7 +164,7 @@ def sigmoid_cross_entropy(z: Any, t: Any, pos_weight: Any = 1.0) -> tuple[float,
 
 
 def row_statistics(z: np.ndarray) -> dict[str, np.ndarray]:
-    """Log-probabilities, log-normaliser and entropy of one row, and the gradients of the last two by the logits."""
+    """Log-probabilities, log-normaliser and entropy of one row, and the gradients of the last two w.r.t. the logits."""
     with mpmath.workdps(DIGITS):
         p, lse = probabilities(z)
         log_p = [v - lse for v in exact(z)]

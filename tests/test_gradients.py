@@ -1,4 +1,4 @@
-"""Derivatives by the logits, four ways: the closed form, `jax.grad`, `jax.jacfwd`, and the exact oracle.
+"""Derivatives with respect to the logits, four ways: the closed form, `jax.grad`, `jax.jacfwd`, and the exact oracle.
 
 `check_grads` adds finite differences, which need no formula at all, for every argument that has a derivative.
 """

@@ -1,8 +1,8 @@
 """Quadratic forms of rows of logits: half of `u^T A u`, whose derivative w.r.t. `u` is the curvature product `A u`.
 
-For logits that depend linearly on a step `v`, `u = J v`, the derivative of the summed forms w.r.t. `v` is `J^T A J v`. A
-sum of row losses of that kind is what the engine streams and what any `logits_fn` can be led back through, so that
-both take the matrix from here.
+For logits that depend linearly on a step `v`, `u = J v`, the derivative of the summed forms w.r.t. `v` is `J^T A J v`. The
+engine streams such a sum of row losses, and any `logits_fn` can be differentiated through it: both take the matrix from
+here.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jaxent._mesh.class_axis import ClassAxis
 
 @dataclasses.dataclass(frozen=True)
 class GaussNewton:
-    """`A` is the Hessian of the loss w.r.t. the row's logits: `w (S + 2 zeta lse) (diag p - p p^T) + 2 w zeta p p^T`."""
+    """`A` is the Hessian of the loss w.r.t. the logits: `w (S + 2 zeta lse) (diag p - p p^T) + 2 w zeta p p^T`."""
 
     classes: ClassAxis
 
