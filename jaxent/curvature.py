@@ -127,8 +127,8 @@ def ggn_vector_product(
 
     The generalised Gauss-Newton matrix: Schraudolph (2002), section 3; Martens (2020), section 8. `A_n` is the Hessian
     of the row's loss w.r.t. its logits, and `W` the divisor of the loss: where the logits are linear in the parameters,
-    `G` is `jax.hessian` of the loss. `G` is symmetric and positive semi-definite: `jax.scipy.sparse.linalg.cg` takes it as
-    it is, plus some damping.
+    `G` is `jax.hessian` of the loss. `G` is symmetric and positive semi-definite: `jax.scipy.sparse.linalg.cg` takes it
+    as it is, plus some damping.
 
     **What is the Fisher matrix and what is not.** With targets that sum to one, given as labels, probabilities or
     smoothed, `S_n = 1` and `G` is the true Fisher matrix, the expectation of `g g^T` over labels drawn from the model;

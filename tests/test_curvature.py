@@ -1,7 +1,7 @@
 """Curvature: the Hessian with respect to the logits, Gauss-Newton and Fisher products, dense and streamed.
 
-The oracle knows the Hessian and the gradient of each row w.r.t. its logits; the Jacobians of the linear heads are written
-out in NumPy, and those of other models are `jax.jacobian`'s.
+The oracle knows the Hessian and the gradient of each row w.r.t. its logits; the Jacobians of the linear heads are
+written out in NumPy, and those of other models are `jax.jacobian`'s.
 """
 
 import inspect

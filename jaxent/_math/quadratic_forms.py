@@ -1,8 +1,8 @@
 """Quadratic forms of rows of logits: half of `u^T A u`, whose derivative w.r.t. `u` is the curvature product `A u`.
 
-For logits that depend linearly on a step `v`, `u = J v`, the derivative of the summed forms w.r.t. `v` is `J^T A J v`. The
-engine streams such a sum of row losses, and any `logits_fn` can be differentiated through it: both take the matrix from
-here.
+For logits that depend linearly on a step `v`, `u = J v`, the derivative of the summed forms w.r.t. `v` is `J^T A J v`.
+The engine streams such a sum of row losses, and any `logits_fn` can be differentiated through it: both take the
+matrix from here.
 """
 
 import dataclasses
