@@ -274,6 +274,7 @@ def test_the_gradient_of_shifted_logits(shift: float, rng: np.random.Generator):
         assert_close(got, want.gradient / 5, ulp=6, dtype=np.float32)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("count", [256, 2049, 32769])
 def test_the_gradient_of_long_rows_three_ways(count: int, rng: np.random.Generator):
     z, labels = draw_logits(rng, (3, count)), draw_labels(rng, (3,), count)

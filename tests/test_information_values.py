@@ -326,6 +326,7 @@ def test_distributions_that_differ_in_one_bit():
     assert info.generalized_jensen_shannon_divergence(np.stack([q] * 7)) == 0
 
 
+@pytest.mark.grid
 def test_the_derivative_with_respect_to_shares():
     p, q = f32([0.5, 0.25, 0.25]), f32([0.125, 0.125, 0.75])
 

@@ -256,6 +256,7 @@ def relative_error(got: Any, want: Any) -> float:
     return float(np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("chunk_rows", [16, 4])
 def test_bf16_over_many_chunks_is_no_worse_than_dense(chunk_rows: int, rng: np.random.Generator):
     rows, features, classes = 1024, 64, 500

@@ -13,6 +13,7 @@ HIDDEN_STATES = REPOSITORY.joinpath("docs", "hidden_states.md").read_text(encodi
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
+@pytest.mark.rows
 @pytest.mark.parametrize("block", BLOCKS)
 def test_a_script_runs(block: str) -> None:
     exec(compile(block, "README.md", "exec"), {})

@@ -126,7 +126,7 @@ def _in_base(value: jax.Array, log_base: jax.Array | None) -> jax.Array:
 
 def probabilities(argument: str, value: ArrayLike) -> jax.Array:
     """A floating array; integers are taken for counts, which are not rescaled behind the caller's back."""
-    return arrays.floating(argument, value, " (the probabilities of counts are `counts / counts.sum()`)")
+    return arrays.floating(argument, value, " (a one-hot list as `[0.0, 1.0]`, counts as `counts / counts.sum()`)")
 
 
 def check_operands(
