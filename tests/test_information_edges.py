@@ -276,7 +276,7 @@ P3, P4 = np.full(3, 1 / 3, np.float32), np.full(4, 0.25, np.float32)
 BAD = {
     "counts": (
         info.entropy, (jnp.array([3, 5, 2]),), {}, TypeError,
-        r"`p` must have a floating dtype \(a one-hot list as `\[0.0, 1.0\]`, counts as `counts / counts.sum\(\)`\), got int",
+        r"`p` must have a floating dtype \(a one-hot list as `\[0.0, 1.0\]`, counts as `counts / counts.sum\(\)`\)",
     ),
     "axis twice": (info.entropy, (np.ones((2, 3), "f4"),), {"axis": (0, -2)}, ValueError, r"none twice, got \(0, -2\)"),
     "no axis": (info.entropy, (P3,), {"axis": ()}, ValueError, r"`axis` must name at least one axis"),
