@@ -6,6 +6,8 @@ from typing import Any
 
 from latex2mathml.converter import convert
 
+# A function that stands before its argument without a bracket: "log p", not "logp".
+FUNCTION = re.compile(r"(<mi>(?:log|exp)</mi>|<msub><mi>log</mi>.*?</msub>)(?!<mo[^>]*>&#x00028;)")
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', flags=re.DOTALL)
 
 
@@ -17,4 +19,4 @@ def on_page_content(html_of_page: str, **_: Any) -> str:
 def _mathml(match: re.Match[str]) -> str:
     latex = html.unescape(match[2]).strip()[2:-2]  # without the delimiters of arithmatex
     display = "block" if match[1] == "div" else "inline"
-    return convert(latex, display=display)
+    return FUNCTION.sub(r'\1<mspace width="0.17em" />', convert(latex, display=display))
