@@ -270,6 +270,7 @@ def test_a_wrong_rule_is_concluded_in_words(forward: bool):
     assert closed.notes[-1] == "Of all ways only closed form is out of bounds: it is wrong there, or loses digits."
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("key", [jax.random.key, jax.random.PRNGKey])
 def test_random_bits_that_change_with_the_default_dtype(key: Callable[[int], Any]):
     def dropped(loss: Callable[[Any], jax.Array], x: Any) -> jax.Array:

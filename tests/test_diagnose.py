@@ -404,6 +404,7 @@ def test_a_checked_program_is_silent_on_what_is_fine(name: str):
     assert error_of(logits, targets, **options) is None
 
 
+@pytest.mark.grid
 def test_checked_changes_neither_value_nor_gradient(rng: np.random.Generator):
     hidden, kernel = rng.normal(size=(4, 2)).astype(np.float32), rng.normal(size=(2, 3)).astype(np.float32)
     for loss, args in ((nll_loss, (np.log(SOFTMAX),)), (linear_softmax_cross_entropy, (hidden, kernel))):

@@ -197,6 +197,7 @@ def test_smoothing_with_a_removed_class_costs_infinity_unless_its_weight_is_0():
     check([z], [0, 2], {"label_smoothing": 0.125, "class_weights": CLASS_WEIGHTS})
 
 
+@pytest.mark.grid
 def test_a_weight_of_0_silences_an_infinite_loss():
     check([[1.0, -inf, 0.0]], [0, 1], {"weights": np.array(0.0)})
     check([[1.0, -inf, 0.0]], [0, 1], {"class_weights": CLASS_WEIGHTS})

@@ -26,6 +26,7 @@ def test_empirical_distribution(dtype: Any, rng: np.random.Generator):
     assert got.dtype == np.float32
 
 
+@pytest.mark.grid
 def test_empirical_distribution_with_weights(rng: np.random.Generator):
     labels, weights = rng.integers(0, 5, size=64), (rng.integers(0, 9, size=64) / 8).astype(np.float32)
     want = np.bincount(labels, weights, minlength=5) / weights.sum()

@@ -128,6 +128,7 @@ def test_derivatives_of_norms(rng: np.random.Generator):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13), mapped, norms(hidden, kernel, bias))
 
 
+@pytest.mark.grid
 def test_norms_with_the_classes_split(rng: np.random.Generator):
     mesh = jax.make_mesh((2, 4), ("data", "vocab"), axis_types=(AxisType.Auto, AxisType.Auto))
     hidden, kernel, bias = (rng.normal(size=s).astype(np.float32) for s in ((8, 3), (3, 12), (12,)))
@@ -143,6 +144,7 @@ def test_norms_with_the_classes_split(rng: np.random.Generator):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), split(*arguments), norms(*arguments))
 
 
+@pytest.mark.grid
 def test_the_memory_of_norms_does_not_grow_with_the_rows():
     def temporaries(rows: int) -> int:
         arguments = like(rows, 16), like(16, 4096), like(rows, dtype=np.int32)

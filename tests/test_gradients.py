@@ -236,6 +236,7 @@ def test_tiny_losses(name: str, count: int, one_hot: bool):
         assert_close(got[np.array(place)], want.hessian[0], ulp=6, dtype=np.float32)
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("one_hot", [False, True])
 @pytest.mark.parametrize("z", [[0.0, -41.0, -42.0], [0.0, -400.0, -401.0], [100.0, -600.0, -601.0]])
@@ -296,6 +297,7 @@ def test_the_gradient_of_long_rows_three_ways(count: int, rng: np.random.Generat
     np.testing.assert_allclose(product, exact, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("label", [0, 1, 2])
 @pytest.mark.parametrize("z", [[0.0, -20.0, -25.0], [3.0, 0.0, -41.0]])
 def test_tiny_hessians(z: list[float], label: int):

@@ -89,6 +89,7 @@ def test_jensen_shannon_is_symmetric_and_bounded(p: np.ndarray, q: np.ndarray):
     close(js(p, q), entropy((p + q) / 2) - (entropy(p) + entropy(q)) / 2)
 
 
+@pytest.mark.grid
 @check
 @given(distributions(), distributions())
 def test_renyi_is_monotone_in_the_order(p: np.ndarray, q: np.ndarray):

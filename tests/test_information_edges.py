@@ -143,6 +143,7 @@ AT_ZERO = [
 CONSTANT = [n for n, _ in AT_ZERO if any(s in n for s in ("_0.", "_1(", "entropy(p)", "perpl", "kl", "js", "hell"))]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(("name", "order"), AT_ZERO)
 def test_derivatives_at_zero(name: str, order: int):
     case = CASES[name]
@@ -163,6 +164,7 @@ def test_derivatives_at_zero(name: str, order: int):
             assert_close(got, want, ulp=32, dtype="f4", size=max(np.abs(want).max(), 1))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("order", [1.5, 1.75])
 def test_infinite_terms_are_left_out(order: float):
     """Between orders 1 and 2 the slope at 0 is finite, and the curvature is not."""

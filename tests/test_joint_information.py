@@ -117,6 +117,7 @@ def test_pointwise_mutual_information(rng: np.random.Generator):
     assert_close(info.pointwise_mutual_information(p, base=2), got / np.log(2), ulp=2, dtype=np.float32)
 
 
+@pytest.mark.grid
 def test_derivatives_of_pointwise_mutual_information():
     p = f32([[0.5, 0.25, 0], [0, 0.25, 0], [0, 0, 0]])
     p_x, p_y = p.sum(1), p.sum(0)

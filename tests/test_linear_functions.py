@@ -33,6 +33,7 @@ def draw(rng: np.random.Generator, rows: int = 13) -> tuple[np.ndarray, np.ndarr
     return hidden.astype(np.float32), kernel.astype(np.float32), rng.integers(0, 7, rows).astype(np.int32)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("devices", [1, 8])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none", "sum_and_weight"])
 def test_options_of_a_row_loss(reduction: str, devices: int, rng: np.random.Generator, monkeypatch: Any):
@@ -121,6 +122,7 @@ def gumbel(logits: jax.Array, keys: jax.Array) -> jax.Array:
     return jnp.argmax(logits + noise, axis=-1)
 
 
+@pytest.mark.grid
 def test_labels_drawn_from_the_head():
     hidden, kernel = np.ones((4096, 1), np.float32), np.log(np.array([[0.5, 0.25, 0.125, 0.125]], np.float32))
     keys = jax.random.split(jax.random.key(3), 4096)
@@ -218,6 +220,7 @@ def test_one_pass_tells_everything(kind: str, reduction: str, rng: np.random.Gen
     assert np.asarray(told.rank)[3] == -1
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("devices", [1, 8])
 def test_masked_log_probabilities_leave_the_kernel_alone(devices: int, rng: np.random.Generator, monkeypatch: Any):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
@@ -248,6 +251,7 @@ def test_masked_log_probabilities_leave_the_kernel_alone(devices: int, rng: np.r
         np.testing.assert_array_equal(statistics.entropy[~kept], 0)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("cap", [0.5, 30.0, 1e3, 1e4, 1e8])
 def test_every_derivative_of_a_soft_cap_keeps_its_digits(cap: float):
     def loss(hidden: jax.Array, cap: jax.Array) -> jax.Array:

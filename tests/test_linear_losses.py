@@ -189,6 +189,7 @@ def test_a_small_divergence_keeps_its_digits(kind: str, rng: np.random.Generator
     assert np.all(got >= 0)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("side", ["p", "q"])
 @pytest.mark.parametrize("how", ["where", "weights"])
 @pytest.mark.parametrize("kind", DIVERGENCES)
@@ -208,6 +209,7 @@ def test_dropped_rows_of_a_divergence_may_hold_nan(kind: str, how: str, side: st
         np.testing.assert_allclose(got, by_kept[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.grid
 def test_a_frozen_teacher(rng: np.random.Generator):
     heads = draw_heads(rng)
 
@@ -265,6 +267,7 @@ PASSED = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("loss", [focal, pick])
 @pytest.mark.parametrize("how", PASSED)
 def test_a_row_loss_with_a_traced_argument(how: str, loss: Any, rng: np.random.Generator):

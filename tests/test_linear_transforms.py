@@ -159,6 +159,7 @@ def test_transform(loss: str, transform: str, rng: np.random.Generator):
     assert_equal(got, want)
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("loss", ["mean", "none", "statistics"])
 def test_eager(loss: str, rng: np.random.Generator):
@@ -200,6 +201,7 @@ def draw32(rng: np.random.Generator, rows: int, features: int, classes: int) -> 
     return hidden.astype(np.float32), kernel.astype(np.float32), rng.integers(0, classes, rows).astype(np.int32)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("loss", ["one chunk", "none", "row loss"])
 def test_donated_inputs(loss: str, rng: np.random.Generator):
     f = jax.value_and_grad(LOSSES["one chunk" if loss == "one chunk" else loss][0], argnums=(0, 1))

@@ -82,6 +82,7 @@ def as_on_nvidia(monkeypatch: pytest.MonkeyPatch, one_device: None) -> Iterator[
     jax.clear_caches()
 
 
+@pytest.mark.grid
 def test_losses_and_derivatives_are_the_same(as_on_nvidia: None, monkeypatch: pytest.MonkeyPatch, rng: Any):
     hidden, kernel, step = (rng.standard_normal(s).astype(np.float32) for s in ((12, 8), (8, 40), (8, 40)))
     labels = np.array([0, 1, 39, -100, 5, 5, 7, 8, 9, 10, 11, 12], np.int32)

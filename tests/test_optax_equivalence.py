@@ -195,6 +195,7 @@ def test_values_and_gradients_of_easy_and_impossible_examples(name: str, jitted:
     np.testing.assert_allclose(forward, along, rtol=1e-4, atol=4e-6)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("p", [[0.0, 0.25, 0.75], [0.0, 0.0, 1.0]])
 def test_a_divergence_has_derivatives_with_respect_to_a_target_of_zero(p: list[float]):
     recipe, log_q = RECIPES["kl_divergence"], np.log(np.array([0.25, 0.25, 0.5], np.float32))

@@ -18,6 +18,8 @@ import jaxent
 from jaxent import torch_compat
 
 README, CHANGELOG = (Path(__file__).parents[1].joinpath(f).read_text("utf-8") for f in ("README.md", "CHANGELOG.md"))
+pytestmark = pytest.mark.rows  # nothing is compiled
+
 PACKAGES: dict[str, types.ModuleType] = {"jaxent": jaxent, "jaxent.torch_compat": torch_compat}
 PUBLIC = {f"{package}.{name}": getattr(module, name) for package, module in PACKAGES.items() for name in module.__all__}
 FUNCTIONS = [name for name, value in PUBLIC.items() if inspect.isfunction(value)]

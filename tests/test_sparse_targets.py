@@ -171,6 +171,7 @@ def test_temporaries_do_not_grow_with_the_number_of_classes_named():
     assert temporaries(64) - temporaries(16) < rows / 100 + 256 * 64 * 40
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", ["automatic", "explicit", "manual"])
 def test_over_devices(kind: str, rng: np.random.Generator):
     x = problem(rng, rows=16, k=11 if kind == "explicit" else K)
