@@ -23,6 +23,7 @@ def test_a_script_runs(block: str) -> None:
 OURS = ("jaxent dense", "jaxent fused")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] if n in OURS else []) for n in transformations.COLUMNS]
 )

@@ -226,6 +226,7 @@ def test_microbatches_equal_the_big_batch(rng: np.random.Generator):
     agree(jax.jit(jax.value_and_grad(mean))(w), whole(w, x, y, keep))
 
 
+@pytest.mark.grid
 def test_shards_equal_the_big_batch(rng: np.random.Generator):
     w, x, y, keep = batch(rng)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
@@ -262,6 +263,7 @@ def test_scan_inside_shard_map(rng: np.random.Generator):
     assert float(mean) == pytest.approx(np.mean(x, dtype=np.float64), rel=ULP)
 
 
+@pytest.mark.grid
 def test_psum_is_as_exact_as_merge(rng: np.random.Generator):
     x = rng.exponential(1.0, (8, 1001)).astype(np.float32) * np.float32(10.0) ** np.arange(8, dtype=np.float32)[:, None]
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
@@ -383,6 +385,7 @@ def test_nothing_starts_other_loops():
     assert float(WeightedSum().mean()) == 0
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("start", [EmpiricalRisk, WeightedSum])
 def test_nothing_starts_a_scan_on_every_device(start: Any, rng: np.random.Generator):
     w, x, y, keep = batch(rng)

@@ -55,7 +55,7 @@ def assert_same(got: Any, want: Any) -> None:
     jax.tree.map(check, got, want)
 
 
-@pytest.mark.rows(3)
+@pytest.mark.rows(4)
 @pytest.mark.parametrize(("case", "shape", "kind"), GRID)
 def test_value_gradient_and_hessian_product(case: str, shape: str, kind: str):
     program = compiled(case, shape, kind)
@@ -78,6 +78,7 @@ def on(mesh: jax.sharding.Mesh, name: str, spec: P | None = None) -> jax.Array:
     return jax.device_put(x, NamedSharding(mesh, usual if spec is None else spec))
 
 
+@pytest.mark.grid
 def test_a_batch_split_over_several_axes_stays_where_it_is():
     mesh, spec = make_mesh("2x4", "explicit"), P("data", "vocab")
     h = jax.device_put(arrays()["h"][0].reshape(8, 20, FEATURES), NamedSharding(mesh, spec))
@@ -102,6 +103,7 @@ def test_a_batch_split_over_several_axes_stays_where_it_is():
     assert_same(linear_softmax_cross_entropy(h, w, np.asarray(y), chunk_rows=9, reduction="none"), want[0])
 
 
+@pytest.mark.grid
 def test_without_jit_and_with_labels_of_the_host():
     mesh = make_mesh("2x4", "explicit")
     y, c, where = (arrays()[name][0] for name in ("y", "c", "where"))
@@ -257,6 +259,7 @@ def test_hidden_states_split_over_the_vocabulary_axis():
             manual(function, *specs)(arrays()["h"][0], arrays()["w"][0])
 
 
+@pytest.mark.grid
 def test_hidden_states_gathered_over_the_vocabulary_axis():
     """Sequence parallelism (Korthikanti et al., 2022): the gradient is summed as it goes back to its rows."""
     h, w, y = (arrays()[n][0] for n in ("h", "w", "labels"))
