@@ -7,7 +7,6 @@ import argparse
 import datetime
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -74,9 +73,7 @@ def conclude(record: dict[str, Any], path: Path) -> None:
 
 
 def _write(record: dict[str, Any], path: Path) -> None:
-    # The samples of a row on one line.
-    text = re.sub(r"\[\s+([^][{}]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", json.dumps(record, indent=1))
-    path.write_text(text + "\n")
+    path.write_text(report.one_line_lists(json.dumps(record, indent=1)) + "\n")
 
 
 def _on_fake_devices(quick: bool) -> list[dict[str, Any]]:

@@ -129,6 +129,11 @@ def place_and_date() -> str:
     return f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-{device}"
 
 
+def one_line_lists(text: str) -> str:
+    """Indented JSON with each list of plain values, such as the samples of a row, on one line."""
+    return re.sub(r"\[\s+([^][{}]+?)\s+\]", lambda m: f"[{' '.join(m[1].split())}]", text)
+
+
 def number(value: float | None, digits: int = 3) -> str:
     if value is None:
         return "-"
