@@ -27,7 +27,7 @@ from benchmarks.report import machine, one_line_lists
 from jaxent import softmax_cross_entropy
 
 MODULUS, SHARE, WIDTH = 113, 0.4, 200
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 3e-3
 RESULTS = Path(__file__).with_name("results")
 
 
@@ -189,8 +189,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.collapse", description="Train modular addition, the losses apart."
     )
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--every", type=int, default=50, help="steps between two points of the curves")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--every", type=int, default=25, help="steps between two points of the curves")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "softmax-collapse", help="without an ending")
     options = parser.parse_args()

@@ -24,6 +24,7 @@ from jax import lax
 
 from jaxent._arguments import arrays
 from jaxent._arguments.options import Precision
+from jaxent._engine import cpu_products
 from jaxent._engine.chunking import Chunking, merge, partition
 from jaxent._engine.row_blocks import by_row_blocks
 from jaxent._mesh.apply import shard_map_rows, whole_along_others
@@ -79,13 +80,20 @@ class MatrixProducts:
     vocab_axis: VocabAxis = None
 
     def logits(self, head: Head) -> jax.Array:
-        z = self._dot(head.hidden, head.kernel, 1, 0)
+        if cpu_products.turns_for_logits(head.hidden, head.kernel):
+            z = self._dot(cpu_products.turned(head.hidden), head.kernel, 0, 0)
+        else:
+            z = self._dot(head.hidden, head.kernel, 1, 0)
         return z if head.bias is None else z + head.bias.astype(z.dtype)[None, :]
 
     def by_hidden(self, dz: jax.Array, kernel: jax.Array) -> jax.Array:
+        if cpu_products.has_kernel_first(dz, kernel):
+            return cpu_products.turned(self._dot(kernel, dz, 1, 1))
         return self._dot(dz, kernel, 1, 1)
 
     def by_kernel(self, hidden: jax.Array, dz: jax.Array) -> jax.Array:
+        if cpu_products.turns_for_kernel(hidden, dz):
+            return self._dot(cpu_products.turned(hidden), dz, 1, 0)
         return self._dot(hidden, dz, 0, 0)
 
     def _dot(self, a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
