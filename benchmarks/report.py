@@ -42,8 +42,9 @@ def _processor() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    vectors = next((f" ({f})" for f in ("avx512f", "avx2") if f in flags), "")
-    return (names[0] if names else platform.processor() or "cpu") + vectors
+    units = [next((f for f in ("avx512f", "avx2") if f in flags), ""), "amx" if "amx_tile" in flags else ""]
+    known = ", ".join(filter(None, units))
+    return (names[0] if names else platform.processor() or "cpu") + (f" ({known})" if known else "")
 
 
 def commit() -> str | None:

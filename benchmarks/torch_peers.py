@@ -1,6 +1,7 @@
 """PyTorch, dense and fused, on the data that JAX holds."""
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -52,6 +53,29 @@ def _contender(name: str, case: Case, inputs: Inputs, loss_of: Callable[..., Any
         return [x.numpy() for x in out]
 
     return Contender(name, run, results, temp_bytes=temporaries())
+
+
+def products(inputs: Inputs, logits: Any, rows: int) -> dict[str, Callable[[], Any]]:
+    """The three matrix products of a head alone; empty where PyTorch is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        return {}
+    torch, (hidden, kernel), _, _ = inputs.torch
+    hidden, kernel, z = hidden.detach()[:rows], kernel.detach(), torch.from_dlpack(logits)
+    wait = torch.cuda.synchronize if hidden.is_cuda else lambda: None
+
+    def waited(product: Callable[[], Any]) -> Callable[[], Any]:
+        def run() -> Any:
+            out = product()
+            wait()
+            return out
+
+        return run
+
+    return {
+        "logits": waited(lambda: hidden @ kernel.T),
+        "by hidden": waited(lambda: z @ kernel),
+        "by kernel": waited(lambda: z.T @ hidden),
+    }
 
 
 def dense(name: str, case: Case, inputs: Inputs, effort: Effort) -> Contender | None:

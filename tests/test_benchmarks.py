@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from benchmarks import __main__ as command
 from benchmarks import cases, collectives, harness, limits, pictures, readme, report
 from benchmarks.compare import compare
+from benchmarks.inputs import Inputs
 
 EFFORT = harness.Effort(rounds=3, seconds=0.0, most_seconds=1.0, sample_seconds=1e-4, compiles=1)
 SMALL = (
@@ -178,15 +179,37 @@ def test_limits_bind_where_they_should():
     assert device.binding(linear) == "matrix products"
     assert device.seconds(linear) == pytest.approx(3 * 2 * 1e8 / 1e11)
     alone = harness.Contender("alone", lambda: None)
-    products = device.at_own_shapes("float32", limits.Bound(alone, flops=linear.flops()), 2e-3)
+    products = device.at_own_shapes("float32", limits.Bound(((alone,),), flops=linear.flops()), 2e-3)
     assert products.seconds(linear) == pytest.approx(2e-3)
     for bytes_moved, rate in ((dense.bytes_moved(), dense.bytes_moved() / 1e-4), (dense.bytes_moved() // 10**4, 1e10)):
-        copied = device.at_own_shapes("float32", limits.Bound(alone, bytes=bytes_moved), 1e-4)
+        copied = device.at_own_shapes("float32", limits.Bound(((alone,),), bytes=bytes_moved), 1e-4)
         assert copied.copy_bytes_per_second == pytest.approx(rate)
     for case in (dense, linear):  # whoever is faster than the limit raises it
         limit = device.seconds(case)
         assert device.reached(case, limit / 2).seconds(case) == pytest.approx(limit / 2)
         assert device.reached(case, limit * 2).seconds(case) == pytest.approx(limit)
+
+
+def test_the_products_alone_are_each_at_the_fastest_that_anyone_has():
+    case = cases.Case("linear", 16, 64, cases.GRADIENT, 8)
+    alone = limits.bound(case, Inputs(case), EFFORT)
+    for group in alone.groups:
+        assert len(group) >= 2
+    names = [contender.name for contender in alone.contenders]
+    assert len(set(names)) == len(names)
+    best = dict.fromkeys(names, 3.0) | {"logits, h turned": 1.0, "by kernel, h' z": 0.5}
+    assert alone.seconds(best) == 4.5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_form_of_a_product_is_the_same_product(dtype):
+    case = cases.Case("linear", 16, 64, cases.GRADIENT, 8, dtype)
+    hidden, kernel, _ = Inputs(case).arrays
+    logits = (hidden @ kernel).astype(dtype)
+    for forms in limits.PRODUCTS_ALONE.values():
+        first, *others = (np.asarray(form(hidden, kernel, logits), np.float32) for form in forms.values())
+        for other in others:
+            np.testing.assert_allclose(other, first, rtol=1e-5, atol=1e-5)
 
 
 def test_collectives_are_counted_with_their_loops():
