@@ -59,9 +59,7 @@ def _step(data: int, vocab: int) -> dict[str, Any]:
     step = compiled_scale.Step(data, vocab)
     reading = compiled_scale.compile_step(step)
     found = [c for c in collectives(reading.text) if c.extent]
-    planned = jaxent.plan(
-        step.rows // data, step.features, step.classes // vocab, dtype="bfloat16", chunk_rows=step.chunk_rows
-    )
+    planned = jaxent.plan(step.rows // data, step.features, step.classes // vocab, dtype="bfloat16", device="v5p")
     return step._asdict() | {
         "compile_s": round(reading.compile_seconds, 1),
         "temp_mib": round(reading.temp_bytes / 2**20, 1),
@@ -70,7 +68,7 @@ def _step(data: int, vocab: int) -> dict[str, Any]:
         "dtypes": sorted({c.dtype for c in found}),
         "sent": compiled_scale.numbers_sent(found, step),
         "formula": step.numbers_sent,
-        "sent_gb": round(sum(c.sent for c in found) / 1e9, 2),
+        "sent_gb": round(sum(c.sent * step.times(c) for c in found) / 1e9, 2),
     }
 
 

@@ -33,6 +33,10 @@ class Step(NamedTuple):
         """That the library takes on a v5p."""
         return chunk_rows_for(DEVICES["v5p"], self.classes // self.vocab, jnp.bfloat16)
 
+    def times(self, collective: Collective) -> int:
+        """How often it runs, for each time that the text counts."""
+        return -(-self.rows // self.data // self.chunk_rows) if collective.looped else 1
+
     @property
     def numbers_sent(self) -> Counter[str]:
         """Summed over devices, on each chip: three for each row, the gradients of hidden states and of the kernel."""
@@ -63,14 +67,18 @@ def compile_step(step: Step) -> Reading:
 
 
 def numbers_sent(found: list[Collective], step: Step) -> Counter[str]:
-    """How many numbers the collectives add up, sorted as in the formula; any other collective by its kind."""
+    """How many numbers the collectives add up, sorted as in the formula; any other collective by its kind.
+
+    A loop over chunks runs as often as the rows that all count fill.
+    """
     counts: Counter[str] = Counter()
     for collective in found:
+        numbers = collective.numbers * step.times(collective)
         if collective.kind != "all-reduce":
-            counts[collective.kind] += collective.numbers
+            counts[collective.kind] += numbers
         elif len(collective.extent) == 1:
-            counts["rows"] += collective.numbers
+            counts["rows"] += numbers
         elif collective.extent:
             kernel = step.classes // step.vocab in collective.extent
-            counts["kernel" if kernel else "hidden"] += collective.numbers
+            counts["kernel" if kernel else "hidden"] += numbers
     return counts

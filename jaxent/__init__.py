@@ -103,9 +103,9 @@ from jaxent._check.gradient import check_gradient as check_gradient
 from jaxent._check.inputs import Finding as Finding
 from jaxent._check.inputs import checked as checked
 from jaxent._check.inputs import diagnose as diagnose
-from jaxent._engine.plan import Plan as Plan
-from jaxent._engine.plan import plan as plan
 from jaxent._math.statistics import TokenStatistics as TokenStatistics
+from jaxent.costs import Plan as Plan
+from jaxent.costs import plan as plan
 from jaxent.curvature import fisher_vector_product as fisher_vector_product
 from jaxent.curvature import ggn_vector_product as ggn_vector_product
 from jaxent.curvature import logit_hessian as logit_hessian

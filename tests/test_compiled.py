@@ -128,7 +128,7 @@ def test_a_pod_sends_what_the_formula_says():
     if how := compilers.absent("tpu"):
         pytest.skip(f"no compiler for TPUs: {how}")
     only_cpu()
-    pod = Step(128, 8, rows=2**19, features=1024)
+    pod = Step(128, 8, features=1024)
     found = [c for c in collectives(compile_step(pod).text) if c.extent]
     assert {c.kind for c in found} == {"all-reduce"}
     assert numbers_sent(found, pod) == pod.numbers_sent

@@ -10,10 +10,15 @@ from jaxent._engine import devices
 from jaxent._engine.chunking import chunking_of, default_chunk_rows
 from jaxent._engine.devices import DEVICES, Target, device_named, target_of
 from jaxent._engine.linear_head import chunking_for
-from jaxent._engine.roofline import chunk_rows_for, roofline
+from jaxent._engine.roofline import Milliseconds, Roofline, chunk_rows_for, roofline
 from jaxent._engine.streaming import Head
 
 LLAMA = (32768, 4096, 128256)
+
+
+def time(found: Roofline) -> Milliseconds:
+    assert found.milliseconds is not None
+    return found.milliseconds
 
 
 # Milliseconds and GB, each kernel at the larger of its work at 0.8 of the peak and its traffic, as the suite `compiled`
@@ -24,9 +29,9 @@ LLAMA = (32768, 4096, 128256)
 )
 def test_as_the_compiled_programs(name: str, milliseconds: float, gigabytes: float):
     found = roofline(DEVICES[name], *LLAMA, 2048, jnp.bfloat16, efficiency=0.8)
-    assert found.milliseconds == pytest.approx(milliseconds, rel=0.02)
+    assert time(found) == pytest.approx(milliseconds, rel=0.02)
     assert found.bytes_moved == pytest.approx(gigabytes * 1e9, rel=0.03)
-    assert found.products == pytest.approx(
+    assert time(found).products == pytest.approx(
         1e3 * 6 * 32768 * 4096 * 128256 / (0.8 * DEVICES[name].product_rate("bfloat16"))
     )
 
@@ -49,16 +54,16 @@ def test_the_kernels_gradient_is_a_small_share_unless_memory_forbids(name: str):
 def test_collectives_are_the_formulas_of_the_benchmarks():
     device, mesh = DEVICES["v5p"], (128, 8)
     found = roofline(device, 2**22, 8192, 262144, 8192, jnp.bfloat16, mesh=mesh)
-    assert found.collectives == pytest.approx(1e3 * (1.88e9 + 2.13e9) / device.link_bytes_per_second, rel=3e-3)
-    assert roofline(device, 2**12, 8192, 262144, 4096, jnp.bfloat16).collectives == 0
+    assert time(found).collectives == pytest.approx(1e3 * (1.88e9 + 2.13e9) / device.link_bytes_per_second, rel=3e-3)
+    assert time(roofline(device, 2**12, 8192, 262144, 4096, jnp.bfloat16)).collectives == 0
 
 
 def test_one_chunk_adds_nothing_up():
     one = roofline(DEVICES["h100"], 2048, 4096, 128256, 2048, jnp.bfloat16)
     two = roofline(DEVICES["h100"], 2048, 4096, 128256, 1024, jnp.bfloat16)
-    assert one.kernel_gradient < two.kernel_gradient
+    assert time(one).kernel_gradient < time(two).kernel_gradient
     assert one.bytes_moved < two.bytes_moved
-    assert one.products == pytest.approx(two.products)
+    assert time(one).products == pytest.approx(time(two).products)
 
 
 @pytest.mark.parametrize(("name", "rows"), [("h100", 6560), ("a100", 3648), ("h200", 5472), ("v5p", 2048)])

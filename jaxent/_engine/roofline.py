@@ -1,6 +1,6 @@
 """The least time that a loss and its gradient take on a device, and the rows at a time that suit it."""
 
-import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 from jax.typing import DTypeLike
@@ -16,9 +16,28 @@ MOST_ROWS_RECOMPUTED = 2048
 ROWS_ALIGNED = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class Roofline:
-    """Milliseconds and bytes of one value and gradient; each kernel takes the larger of its work and its traffic."""
+class Work(NamedTuple):
+    """What a function does to each chunk's logits."""
+
+    logits: int
+    """Products that give logits."""
+    backward: int
+    """Products of the gradient: 2, or 0 without one."""
+    sums: int = 1
+    """Passes that read the logits for sums over classes."""
+    heads: int = 1
+    """Blocks of logits that are held at a time."""
+
+    @property
+    def products(self) -> int:
+        return self.logits + self.backward
+
+
+LOSS = Work(1, 2)
+
+
+class Milliseconds(float):
+    """The least time of a call, and its terms; each kernel takes the larger of its work and its traffic."""
 
     products: float
     """The work of the matrix products."""
@@ -28,59 +47,109 @@ class Roofline:
     """What adding up the kernel's gradient takes beyond the work of its product, with its zeros and its rounding."""
     collectives: float
     """Sums over devices, if nothing hides them."""
-    bytes_moved: int
-    """To and from one device's memory."""
+
+    def __new__(cls, **terms: float) -> "Milliseconds":
+        found = super().__new__(cls, sum(terms.values()))
+        vars(found).update(terms)
+        return found
 
     @property
-    def milliseconds(self) -> float:
-        return self.products + self.passes + self.kernel_gradient + self.collectives
+    def terms(self) -> dict[str, float]:
+        return dict(vars(self))
+
+    def __getnewargs_ex__(self) -> tuple[tuple[()], dict[str, float]]:
+        return (), self.terms
+
+
+class Roofline(NamedTuple):
+    """Time, None without a device's rates, and the bytes that cross its memory bus."""
+
+    milliseconds: Milliseconds | None
+    bytes_moved: int
 
 
 def roofline(
-    device: Device,
+    device: Device | None,
     num_rows: int,
     features: int,
     num_classes: int,
     chunk_rows: int,
     dtype: DTypeLike,
     *,
+    work: Work = LOSS,
     mesh: tuple[int, int] = (1, 1),
     efficiency: float = 1.0,
 ) -> Roofline:
-    """Of `linear_softmax_cross_entropy` with both gradients.
+    """Of a function of `hidden (num_rows, features)` and `kernel (features, num_classes)`.
 
     Sizes are those of all devices of a `data x vocab` mesh, `chunk_rows` those of one. `efficiency` is the share of the
     stated rate that products reach.
     """
     data, vocab = mesh
     rows, classes, d = num_rows / data, num_classes / vocab, features
-    chunks = max(1.0, rows / chunk_rows)
+    chunks = max(1.0, rows / max(1, chunk_rows))
+    own_rows = rows / chunks
     narrow = np.dtype(dtype).itemsize
     wide = max(4, narrow)
-    logits, kernel, hidden = chunk_rows * classes, d * classes, chunk_rows * d
-    if chunks == 1:
-        logits, hidden = rows * classes, rows * d
-    work = 2 * logits * d / (efficiency * device.product_rate(dtype))
-    dz = logits * (wide if device.recomputes_dz else narrow)  # that each product of the gradient reads
+    logits, kernel, hidden = own_rows * classes, d * classes, own_rows * d
+    recomputes = device is not None and device.recomputes_dz
+    dz = logits * (wide if recomputes else narrow)  # that each product of the gradient reads
     moved = {
-        "logits": narrow * (hidden + kernel) + wide * logits,
-        "sums": wide * logits,
-        "dz": 0 if device.recomputes_dz else (wide + narrow) * logits,
-        "hidden": dz + narrow * (kernel + hidden),
-        "kernel": dz + narrow * hidden + (2 * wide if chunks > 1 else narrow) * kernel,
+        "logits": work.logits * (narrow * (hidden + kernel) + wide * logits),
+        "sums": work.sums * wide * logits,
     }
-    takes = {name: bytes_moved / device.bytes_per_second for name, bytes_moved in moved.items()}
-    around = (2 * wide + narrow) * kernel if chunks > 1 else 0  # zeros before the first chunk, rounded after the last
-    waits = sum(max(0.0, takes[name] - work) for name in ("logits", "hidden"))
+    around = 0.0
+    if work.backward:
+        moved["dz"] = 0 if recomputes else (wide + narrow) * logits
+        moved["hidden"] = dz + narrow * (kernel + hidden)
+        moved["kernel"] = dz + narrow * hidden + (2 * wide if chunks > 1 else narrow) * kernel
+        around = (2 * wide + narrow) * kernel if chunks > 1 else 0  # zeros before the loop, rounded after it
+    bytes_moved = round(chunks * sum(moved.values()) + around)
+    if device is None:
+        return Roofline(None, bytes_moved)
+    one = 2 * logits * d / (efficiency * device.product_rate(dtype))
+    takes = {name: n / device.bytes_per_second for name, n in moved.items()}
+    waits = max(0.0, takes["logits"] - work.logits * one)
+    waits += max(0.0, takes["hidden"] - one) if work.backward else 0
+    adds = max(0.0, takes["kernel"] - one) if work.backward else 0
     over_vocab = 2 * (1 - 1 / vocab) * wide * rows * (d + 3)
     over_data = 2 * (1 - 1 / data) * wide * kernel
-    return Roofline(
-        products=1e3 * 3 * chunks * work,
-        passes=1e3 * chunks * (takes["sums"] + takes["dz"] + waits),
-        kernel_gradient=1e3 * (chunks * max(0.0, takes["kernel"] - work) + around / device.bytes_per_second),
+    time = Milliseconds(
+        products=1e3 * work.products * chunks * one,
+        passes=1e3 * chunks * (takes["sums"] + takes.get("dz", 0.0) + waits),
+        kernel_gradient=1e3 * (chunks * adds + around / device.bytes_per_second),
         collectives=1e3 * (over_vocab + over_data) / device.link_bytes_per_second,
-        bytes_moved=round(chunks * sum(moved.values()) + around),
     )
+    return Roofline(time, bytes_moved)
+
+
+class DenseRoofline(NamedTuple):
+    milliseconds: Milliseconds | None
+    bytes_moved: int
+    temp_bytes: int
+
+
+def dense_roofline(
+    device: Device | None, num_rows: int, features: int, num_classes: int, dtype: DTypeLike, *, efficiency: float = 1.0
+) -> DenseRoofline:
+    """Of `hidden @ kernel`, optax's loss of it and both gradients, as accelerators' compilers make them.
+
+    Logits in the operands' dtype are written twice and read five times (a TPU's compiler reads four times), and float32
+    ones, if these are others, written once and read once: see the suite `compiled`.
+    """
+    ours = roofline(device, num_rows, features, num_classes, num_rows, dtype, efficiency=efficiency)
+    narrow = np.dtype(dtype).itemsize
+    wide, logits = max(4, narrow), num_rows * num_classes
+    on_tpu = device is not None and device.recomputes_dz
+    passed = (6 if on_tpu else 7) * narrow + (0 if narrow == wide else wide if on_tpu else 2 * wide)
+    mine = 4 * wide if on_tpu else 3 * wide + 3 * narrow  # what `roofline` counts
+    more = logits * (passed - mine)
+    moved, temp_bytes = ours.bytes_moved + more, logits * (wide + (narrow if narrow < wide else 0))
+    if device is None or ours.milliseconds is None:
+        return DenseRoofline(None, moved, temp_bytes)
+    terms = ours.milliseconds.terms
+    terms["passes"] = max(0.0, terms["passes"] + 1e3 * more / device.bytes_per_second)
+    return DenseRoofline(Milliseconds(**terms), moved, temp_bytes)
 
 
 def chunk_rows_for(device: Device, num_classes: int, dtype: DTypeLike) -> int:

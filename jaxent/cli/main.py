@@ -85,4 +85,10 @@ def _check(options: argparse.Namespace) -> int:
     return run.check(options.losses, options.dtypes or (), plot=options.plot, as_json=options.json, quiet=options.quiet)
 
 
-_COMMANDS = {"train": _train, "evaluate": _evaluate, "tokens": _tokens, "check": _check}
+def _plan(options: argparse.Namespace) -> None:
+    from jaxent.cli import plan
+
+    plan.show(options)
+
+
+_COMMANDS = {"train": _train, "evaluate": _evaluate, "tokens": _tokens, "check": _check, "plan": _plan}

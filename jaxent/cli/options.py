@@ -51,6 +51,13 @@ examples:
   jaxent check --plot gap.png                 losses down to 1e-38, alongside optax and exact ones
 """
 
+PLAN_EXAMPLES = """\
+examples:
+  jaxent plan --tokens 32768 --features 4096 --classes 128256 --device h100
+  jaxent plan --tokens 4096 --features 512 --classes 32768 --dtype float32     on this machine
+  jaxent plan --tokens 32768 --features 4096 --classes 128256 --device v5p --kernel-dtype float32 --json
+"""
+
 DESCRIPTION = """\
 Cross-entropy at work: a language model on real text, what each token of it costs in bits, and whether the losses
 are right on this machine.
@@ -88,6 +95,7 @@ def parser(train_defaults: Mapping[str, Any] | None = None) -> argparse.Argument
     _add_evaluate(commands)
     _add_tokens(commands)
     _add_check(commands)
+    _add_plan(commands)
     return whole
 
 
@@ -160,6 +168,25 @@ def _add_check(commands: Commands) -> None:
     check.add_argument("--dtype", dest="dtypes", action="append", choices=dtypes, help="may be repeated; default: all")
     check.add_argument("--plot", type=Path, metavar="FILE", help="draw tiny losses into an image file instead")
     _add_output(check)
+
+
+def _add_plan(commands: Commands) -> None:
+    plan = _add_command(
+        commands,
+        "plan",
+        "estimate what a loss from hidden states and its gradient take, before they run",
+        PLAN_EXAMPLES,
+    )
+    add = plan.add_argument
+    add("--tokens", type=_whole(1), required=True, metavar="N", help="rows of hidden states, on one device")
+    add("--features", type=_whole(1), required=True, metavar="D", help="length of a hidden state")
+    add("--classes", type=_whole(1), required=True, metavar="V", help="size of the vocabulary, on one device")
+    add("--device", metavar="NAME", help="h100, v5p, ..., or what JAX calls a device; default: this machine's")
+    dtypes = ("bfloat16", "float16", "float32")
+    add("--dtype", choices=dtypes, default="bfloat16", help="of hidden states and products (%(default)s)")
+    add("--kernel-dtype", choices=dtypes, help="of the kernel, if it is another")
+    add("--chunk-rows", type=_whole(1), metavar="R", help="rows at a time; default: what suits the device")
+    add("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _add_command(commands: Commands, name: str, summary: str, examples: str) -> argparse.ArgumentParser:

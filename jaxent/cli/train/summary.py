@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxent._engine.plan import plan
 from jaxent.cli.train import model
 from jaxent.cli.train.corpus import Corpus
 from jaxent.cli.train.dataset import Dataset
 from jaxent.cli.train.evaluation import figures, measure, perplexity
 from jaxent.cli.train.mesh import DATA, VOCAB, DeviceMesh
 from jaxent.cli.train.ngrams import Rows
+from jaxent.costs import plan
 from jaxent.empirical import empirical_distribution
 from jaxent.gradients import softmax_cross_entropy_gradient
 from jaxent.information import cross_entropy, entropy

@@ -1,0 +1,221 @@
+"""`plan` tells what a call takes: XLA's own figures on this device, a sum of what is held on others."""
+
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxent
+from jaxent._engine.devices import DEVICES
+from jaxent.cli import main
+
+pytestmark = pytest.mark.usefixtures("one_device")
+N, D, V = 512, 48, 4096
+ALL_ON = {"label_smoothing": 0.1, "z_loss": 1e-4, "soft_cap": 30.0, "temperature": 2.0, "weights": True}
+LOSS, STATISTICS, DIVERGENCE = "linear_softmax_cross_entropy", "linear_token_statistics", "linear_kl_divergence"
+CELLS = [
+    (function, reduction, dtype, chunk_rows, options)
+    for function, reduction, options in [
+        (LOSS, "mean", {}),
+        (LOSS, "mean", ALL_ON),
+        (LOSS, "none", {}),
+        (STATISTICS, "mean", {}),
+        (DIVERGENCE, "mean", {}),
+        (LOSS, "mean", {"with_statistics": True}),
+        (LOSS, "sum", {"bias": True, "where": True, "class_weights": True}),
+        (LOSS, "none", {"soft_cap": 30.0, "with_statistics": True}),
+        (STATISTICS, "mean", {"soft_cap": 30.0, "top_k": 4}),
+        (DIVERGENCE, "none", {"temperature": 2.0}),
+        (DIVERGENCE, "mean", {"divergence": "jensen_shannon", "weights": True}),
+    ]
+    for dtype, chunk_rows in [("float32", 128), ("bfloat16", N), ("bfloat16", 128), ("float32", N)]
+]
+
+
+def allocated(function: str, reduction: str, dtype: str, chunk_rows: int, options: dict[str, Any]) -> int:
+    """By XLA, for the call as a user writes it."""
+    like = jax.ShapeDtypeStruct
+    head = like((N, D), dtype), like((D, V), dtype)
+    labels = like((N,), jnp.int32)
+    shapes = {
+        "weights": ((N,), jnp.float32),
+        "where": ((N,), bool),
+        "class_weights": ((V,), dtype),
+        "bias": ((V,), dtype),
+    }
+    given = {name: like(*shapes[name]) for name in options if name in shapes}
+    rest: dict[str, Any] = {name: value for name, value in options.items() if name not in shapes}
+
+    def statistics(hidden: Any, kernel: Any, labels: Any, given: Any) -> Any:
+        return jaxent.linear_token_statistics(hidden, kernel, labels, chunk_rows=chunk_rows, **rest, **given)
+
+    def loss(hidden: Any, kernel: Any, labels: Any, given: Any) -> Any:
+        options: Any = {"chunk_rows": chunk_rows, "reduction": reduction, **rest, **given}
+        found: Any = jaxent.linear_softmax_cross_entropy(hidden, kernel, labels, **options)
+        losses, extra = found if "with_statistics" in rest else (found, ())
+        return losses.sum(), extra
+
+    def divergence(hidden_q: Any, kernel_q: Any, hidden: Any, kernel: Any, given: Any) -> Any:
+        options: Any = {"chunk_rows": chunk_rows, "reduction": reduction, **rest, **given}
+        found: Any = jaxent.linear_kl_divergence(hidden, kernel, hidden_q, kernel_q, **options)
+        return found.sum()
+
+    program, arguments = {
+        LOSS: (jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), (*head, labels, given)),
+        STATISTICS: (statistics, (*head, labels, given)),
+        DIVERGENCE: (jax.value_and_grad(divergence, argnums=(0, 1)), (*head, *head, given)),
+    }[function]
+    memory = jax.jit(program).lower(*arguments).compile().memory_analysis()
+    assert memory is not None
+    return memory.temp_size_in_bytes
+
+
+@pytest.mark.parametrize(("function", "reduction", "dtype", "chunk_rows", "options"), CELLS)
+def test_temporaries_are_those_that_xla_allocates(
+    function: str, reduction: Any, dtype: str, chunk_rows: int, options: dict[str, Any]
+):
+    found = jaxent.plan(N, D, V, dtype=dtype, function=function, reduction=reduction, chunk_rows=chunk_rows, **options)
+    there = allocated(function, reduction, dtype, chunk_rows, options)
+    assert found.temp_bytes == pytest.approx(there, rel=0.1, abs=2**21)
+    assert found.num_chunks == N // chunk_rows
+
+
+# MiB that NVIDIA's compiler and the TPUs' allocate for value and gradient, as the suite `compiled` reads them; the last
+# is one chip of 1,024 as 128 x 8.
+@pytest.mark.parametrize(
+    ("device", "shape", "temp_mib"),
+    [
+        ("h100", (32768, 4096, 128256), 6866),
+        ("v5p", (32768, 4096, 128256), 2262),
+        ("v5p", (32768, 8192, 32768), 1282),
+        ("v5p", (262144, 8192, 4096), 4358),
+        ("v5p", (4096, 8192, 262144), 8258),
+    ],
+)
+def test_temporaries_of_a_device_that_is_not_here(device: str, shape: tuple[int, int, int], temp_mib: int):
+    found = jaxent.plan(*shape, dtype="bfloat16", device=device)
+    assert found.temp_bytes / 2**20 == pytest.approx(temp_mib, rel=0.05)
+
+
+def test_a_kernel_of_another_dtype_is_cast_once():
+    narrow = jaxent.plan(32768, 4096, 128256, dtype="bfloat16", device="h100")
+    mixed = jaxent.plan(32768, 4096, 128256, dtype="bfloat16", kernel_dtype="float32", device="h100")
+    assert mixed.chunk_rows == narrow.chunk_rows
+    assert mixed.bytes_moved == narrow.bytes_moved
+    copy, sum_as_result = 2 * 4096 * 128256, 4 * 4096 * 128256
+    hidden = 4 * 4096 * 32768  # the sum of the narrow kernel's gradient left room for it
+    assert mixed.temp_bytes - narrow.temp_bytes == copy - sum_as_result + hidden
+
+
+def test_time_by_terms():
+    found = jaxent.plan(32768, 4096, 128256, dtype="bfloat16", device="h100").milliseconds
+    assert found is not None
+    assert found == pytest.approx(sum(found.terms.values()))
+    assert found.products == pytest.approx(1e3 * 6 * 32768 * 4096 * 128256 / 989.4e12)
+    assert min(found.passes, found.kernel_gradient) > 0
+    assert found.collectives == 0
+
+
+@pytest.mark.parametrize(
+    ("function", "reduction", "products"),
+    [
+        (LOSS, "mean", 3),
+        (LOSS, "none", 4),
+        (STATISTICS, "mean", 1),
+        (DIVERGENCE, "mean", 4),
+        ("linear_rows", "mean", 4),
+    ],
+)
+def test_products_of_each_function(function: str, reduction: Any, products: int):
+    found = jaxent.plan(64, 8, 128, function=function, reduction=reduction, device="v5e")
+    assert found.matrix_products == products
+    assert found.multiply_adds == products * 64 * 8 * 128
+
+
+def test_an_unknown_device_has_no_time_and_says_so():
+    found = jaxent.plan(2**20, 64, 2**15, device="abacus")
+    assert (found.device, found.milliseconds) == ("abacus", None)
+    assert "abacus" in (found.note or "")
+    assert found.chunk_rows == 2**13
+    assert jaxent.plan(8, 8, 8).device == "cpu"
+    assert jaxent.plan(8, 8, 8, device="NVIDIA H100 80GB HBM3").device == "h100"
+
+
+def test_nothing_is_compiled_for_more_rows_than_int32_counts():
+    found = jaxent.plan(2**40, 64, 2**15, chunk_rows=64)
+    assert found.temp_bytes == found.estimated_temp_bytes
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"kernel_dtype": "int8"}, TypeError, "`kernel_dtype` must be floating"),
+        ({"device": 3}, TypeError, "`device` must be a name or None, got 3"),
+        ({"function": "softmax"}, ValueError, "`function` must be one of 'linear_softmax_cross_entropy'"),
+        ({"top_k": 3}, TypeError, "`top_k` is no option of linear_softmax_cross_entropy, which takes bias"),
+        ({"soft_cap": "high"}, TypeError, "`soft_cap` must be a number, or whether it is on, got 'high'"),
+    ],
+)
+def test_wrong_options_of_a_plan(options: Any, error: type[Exception], message: str):
+    with pytest.raises(error, match=f"jaxent.plan: {message}"):
+        jaxent.plan(8, 8, 8, **options)
+
+
+def test_options_are_on_or_off():
+    plain = jaxent.plan(8, 8, 8)
+    off = {"label_smoothing": 0.0, "soft_cap": None, "temperature": 1.0, "with_statistics": False, "weights": None}
+    assert jaxent.plan(8, 8, 8, **off) == plain
+    assert jaxent.plan(8, 8, 8, soft_cap=True) == jaxent.plan(8, 8, 8, soft_cap=30.0) != plain
+    assert jaxent.plan(8, 8, 8, weights=jnp.ones(8)) == jaxent.plan(8, 8, 8, weights=True) != plain
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# jaxent plan
+
+SIZES = ["--tokens", "32768", "--features", "4096", "--classes", "128256"]
+
+
+def test_the_command_prints_a_table(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", *SIZES, "--device", "h100"]) == 0
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert "on h100" in lines[0]
+    assert [line.split()[0] for line in lines[2:]] == ["dense", "1,639", "3,277", "6,560", "10,923", "16,384"]
+    assert "6,560 (chosen)" in out
+    assert not err
+
+
+def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", *SIZES, "--device", "v5p", "--kernel-dtype", "float32", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["device"], found["kernel_dtype"], found["chunk_rows"]) == ("v5p", "float32", 2048)
+    assert found["rows_at_a_time"][0]["chunk_rows"] is None
+    assert all(line["ms"] > 200 for line in found["rows_at_a_time"])
+
+
+def test_the_command_notes_what_is_not_known(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", "--tokens", "8", "--features", "4", "--classes", "9", "--device", "abacus"]) == 0
+    out, err = capsys.readouterr()
+    assert " - " in out
+    assert all(name in err for name in ("abacus", *DEVICES))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (SIZES[:4], "the following arguments are required: --classes"),
+        ([*SIZES, "--tokens", "0"], "argument --tokens: must be a whole number from 1 to"),
+        ([*SIZES, "--chunk-rows", "many"], "argument --chunk-rows: must be a whole number from 1 to"),
+        ([*SIZES, "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        ([*SIZES, "spare"], "unrecognized arguments: spare"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", *arguments])
+    out, err = capsys.readouterr()
+    assert not out
+    assert len(err.splitlines()) == 1
+    assert message in err
