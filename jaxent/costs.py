@@ -225,13 +225,13 @@ def _floating(argument: str, dtype: DTypeLike) -> np.dtype:
     return np.dtype(dtype)
 
 
-def _checked_options(function: str, options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+def _checked_options(called: str, options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     """Those that are on, in order; arrays as True."""
-    signature = inspect.signature(_FUNCTIONS[function].call).parameters
+    signature = inspect.signature(_FUNCTIONS[called].call).parameters
     known = {p.name: p.default for p in signature.values() if p.kind is p.KEYWORD_ONLY and p.name not in _NOT_PLANNED}
     unknown = sorted(options.keys() - known)
     if unknown:
-        raise ArgumentTypeError(f"`{unknown[0]}` is no option of {function}, which takes {', '.join(sorted(known))}")
+        raise ArgumentTypeError(f"`{unknown[0]}` is no option of {called}, which takes {', '.join(sorted(known))}")
     found = {}
     for name, value in options.items():
         if name in _WITHOUT_COST or (value is None and known[name] is None):
