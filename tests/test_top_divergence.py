@@ -134,6 +134,7 @@ def test_edges(rng: np.random.Generator):
     assert np.isfinite(losses(chosen, log_p, removed, divergence="reverse")[2])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("kind", ["explicit", "manual"])
 def test_over_devices(kind: str, rng: np.random.Generator):
     args = problem(rng, rows=16)

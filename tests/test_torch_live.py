@@ -298,6 +298,7 @@ def second_order_cases(rng: np.random.Generator) -> list[tuple[str, list[Any], d
     ]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("at", range(10))
 def test_second_derivatives_and_forward_mode_are_those_of_pytorch(at: int, rng: np.random.Generator):
     name, args, options = second_order_cases(rng)[at]

@@ -51,6 +51,7 @@ def assert_same(got: Any, want: Any) -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6, atol=1e-6), got, want)
 
 
+@pytest.mark.grid
 def test_one_example_under_vmap_and_jit_is_the_batched_call(batch: tuple):
     batched = all_losses(*batch)
     assert_same(jax.vmap(all_losses)(*batch), batched)
