@@ -128,6 +128,7 @@ def test_a_loss_that_has_collapsed():
     assert check_gradient(softmax_cross_entropy, LATE, np.array(0), tolerance=5).ok
 
 
+@pytest.mark.grid
 def test_tolerance(rng: np.random.Generator):
     z = draw_logits(rng, (20, 3))
     labels = np.argmax(z, axis=-1)

@@ -81,6 +81,7 @@ def test_bad_input(name: str, loss: Any):
         loss(np.zeros(SHAPE, np.float32), np.zeros(5, np.int32), **given)
 
 
+@pytest.mark.grid
 def test_checks_read_several_axes():
     z = np.zeros(SHAPE, np.float32)
     z[:, 3] = np.nan

@@ -35,6 +35,7 @@ def test_a_table_and_code_zero(capsys: pytest.CaptureFixture[str]):
     assert err == ""
 
 
+@pytest.mark.grid
 def test_json_and_quiet(capsys: pytest.CaptureFixture[str]):
     assert main([*FAST, "--quiet", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -49,6 +49,7 @@ def test_an_environment_that_cannot_be(variable: str, value: str, message: str, 
     assert not (tmp_path / "o").exists()
 
 
+@pytest.mark.grid
 def test_check_and_module_runs_tell_it_too():
     for command in (["-m", "jaxent", "check"], ["-m", "jaxent.cli", "tokens", "x"]):
         found = subprocess.run(

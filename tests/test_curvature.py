@@ -211,6 +211,7 @@ FISHER_OPTIONS = (
 )
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("option", FISHER_OPTIONS)
 def test_both_matrices_of_a_network(option: str, rng: np.random.Generator):
@@ -608,6 +609,7 @@ def test_costs_of_the_streamed_products(of: str):
 # A Newton step
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("x64")
 def test_newton_steps_by_conjugate_gradients_find_the_entropy_of_the_data():
     """The kind of a character (letter, blank, other) after the two before it, in a module of the standard library.

@@ -398,6 +398,7 @@ def test_a_checked_program_says_what_diagnose_says(name: str):
     assert message.startswith(str(diagnose(logits, targets, **options)[0]))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["bad_but_ignored", "empty"])
 def test_a_checked_program_is_silent_on_what_is_fine(name: str):
     logits, targets, options = FINE[name]

@@ -74,6 +74,7 @@ def test_weights_of_64_bits_from_the_host():
         np.testing.assert_allclose(got, want, rtol=1e-7)
 
 
+@pytest.mark.grid
 def test_a_joint_table(rng: np.random.Generator):
     x, y, z = rng.integers(0, 3, size=(3, 5, 40))
     weights = rng.random((5, 40)).astype(np.float32)

@@ -332,6 +332,7 @@ def test_the_hessian_of_a_tiny_entropy(z: list[float]):
         assert_close(hessian(entropy_with_logits)(jnp.array(z)), want, ulp=4, dtype=np.float32)
 
 
+@pytest.mark.grid
 def test_smoothing_over_a_class_that_nearly_everything_falls_in():
     # Logits (0, -20), label 1 of weight 0: what is left is 0.25 / 2 of -log p_0 = log1p(exp(-20)).
     options: dict[str, Any] = {"class_weights": jnp.array([1.0, 0.0]), "label_smoothing": 0.25, "reduction": "sum"}

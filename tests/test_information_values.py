@@ -170,6 +170,7 @@ def test_the_gradient_of_kl_between_logits_keeps_its_digits(rng: np.random.Gener
         assert_close(got, want, ulp=24, dtype=np.float32)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ["kl(p, q)", "kl_divergence_with_logits"])
 def test_check_grads(name: str):
     case = {**CASES, **LOGITS}[name]
@@ -297,6 +298,7 @@ def test_units(measure: Any, operands: int, rng: np.random.Generator):
 # Mixtures
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("weights", [None, [1, 0, 2], [0.25, 0.5, 0.25]])
 def test_the_divergence_of_several_distributions(weights: Any, rng: np.random.Generator):
     p = draw_probabilities(rng, (3, 4, 5))

@@ -70,6 +70,7 @@ def test_values(name: str, rng: np.random.Generator):
         assert_close(measure(tables, base=2), np.asarray(got, np.float64) / np.log(2), ulp=2, dtype=np.float32)
 
 
+@pytest.mark.grid
 def test_conditional_mutual_information(rng: np.random.Generator):
     p = draw_positive(rng, 24).reshape(2, 3, 4)
     exact = functools.partial(oracle.conditional_mutual_information, rows=2, columns=3)

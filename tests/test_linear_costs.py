@@ -174,6 +174,7 @@ def gradient_of_row_losses(loss: Any, hidden: Any, kernel: Any) -> Any:
     return jax.grad(lambda h, w: loss(h, w, reduction="none"), argnums=(0, 1))(hidden, kernel)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("f", [hessian_product, gradient_of_row_losses])
 def test_temporaries_do_not_grow_with_the_rows(f: Any):
     few, many = temporary_bytes(f, 2048), temporary_bytes(f, 8192)

@@ -133,6 +133,7 @@ def test_labels_drawn_from_the_head():
     assert np.sum((counts - expected) ** 2 / expected) < 16.3  # chi-squared of three degrees of freedom, 1 in 1000
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 @pytest.mark.usefixtures("one_device")
 def test_log_probabilities_over_a_kept_set(dtype: Any, rng: np.random.Generator):

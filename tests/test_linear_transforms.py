@@ -215,6 +215,7 @@ def test_donated_inputs(loss: str, rng: np.random.Generator):
     assert w.is_deleted()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("loss", ["mean", "none", "statistics", "row loss"])
 def test_no_nan_on_the_way(loss: str, rng: np.random.Generator):
     h, w, y = draw32(rng, ROWS, FEATURES, CLASSES)

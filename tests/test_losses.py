@@ -537,6 +537,7 @@ def test_ties_go_to_the_first_class():
     np.testing.assert_array_equal(got.top_classes, [[1, 2, 4, 0]])
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize(
     "z",
     [

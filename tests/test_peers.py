@@ -47,6 +47,7 @@ def test_eight_bit_labels_of_a_thousand_classes(dtype: Any):
     assert_close(softmax_cross_entropy_gradient(z, labels, reduction="sum"), p, ulp=4, dtype=np.float32)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("label", [-1, -100, 300, 2**31 - 1])
 def test_a_label_outside_the_classes(label: int, rng: np.random.Generator):
     # optax: -1 trains the last class, -100 trains class 200; at 300 the loss is nan and the gradient finite and wrong.
@@ -64,6 +65,7 @@ def test_an_ignored_row_has_no_gradient(rng: np.random.Generator):
         assert np.all(gradient[0] == 0)
 
 
+@pytest.mark.grid
 def test_a_removed_class_leaves_the_gradient_finite():
     # One-hot forms: nan. optax's safe form: nan in every entry of jacfwd.
     z = np.array([1.0, -np.inf, 0.0], np.float32)

@@ -208,6 +208,7 @@ def agree(got, expected):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.grid
 def test_whole_batch_equals_the_loss(rng: np.random.Generator):
     w, x, y, keep = batch(rng)
     agree(whole(w, x, y, keep), jax.value_and_grad(lambda w: softmax_cross_entropy(x @ w, y))(w))
@@ -277,6 +278,7 @@ def test_psum_is_as_exact_as_merge(rng: np.random.Generator):
     assert float(mapped.mean()[0]) == float(total.mean())
 
 
+@pytest.mark.grid
 def test_float64_losses_keep_their_digits(x64: None, rng: np.random.Generator):
     x = rng.exponential(1.0, 1000)
     risk = EmpiricalRisk().update(x, np.ones(1000, np.float32))
@@ -345,6 +347,7 @@ def test_weighted_sum_adds_and_means():
 PRECISIONS = [(False, "bfloat16"), (True, "float32"), (True, "float64")]
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("start", [EmpiricalRisk, WeightedSum])
 @pytest.mark.parametrize(("wide", "dtype"), PRECISIONS)
 def test_nothing_starts_a_scan(start: Any, wide: bool, dtype: str, rng: np.random.Generator):

@@ -49,6 +49,7 @@ def test_axes(rng: np.random.Generator):
     np.testing.assert_allclose(brier_score(spread, one_hot, axis=(-1, 0), reduction="none"), rows, rtol=1e-6)
 
 
+@pytest.mark.grid
 def test_rows_that_do_not_count():
     p, nothing = f32([[0.5, 0.5], [np.nan, -1]]), f32([1, 0])
     labels = np.array([0, 7])

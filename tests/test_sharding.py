@@ -122,6 +122,7 @@ def test_without_jit_and_with_labels_of_the_host():
     assert_same((dense, linear, gradient), run(unsharded_ones, *(arrays()[name][0] for name in "zhw"), y, c))
 
 
+@pytest.mark.grid
 def test_vmap_over_an_axis_that_is_split():
     mesh = make_mesh("2x4", "explicit")
     h = jax.device_put(arrays()["h"][0].reshape(4, 40, FEATURES), NamedSharding(mesh, P("data")))
@@ -172,6 +173,7 @@ def test_an_uneven_vocabulary_under_automatic_sharding():
     assert_same(run(split, h, w), run(step, np.asarray(h), w))
 
 
+@pytest.mark.grid
 def test_an_uneven_vocabulary_is_padded_with_classes_of_bias_minus_infinity():
     mesh, uneven = make_mesh("2x4", "automatic"), CLASSES - 2
     real = np.arange(CLASSES) < uneven

@@ -104,6 +104,7 @@ def test_the_bucket_is_not_biased_and_rescaling_is():
     assert gradient("renormalize")[0] > 0.5
 
 
+@pytest.mark.grid
 def test_all_classes_leave_an_empty_bucket(rng: np.random.Generator):
     h, w, _, _ = problem(rng)
     teacher = jax.nn.log_softmax(jnp.asarray(rng.normal(size=(ROWS, CLASSES)).astype(np.float32)))

@@ -240,6 +240,7 @@ def test_softmax_without_a_dim_takes_the_one_of_pytorch_and_warns(shape: tuple[i
 # Types
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("x64")
 def test_the_type_of_the_result():
     half, brain, single, double = np.float16, ml_dtypes.bfloat16, np.float32, np.float64
@@ -406,6 +407,7 @@ def linear_case(
     )
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize(("places", "targets"), [((), "probabilities"), ((2,), "probabilities"), ((2, 1), "labels")])
 def test_the_linear_loss_has_the_derivatives_that_pytorchs_chunks_refuse(
@@ -463,6 +465,7 @@ def test_the_logits_of_all_rows_are_never_held(reduction: str, rng: np.random.Ge
     assert not any(shape in program for shape in ("[4,21]", "[4,3,7]"))
 
 
+@pytest.mark.grid
 def test_an_ignored_row_of_a_linear_loss_is_as_if_deleted(rng: np.random.Generator):
     h, w, target, options = linear_case(rng, (2,), "labels")
     target[1], target[3, 0] = -100, -100
