@@ -272,6 +272,8 @@ def _sum_and_gradients(row_loss, chunking, products, wanted, moving, inputs):
         moving_rows = ([head.hidden for head in moving[0]], *partition(moving[1], want_args))
         carry, out = chunking.scan(step, zeros, per_row, moving_rows, counted.mask(by_weight=False))
     (d_kernels, d_biases, d_params), (losses, aux, d_hidden, d_args) = carry, out
+    # Where XLA splits arrays: cut after the loop, if at all, so that its sum over devices can leave the loop.
+    d_kernels = [None if x is None else whole_along_others(x, 0, ()) for x in d_kernels]
     d_heads = tuple(Head(*parts) for parts in zip(d_hidden, d_kernels, d_biases, strict=True))
     return jnp.sum(losses), aux, (d_heads, d_args, d_params)
 

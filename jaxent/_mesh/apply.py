@@ -17,7 +17,15 @@ from jax import lax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxent._mesh.types import Partition, axes_of_type, axis_names, mesh_of, partition_of
+from jaxent._mesh.types import (
+    Partition,
+    auto_axis_names,
+    automatic_devices,
+    axes_of_type,
+    axis_names,
+    mesh_of,
+    partition_of,
+)
 
 
 def with_auto_axes(f: Callable[..., Any], *arrays: Any, mesh: AbstractMesh, out_specs: Any) -> Any:
@@ -107,13 +115,31 @@ def _all_gather_jvp(split, axes, primals, tangents):
 
 
 def whole_along_others(x: jax.Array, axis: int, axes: Collection[str]) -> jax.Array:
-    """`x`, gathered along a dimension over the explicit mesh axes that are not among `axes`."""
+    """`x`, gathered along a dimension over the mesh axes that are not among `axes`.
+
+    XLA, which may have split it over automatic axes, would gather it anew in each step of a loop.
+    """
+    mesh = mesh_of(x)
+    if auto_axis_names(mesh) == frozenset(mesh.axis_names):
+        spec = [P.UNCONSTRAINED] * x.ndim
+        spec[axis] = None
+        return x if automatic_devices(x) == 1 else _constrained(x, NamedSharding(mesh, P(*spec)))
     split = list(partition_of(x))
     kept = tuple(a for a in split[axis] if a in axes)
     if kept == split[axis]:
         return x
     split[axis] = kept
-    return jax.sharding.reshard(x, NamedSharding(mesh_of(x), P(*split)))
+    return jax.sharding.reshard(x, NamedSharding(mesh, P(*split)))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _constrained(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    return lax.with_sharding_constraint(x, sharding)
+
+
+@_constrained.defjvp
+def _constrained_jvp(sharding, primals, tangents):
+    return _constrained(*primals, sharding), tangents[0]
 
 
 def _joined(dims: int) -> Callable[[jax.Array], jax.Array]:

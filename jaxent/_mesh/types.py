@@ -44,11 +44,9 @@ def sum_to_type(x: jax.Array, like: jax.Array) -> jax.Array:
 
 def may_be_split_by_xla(x: jax.Array) -> bool:
     """Whether the array may be split over devices without its type saying how."""
-    if jax.device_count() == 1:
-        return False
     mesh = mesh_of(x)
     # An array that only `jit` knows to be split has no mesh in its type.
-    return mesh.empty or bool(auto_axis_names(mesh))
+    return jax.device_count() > 1 if mesh.empty else automatic_devices(x) > 1
 
 
 NO_MESH = AbstractMesh((), ())
