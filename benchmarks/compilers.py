@@ -72,14 +72,14 @@ def compiler(platform: str) -> str:
 
 
 @functools.cache
-def topology(target: str, pod: bool = False) -> topologies.TopologyDescription:
+def topology(target: str, pod: bool = False, gpus: int = 1) -> topologies.TopologyDescription:
     """Devices to compile for; they cannot run anything. JAX must not have looked for devices like these before."""
     if platform_of(target) == "tpu":
         for name, value in TPU_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         return topologies.get_topology_desc(POD[target] if pod else _TPUS[target], "tpu")
     text = _configuration(DEVICES[target], _GPUS[target])
-    return topologies.get_topology_desc("", "cuda", target_config=text, topology="1x1x1")
+    return topologies.get_topology_desc("", "cuda", target_config=text, topology=f"1x1x{gpus}")
 
 
 def _configuration(device: Device, gpu: Multiprocessors) -> str:

@@ -10,7 +10,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxent
 from benchmarks import compilers
@@ -121,6 +124,31 @@ def test_statistics_take_one_product(target: str):
     reading = compiled_for(target, function, ((N, D), jnp.bfloat16), ((D, V), jnp.bfloat16), ((N,), jnp.int32))
     assert sum(kernel.times * kernel.flops for kernel in reading.kernels) == 2 * N * D * V
     assert passes(reading.kernels, "f32")[0] == 1
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_an_automatic_mesh_sends_a_gradient_once(target: str, fsdp: bool):
+    """The accelerators' compilers add up the kernel's gradient after the loop; the CPU's in every chunk."""
+    if how := compilers.absent(compilers.platform_of(target)):
+        pytest.skip(f"no compiler for {target}: {how}")
+    only_cpu()
+    devices = compilers.topology(target, gpus=4).devices
+    mesh = Mesh(np.array(devices).reshape(-1), ("data",), axis_types=(AxisType.Auto,))
+    n, d, v = 4096, 256, 8192
+    specs = P("data"), P("data") if fsdp else P(), P("data")
+    shapes = ((n, d), jnp.bfloat16), ((d, v), jnp.bfloat16), ((n,), jnp.int32)
+    split = [NamedSharding(mesh, spec) for spec in specs]
+    arguments = [jax.ShapeDtypeStruct(*shape, sharding=s) for shape, s in zip(shapes, split, strict=True)]
+    function = jax.value_and_grad(functools.partial(jaxent.linear_softmax_cross_entropy, chunk_rows=n // 4), (0, 1))
+    step = jax.jit(function, out_shardings=(NamedSharding(mesh, P()), tuple(split[:2])))
+    found = collectives(step.lower(*arguments).compile().as_text() or "")
+    assert not [c for c in found if c.looped and c.extent]
+    large = {c.kind for c in found if c.numbers >= d * v // 4}
+    if not fsdp:
+        assert large == {"all-reduce"}
+    else:
+        assert large == {"all-gather", "reduce-scatter" if target == GPU else "all-reduce"}
 
 
 def test_a_pod_sends_what_the_formula_says():

@@ -162,6 +162,22 @@ def test_curvature(name: str, layout: str):
         assert x.sharding.is_equivalent_to(like.sharding, 2)
 
 
+@pytest.mark.parametrize("layout", MANUAL)
+def test_automatic_meshes_gather_once(layout: str):
+    """XLA would gather the kernel anew in every chunk if the types were left to say nothing."""
+    on = LAYOUTS[layout]
+
+    def loss(h: jax.Array, w: jax.Array, y: jax.Array) -> jax.Array:
+        return linear_softmax_cross_entropy(h, w, y, chunk_rows=8 * CHUNK)
+
+    args = placed(on, on.make(AxisType.Auto), ("h", "w", "labels"))
+    program = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*args).compile(FAST)
+    want = run(jax.value_and_grad(loss, (0, 1)), *(array(name) for name in ("h", "w", "labels")))
+    assert_same(program(*args), want)
+    gathers = [(c.extent, c.times, c.looped) for c in collectives(program) if c.kind == "all-gather"]
+    assert gathers == [((FEATURES, CLASSES // on.size(*on.classes)), 1, False)]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What crosses the mesh
 
