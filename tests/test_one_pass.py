@@ -104,6 +104,13 @@ def test_losses_and_derivatives_are_the_same(as_on_nvidia: None, monkeypatch: py
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), found, expected)
 
 
+def test_the_loss_of_a_row_without_a_softmax_is_nan(as_on_nvidia: None):
+    rows = [[-np.inf] * 4, [0, np.nan, 1, 2], [0, np.inf, np.inf, 1], [np.inf, 0, 1, 2], [0, np.inf, 1, 2]]
+    loss = jax.jit(jax.vmap(jax.value_and_grad(lambda z: jaxent.softmax_cross_entropy(z, 0))))
+    for result in (*loss(np.array(rows, np.float32)), jaxent.softmax_cross_entropy(rows, [0] * 5, reduction="none")):
+        assert np.isnan(result).all()
+
+
 def test_the_loss_has_one_reduction_for_both(as_on_nvidia: None):
     z = jnp.zeros((4, 10))
     text = str(jax.make_jaxpr(jax.grad(lambda z: jaxent.softmax_cross_entropy(z, jnp.arange(4))))(z))
