@@ -129,6 +129,7 @@ def measure(target: str, program: Program) -> dict[str, Any]:
     return row | {
         "compile_s": round(reading.compile_seconds, 2),
         "temp_mib": round(reading.temp_bytes / 2**20, 1),
+        "plan_mib": program.planned_mib,
         "products": products(reading, program),
         "passes": passes(reading, program),
         "moved_gb": round(reading.bytes / 1e9, 2),

@@ -33,6 +33,12 @@ PRODUCTS: dict[Mode, int] = {
     "divergence": 4,
 }
 
+PLANNED: dict[Mode, str] = {
+    "value and gradient": "linear_softmax_cross_entropy",
+    "statistics": "linear_token_statistics",
+    "divergence": "linear_kl_divergence",
+}
+
 
 @dataclass(frozen=True)
 class Program:
@@ -68,6 +74,22 @@ class Program:
         target = Target(False, DEVICES[self.target])
         default = default_chunk_rows(target, self.features, held, _dtypes(self.precision)[0])
         return chunking_of(self.rows, self.chunk_rows, default).chunk_rows
+
+    @property
+    def planned_mib(self) -> float | None:
+        """What `plan` says of its temporaries; None for what it does not plan."""
+        if self.author != "jaxent" or self.mode not in PLANNED:
+            return None
+        hidden, kernel = _dtypes(self.precision)
+        found = jaxent.plan(
+            *(self.rows, self.features, self.classes),
+            dtype=hidden,
+            kernel_dtype=kernel,
+            device=self.target,
+            function=PLANNED[self.mode],
+            chunk_rows=self.chunk_rows,
+        )
+        return round(found.temp_bytes / 2**20, 1)
 
     @property
     def num_chunks(self) -> int:

@@ -59,6 +59,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "products": described_products,
     "passes over the logits": described_passes,
     "temp MiB": lambda row: number(row["temp_mib"]),
+    "`plan`": lambda row: "" if row.get("plan_mib") is None else number(row["plan_mib"]),
     "moved GB": lambda row: number(row["moved_gb"]),
     "of N x V": lambda row: f"{row['largest_by_logits']:.2f}",
     "products' share": lambda row: f"{row['products_share']:.1%}",
@@ -111,8 +112,9 @@ def _devices(record: dict[str, Any]) -> str:
 
 
 HEAD = (
-    "| {} | products | passes over the logits | temp MiB | dense | moved GB | dense | products' share | dense |\n"
-    "|---|---|---|--:|--:|--:|--:|--:|--:|"
+    "| {} | products | passes over the logits | temp MiB | `plan` | dense "
+    "| moved GB | dense | products' share | dense |\n"
+    "|---|---|---|--:|--:|--:|--:|--:|--:|--:|"
 )
 
 
@@ -143,8 +145,9 @@ def _pair(label: str, ours: Row, dense: Row) -> str:
     def of(row: Row, name: str) -> str:
         return "too large" if "failed" in row else COLUMNS[name](row)
 
-    cells = [of(ours, "products"), of(ours, "passes over the logits")]
-    for name in ("temp MiB", "moved GB", "products' share"):
+    cells = [of(ours, name) for name in ("products", "passes over the logits", "temp MiB", "`plan`")]
+    cells.append(of(dense, "temp MiB"))
+    for name in ("moved GB", "products' share"):
         cells += [of(ours, name), of(dense, name)]
     return f"| {label} | " + " | ".join(cells) + " |"
 

@@ -39,7 +39,7 @@ _ROWS = Work(2, 2, sums=2)
 _FUNCTIONS = {
     "linear_softmax_cross_entropy": _Function(linear_softmax_cross_entropy, LOSS, _ROWS),
     "linear_token_statistics": _Function(linear_token_statistics, Work(1, 0, sums=3), Work(1, 0, sums=3)),
-    "linear_kl_divergence": _Function(linear_kl_divergence, Work(2, 2, sums=2, heads=2), Work(4, 2, sums=4, heads=2)),
+    "linear_kl_divergence": _Function(linear_kl_divergence, Work(2, 2, sums=8, heads=2), Work(4, 2, sums=16, heads=2)),
     "linear_loss": _Function(linear_loss, LOSS, _ROWS),
     "linear_rows": _Function(linear_rows, _ROWS, _ROWS),
 }
@@ -116,9 +116,7 @@ class Plan:
     @property
     def estimated_temp_bytes(self) -> int:
         """The same without asking XLA: chunk of logits, its gradient, dW's sum, gradient of the rows, cast kernel."""
-        device = DEVICES.get(self.device)
-        recomputes = device is not None and device.recomputes_dz
-        return held_bytes(self.call.sizes, self.chunk_rows, _work(self.call), recomputes)
+        return held_bytes(self.call.sizes, self.chunk_rows, _work(self.call), DEVICES.get(self.device))
 
     def __str__(self) -> str:
         mib = 2**20

@@ -160,3 +160,20 @@ def test_a_pod_sends_what_the_formula_says():
     found = [c for c in collectives(compile_step(pod).text) if c.extent]
     assert {c.kind for c in found} == {"all-reduce"}
     assert numbers_sent(found, pod) == pod.numbers_sent
+
+
+@pytest.mark.parametrize(
+    "shape", [(2048, 2304, 65536), (2048, 4096, 128256), (1024, 4096, 65536), (2048, 1024, 131072)]
+)
+def test_the_predicted_time_is_the_compilers_own(shape: tuple[int, int, int]):
+    """On a v5e, whose compiler's `optimal_seconds` counts the body of a loop once: so in one chunk."""
+    rows, features, classes = shape
+
+    def loss(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> Any:
+        return jaxent.linear_softmax_cross_entropy(hidden, kernel, labels, chunk_rows=rows, ignore_index=None)
+
+    function = jax.value_and_grad(loss, argnums=(0, 1))
+    shapes = ((rows, features), jnp.bfloat16), ((features, classes), jnp.bfloat16), ((rows,), jnp.int32)
+    reading = compiled_for("v5e", function, *shapes)
+    found = jaxent.plan(*shape, dtype="bfloat16", device="v5e", chunk_rows=rows).milliseconds
+    assert found == pytest.approx(1e3 * reading.cost["optimal_seconds"], rel=0.15)

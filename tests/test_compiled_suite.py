@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import compiled_run, compilers
+from benchmarks import compiled_report, compiled_run, compilers
 from benchmarks.compiled_programs import MODES, Program
 
 
@@ -52,3 +52,26 @@ def test_the_command_line_knows_the_suite(monkeypatch: pytest.MonkeyPatch, tmp_p
     command.main(["--suite", "compiled", "--quick"])
     assert asked[0] == (["v5e", "h100"], False, tmp_path / "r.json")
     assert asked[1][:2] == (compilers.DEFAULT_TARGETS, True)
+
+
+def test_the_tables_are_those_of_the_record():
+    readme = (command.REPOSITORY / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    found = compiled_report.SECTION.search(readme)
+    assert found is not None
+    assert found[0] == compiled_report.section(command.REPOSITORY, command.REPOSITORY / found[1])
+
+
+def test_the_record_holds_what_the_formula_says():
+    """Numbers that each chip of a pod sends, and temporaries as `plan` gives them."""
+    found = compiled_report.SECTION.search(
+        (command.REPOSITORY / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    )
+    assert found is not None
+    record = json.loads((command.REPOSITORY / found[1]).read_text())
+    assert len(record["scale"]) == 3
+    for row in record["scale"]:
+        assert row["sent"] == row["formula"]
+        assert row["plan_mib"] == pytest.approx(row["temp_mib"], rel=0.05)
+    for row in record["programs"]:
+        if row.get("plan_mib") is not None:
+            assert row["plan_mib"] == pytest.approx(row["temp_mib"], rel=0.05)

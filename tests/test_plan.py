@@ -82,21 +82,33 @@ def test_temporaries_are_those_that_xla_allocates(
     assert found.num_chunks == N // chunk_rows
 
 
-# MiB that NVIDIA's compiler and the TPUs' allocate for value and gradient, as the suite `compiled` reads them; the last
-# is one chip of 1,024 as 128 x 8.
+LLAMA = (32768, 4096, 128256)
+
+
+# MiB that NVIDIA's compiler and the TPUs' allocate in bf16, and GB that their programs move, as the suite `compiled`
+# reads them; the last three are one chip of 1,024 as 128 x 8, 16 x 64 and 1024 x 1.
 @pytest.mark.parametrize(
-    ("device", "shape", "temp_mib"),
+    ("device", "function", "shape", "temp_mib", "moved_gb"),
     [
-        ("h100", (32768, 4096, 128256), 6866),
-        ("v5p", (32768, 4096, 128256), 2262),
-        ("v5p", (32768, 8192, 32768), 1282),
-        ("v5p", (262144, 8192, 4096), 4358),
-        ("v5p", (4096, 8192, 262144), 8258),
+        ("h100", LOSS, LLAMA, 6870, 116.9),
+        ("h100", STATISTICS, LLAMA, 3286, 74.6),
+        ("h100", DIVERGENCE, LLAMA, 5764, 295.4),
+        ("h100", LOSS, (32768, 768, 50257), 2131, 33.2),
+        ("h100", LOSS, (32768, 2304, 256000), 7070, 230.3),
+        ("b200", LOSS, LLAMA, 6870, 116.9),
+        ("v5p", LOSS, LLAMA, 2262, 175.8),
+        ("v5p", LOSS, (32768, 1024, 32768), 641, None),
+        ("v5p", LOSS, (32768, 8192, 32768), 1282, None),
+        ("v5p", LOSS, (262144, 8192, 4096), 4358, None),
+        ("v5p", LOSS, (4096, 8192, 262144), 8258, None),
     ],
 )
-def test_temporaries_of_a_device_that_is_not_here(device: str, shape: tuple[int, int, int], temp_mib: int):
-    found = jaxent.plan(*shape, dtype="bfloat16", device=device)
+def test_memory_of_a_device_that_is_not_here(
+    device: str, function: str, shape: tuple[int, int, int], temp_mib: float, moved_gb: float | None
+):
+    found = jaxent.plan(*shape, dtype="bfloat16", device=device, function=function)
     assert found.temp_bytes / 2**20 == pytest.approx(temp_mib, rel=0.05)
+    assert moved_gb is None or found.bytes_moved / 1e9 == pytest.approx(moved_gb, rel=0.05)
 
 
 def test_a_kernel_of_another_dtype_is_cast_once():

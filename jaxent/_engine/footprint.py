@@ -4,7 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxent._engine.roofline import Work
+from jaxent._engine.devices import Device
+from jaxent._engine.roofline import Work, recomputes_dz
 
 
 class Sizes(NamedTuple):
@@ -18,7 +19,7 @@ class Sizes(NamedTuple):
     kernel_dtype: np.dtype
 
 
-def held_bytes(sizes: Sizes, chunk_rows: int, work: Work, recomputes_dz: bool) -> int:
+def held_bytes(sizes: Sizes, chunk_rows: int, work: Work, device: Device | None) -> int:
     """The sum of what is held at once, less what is held where a result will be.
 
     A gradient that is added up in float32 and rounded at the end leaves the memory of its result free until then; XLA
@@ -34,15 +35,18 @@ def held_bytes(sizes: Sizes, chunk_rows: int, work: Work, recomputes_dz: bool) -
         )
     )
     held = {"logits": wide * work.heads * chunk}
-    room = 0
+    room, on_tpu = 0, device is not None and device.recomputes_dz
     if sizes.kernel_dtype.itemsize > narrow:
         held["cast kernel"] = narrow * kernel
     if work.backward:
-        if narrow < wide and not recomputes_dz:
+        written = narrow < wide and not recomputes_dz(device, chunk_rows, sizes.features)
+        if written:
             held["gradient of the logits"] = narrow * chunk
         if chunk_rows < sizes.rows:
-            held["gradient of the hidden states"] = (narrow if recomputes_dz else wide) * rows
+            held["gradient of the hidden states"] = (narrow if on_tpu else wide) * rows
             if sizes.kernel_dtype.itemsize < wide:  # else the sum is the result
                 held["sum of the kernel's gradient"] = wide * kernel
                 room = sizes.kernel_dtype.itemsize * kernel
+                if on_tpu and written:  # its compiler then holds the result apart
+                    held["kernel's gradient, rounded"], room = room, 0
     return sum(held.values()) - max((n for n in held.values() if n <= room), default=0)

@@ -9,10 +9,11 @@ from jaxent._engine.devices import Device
 
 DW_SHARE = 0.05  # heuristic: what reading and writing the kernel's gradient in every chunk may add to the products
 MEMORY_SHARE = 1 / 16  # heuristic: of the device's memory, for a chunk of logits
-# The TPU's compiler computes the gradient of the logits inside the products that need it up to some size, beyond which
-# it writes it out: at Llama-3's head 2048 rows reach 97% of a v5p's products, 4096 rows 94%. Its registers hold 16 rows
-# of bfloat16.
+# The TPU's compiler computes the gradient of the logits inside the products that need it, for up to 2048 rows and from
+# some number of features on: 1024 are too few, 2304 are enough. Else it writes it out: at Llama-3's head 2048 rows
+# reach 97% of a v5p's products, 4096 rows 94%. Its registers hold 16 rows of bfloat16.
 MOST_ROWS_RECOMPUTED = 2048
+LEAST_FEATURES_RECOMPUTED = 2048
 ROWS_ALIGNED = 16
 
 
@@ -34,6 +35,12 @@ class Work(NamedTuple):
 
 
 LOSS = Work(1, 2)
+
+
+def recomputes_dz(device: Device | None, chunk_rows: float, features: int) -> bool:
+    """Whether the gradient of the logits is computed in the products that need it, and never written."""
+    small = chunk_rows <= MOST_ROWS_RECOMPUTED and features >= LEAST_FEATURES_RECOMPUTED
+    return device is not None and device.recomputes_dz and small
 
 
 class Milliseconds(float):
@@ -92,7 +99,7 @@ def roofline(
     narrow = np.dtype(dtype).itemsize
     wide = max(4, narrow)
     logits, kernel, hidden = own_rows * classes, d * classes, own_rows * d
-    recomputes = device is not None and device.recomputes_dz
+    recomputes = recomputes_dz(device, own_rows, d)
     dz = logits * (wide if recomputes else narrow)  # that each product of the gradient reads
     moved = {
         "logits": work.logits * (narrow * (hidden + kernel) + wide * logits),
@@ -138,11 +145,12 @@ def dense_roofline(
     ones, if these are others, written once and read once: see the suite `compiled`.
     """
     ours = roofline(device, num_rows, features, num_classes, num_rows, dtype, efficiency=efficiency)
+    recomputed = recomputes_dz(device, num_rows, features)
     narrow = np.dtype(dtype).itemsize
     wide, logits = max(4, narrow), num_rows * num_classes
     on_tpu = device is not None and device.recomputes_dz
     passed = (6 if on_tpu else 7) * narrow + (0 if narrow == wide else wide if on_tpu else 2 * wide)
-    mine = 4 * wide if on_tpu else 3 * wide + 3 * narrow  # what `roofline` counts
+    mine = 4 * wide if recomputed else 3 * wide + 3 * narrow  # what `roofline` counts
     more = logits * (passed - mine)
     moved, temp_bytes = ours.bytes_moved + more, logits * (wide + (narrow if narrow < wide else 0))
     if device is None or ours.milliseconds is None:
