@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
@@ -24,6 +25,7 @@ from jaxent._engine.linear_head import (
     chunking_for,
     wide_rows,
 )
+from jaxent._engine.products import Operand, dtype_of
 from jaxent._engine.row_results import stream_rows
 from jaxent._engine.streaming import Counted, Head, Logits, MatrixProducts
 from jaxent._errors import ArgumentValueError, public
@@ -38,7 +40,7 @@ from jaxent._mesh.class_axis import (
 )
 from jaxent._mesh.types import may_be_split_by_xla, mesh_of
 from jaxent._serialization import exportable
-from jaxent._typing import ArrayLike
+from jaxent._typing import ArrayLike, DTypeLike
 
 Per = Literal["row", "sequence"]
 
@@ -75,6 +77,7 @@ def linear_gradient_norms(
     soft_cap: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     chunk_rows: int | None = None,
+    dtype: DTypeLike | None = None,
     precision: Precision = None,
     vocab_axis: VocabAxis = None,
     per: Per = "row",
@@ -131,6 +134,7 @@ def linear_gradient_norms(
         soft_cap=soft_cap,
         temperature=temperature,
         chunk_rows=chunk_rows,
+        dtype=dtype,
         precision=precision,
         vocab_axis=vocab_axis,
     )
@@ -171,8 +175,7 @@ class _ChunkNorms:
         (d_raw,) = pull(dz)
         # In units of the row's largest entry: in float16 a gradient of 1e-8 would be 0 before the product.
         unit, size = norms.in_units(d_raw, classes)
-        operand = unit.astype(kernel.dtype)
-        d_hidden = classes.psum(self.products.by_hidden(operand, kernel))
+        d_hidden = classes.psum(self.products.by_hidden(self.products.by_logits(unit, kernel), kernel))
         by_bias = norms.norm_in_units(unit, classes)
         survived = size * jnp.minimum(space.norms(d_hidden), by_bias)
         each = norms.norm(dz, classes), size * norms.norm(d_hidden, features), survived
@@ -184,13 +187,13 @@ class _ChunkNorms:
             return GradientNorms(*(x[:, 0] for x in (residual, by_hidden, by_kernel, by_bias, survived)))
         residual, by_hidden, survived, size = (x.reshape(sequences) for x in (residual, by_hidden, survived, size))
         state = jnp.where(rows.ignored.reshape(*sequences, 1), 0, state)
-        unit, operand = (x.reshape(*sequences, x.shape[-1]) for x in (unit, operand))
-        by_kernel, by_bias = self._of_sums(state, unit, operand, size)
+        unit = unit.reshape(*sequences, unit.shape[-1])
+        by_kernel, by_bias = self._of_sums(state, unit, dtype_of(kernel), size)
         residual, by_hidden, survived = (norms.norm(x, features)[:, 0] for x in (residual, by_hidden, survived))
         return GradientNorms(residual, by_hidden, by_kernel, by_bias, survived)
 
     def _of_sums(
-        self, state: jax.Array, unit: jax.Array, operand: jax.Array, size: jax.Array
+        self, state: jax.Array, unit: jax.Array, dtype: np.dtype, size: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         """`|sum_t h_t d_t^T|` and `|sum_t d_t|` of sequences, for `d_t = size_t unit_t`."""
         largest = norms.power_of_two(jnp.max(size, axis=1, initial=0))
@@ -206,12 +209,12 @@ class _ChunkNorms:
         if self.factored:
             state = norms.triangular_factor(state)
         squares = norms.squared_product_norms(
-            state.astype(operand.dtype), operand, self.classes, self.products.precision, size.dtype
+            state.astype(dtype), unit.astype(dtype), self.classes, self.products.precision_of(dtype), size.dtype
         )
         return largest * longest * (together * norms.root(squares)), largest * by_bias
 
 
-_Shared = tuple[tuple[LogitTransform, LossOptions, RowSpace], list[jax.Array]]
+_Shared = tuple[tuple[LogitTransform, LossOptions, RowSpace], list[jax.Array | Operand]]
 
 
 @functools.partial(jax.jit, static_argnames=("per",), inline=True)
@@ -244,7 +247,8 @@ def _linear_gradient_norms(call: LinearCall, *, per: Per) -> GradientNorms:
 
 def _row_space(call: LinearCall) -> RowSpace:
     def of(kernel: jax.Array) -> RowSpace:
-        return RowSpace.of(call.classes.psum(call.products.by_hidden(kernel, kernel)))
+        layer = call.products.prepared(call.head._replace(kernel=kernel))
+        return RowSpace.of(call.classes.psum(call.products.by_hidden(layer.kernel, layer.kernel)))
 
     kernel = call.head.kernel
     return with_auto_axes(of, kernel, mesh=mesh_of(kernel), out_specs=P())
@@ -269,7 +273,7 @@ def _by_sequence(
     )
     tokens = head.hidden.shape[1]
     at_once = max(1, call.chunking.chunk_rows // max(1, tokens)) if isinstance(tokens, int) else 1
-    return batch, chunking_for(at_once, head), head, rows, counted
+    return batch, chunking_for(at_once, call.products, head), head, rows, counted
 
 
 @exportable

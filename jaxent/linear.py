@@ -29,7 +29,7 @@ from jaxent._mesh.class_axis import (
     ClassAxis,
     VocabAxis,
 )
-from jaxent._typing import ArrayLike
+from jaxent._typing import ArrayLike, DTypeLike
 
 
 @overload
@@ -81,6 +81,7 @@ def linear_softmax_cross_entropy(
     denominator: ArrayLike | None = None,
     with_statistics: bool = False,
     chunk_rows: int | None = None,
+    dtype: DTypeLike | None = None,
     precision: Precision = None,
     vocab_axis: VocabAxis = None,
 ) -> jax.Array | WeightedSum | tuple[jax.Array | WeightedSum, TokenStatistics]:
@@ -106,9 +107,12 @@ def linear_softmax_cross_entropy(
       pass: constants, which cost no extra product. `log_prob` and `rank` are None where targets are probabilities.
     - `chunk_rows`: rows at a time; None takes what `plan` says. `"none"` computes the logits again on the way back:
       four products.
-    - `precision`: of the matrix products, as in `jax.lax.dot_general`. None means float32 accuracy for float32 inputs
+    - `dtype`: of the operands of the matrix products, at least 16 bits; None promotes `hidden` and `kernel`. With bf16
+      the kernel is cast once a call, and every product, of whatever derivative, multiplies bf16 and adds in float32:
+      the gradient with respect to a float32 kernel is never rounded to bf16.
+    - `precision`: of the matrix products, as in `jax.lax.dot_general`. None means float32 accuracy for float32 operands
       (`"highest"`) unless `jax.default_matmul_precision` is set; pass `"tensorfloat32"` or `"default"` for the faster
-      products of GPUs and TPUs. bf16 inputs are multiplied as bf16 and added in float32.
+      products of GPUs and TPUs.
 
     **Returns:** as `softmax_cross_entropy`, and with `with_statistics` a pair of that and the statistics, `(*batch,)`
     each, which are 0 in floating and -1 in integer fields of dropped rows. Gradients come back in the dtypes of the
@@ -133,6 +137,7 @@ def linear_softmax_cross_entropy(
         reduction=reduction,
         denominator=denominator,
         chunk_rows=chunk_rows,
+        dtype=dtype,
         precision=precision,
         vocab_axis=vocab_axis,
         hidden_whole=False,

@@ -18,7 +18,6 @@ from jaxent._engine.linear_head import (
     LinearCall,
     LogitTransform,
     check_linear_call,
-    logits_like,
     stream_reduced,
     wide_rows,
 )
@@ -30,7 +29,7 @@ from jaxent._mesh.class_axis import (
     ClassAxis,
     VocabAxis,
 )
-from jaxent._typing import ArrayLike
+from jaxent._typing import ArrayLike, DTypeLike
 
 
 @public
@@ -52,6 +51,7 @@ def linear_ggn_vector_product(
     reduction: MatrixReduction = "mean",
     denominator: ArrayLike | None = None,
     chunk_rows: int | None = None,
+    dtype: DTypeLike | None = None,
     precision: Precision = None,
     vocab_axis: VocabAxis = None,
 ) -> tuple[jax.Array | None, ...]:
@@ -70,8 +70,8 @@ def linear_ggn_vector_product(
     - `hidden`: `(*batch, features)`. `kernel`: `(features, classes)`. `bias`: `(classes,)`.
     - `v`: `(v_hidden, v_kernel)` or `(v_hidden, v_kernel, v_bias)`, shaped like what they are steps of and converted to
       its dtype. None stands for what is held fixed: `(None, v_kernel)` is the matrix of the kernel alone.
-    - `targets` and the options as in `ggn_vector_product`; `soft_cap`, `temperature`, `chunk_rows`, `precision`,
-      `vocab_axis` as in `linear_softmax_cross_entropy`.
+    - `targets` and the options as in `ggn_vector_product`; `soft_cap`, `temperature`, `chunk_rows`, `dtype`,
+      `precision`, `vocab_axis` as in `linear_softmax_cross_entropy`.
 
     **Returns:** a tuple with the shapes and dtypes of `v`, None where it is None. A row that is not counted adds
     exactly 0, whatever it holds.
@@ -96,6 +96,7 @@ def linear_ggn_vector_product(
         reduction=reduction,
         denominator=denominator,
         chunk_rows=chunk_rows,
+        dtype=dtype,
         precision=precision,
         vocab_axis=vocab_axis,
     )
@@ -118,6 +119,7 @@ def linear_fisher_vector_product(
     reduction: MatrixReduction = "mean",
     denominator: ArrayLike | None = None,
     chunk_rows: int | None = None,
+    dtype: DTypeLike | None = None,
     precision: Precision = None,
     vocab_axis: VocabAxis = None,
 ) -> tuple[jax.Array | None, ...]:
@@ -126,7 +128,7 @@ def linear_fisher_vector_product(
     $$F v = \frac{1}{W} \sum_n w_n\, g_n \langle g_n, v \rangle, \qquad
     \langle g_n, v \rangle = (p_n - y_n)^\top (v^h_n W + h_n V^W + v^b)$$
 
-    **Arguments:** `hidden`, `kernel`, `bias`, `v`, `soft_cap`, `temperature`, `chunk_rows`, `precision` and
+    **Arguments:** `hidden`, `kernel`, `bias`, `v`, `soft_cap`, `temperature`, `chunk_rows`, `dtype`, `precision` and
     `vocab_axis` as in `linear_ggn_vector_product`; `targets` and the other options as in `fisher_vector_product`.
 
     **Returns:** a tuple with the shapes and dtypes of `v`, None where it is None. A row that is not counted adds
@@ -152,6 +154,7 @@ def linear_fisher_vector_product(
         reduction=reduction,
         denominator=denominator,
         chunk_rows=chunk_rows,
+        dtype=dtype,
         precision=precision,
         vocab_axis=vocab_axis,
     )
@@ -220,7 +223,7 @@ def _linear_curvature(
         if by_hidden is not None:
             heads.append(Head(by_hidden.astype(head.hidden.dtype), head.kernel, None))
         if by_bias is not None and head.bias is not None:
-            by_bias = by_bias.astype(head.bias.dtype).astype(logits_like(head).dtype)
+            by_bias = by_bias.astype(head.bias.dtype).astype(call.logits.dtype)
         total: Any
         total, _ = stream_reduced(
             row_fn,

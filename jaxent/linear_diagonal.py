@@ -21,7 +21,7 @@ from jaxent._math.row_losses import LossOptions, RowTargets, ignore_zero_weight_
 from jaxent._mesh.class_axis import ClassAxis, VocabAxis
 from jaxent._mesh.types import mesh_of, partition_of, sum_to_type
 from jaxent._serialization import exportable
-from jaxent._typing import ArrayLike
+from jaxent._typing import ArrayLike, DTypeLike
 
 
 @exportable
@@ -54,6 +54,7 @@ def linear_ggn_diagonal(
     reduction: MatrixReduction = "mean",
     denominator: ArrayLike | None = None,
     chunk_rows: int | None = None,
+    dtype: DTypeLike | None = None,
     precision: Precision = None,
     vocab_axis: VocabAxis = None,
 ) -> GGNDiagonal:
@@ -67,7 +68,7 @@ def linear_ggn_diagonal(
     diagonal of `jax.hessian` of the loss. By the hidden states it is the variance of the kernel's rows under `p_n`.
 
     **Arguments:** as in `linear_ggn_vector_product`; `targets` are those of its options, for what looks at them, and
-    None counts every row once.
+    None counts every row once. `dtype` is that of the operands of the logits' product.
 
     **Returns:** a `GGNDiagonal`, float64 for float64 inputs, else float32; never negative unless `A_n` has negative
     directions (`z_loss` with a negative log-normaliser). No entry is a difference of nearly equal numbers where one
@@ -95,12 +96,13 @@ def linear_ggn_diagonal(
         reduction=reduction,
         denominator=denominator,
         chunk_rows=chunk_rows,
+        dtype=dtype,
         precision=precision,
         vocab_axis=vocab_axis,
         targets_required=False,
     )
     (wide,) = arrays.accumulated(call.head.kernel)
-    products = matrix_products(precision, call.head._replace(kernel=wide))
+    products = matrix_products(precision, wide.dtype)
     return _linear_ggn_diagonal(call, row_fn=_ChunkDiagonal(call.classes, products))
 
 

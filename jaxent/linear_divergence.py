@@ -43,7 +43,7 @@ from jaxent._mesh.class_axis import (
     ClassAxis,
     VocabAxis,
 )
-from jaxent._typing import ArrayLike
+from jaxent._typing import ArrayLike, DTypeLike
 
 
 @overload
@@ -89,6 +89,7 @@ def linear_kl_divergence(
     reduction: Reduction = "mean",
     denominator: ArrayLike | None = None,
     chunk_rows: int | None = None,
+    dtype: DTypeLike | None = None,
     precision: Precision = None,
     vocab_axis: VocabAxis = None,
 ) -> jax.Array | WeightedSum:
@@ -106,7 +107,7 @@ def linear_kl_divergence(
       `kernel_q`, `bias_q`: the same for Q. Batch and classes agree, the features need not. A teacher that is not
       differentiated costs one product.
     - `divergence`: which. `mixture`: `beta` in (0, 1).
-    - `soft_cap_p`, `soft_cap_q`, `temperature`, `chunk_rows`, `precision`, `vocab_axis`: as in
+    - `soft_cap_p`, `soft_cap_q`, `temperature`, `chunk_rows`, `dtype`, `precision`, `vocab_axis`: as in
       `linear_softmax_cross_entropy`.
     - `where`, `weights`: `(*batch,)`. `reduction`, `denominator`: as in `softmax_cross_entropy`.
 
@@ -137,6 +138,7 @@ def linear_kl_divergence(
     divisor = check_reduction(reduction, denominator)
     kernels = {"kernel_p": (head_p.kernel, 1), "kernel_q": (head_q.kernel, 1)}
     check_class_axis(vocab_axis, kernels, {"where": where, "weights": weights})
+    products = matrix_products(precision, dtype, vocab_axis)
     losses = _linear_kl_divergence(
         (head_p, head_q),
         flat_rows(SoftmaxArguments(None, where, weights), batch, h_p),
@@ -146,8 +148,8 @@ def linear_kl_divergence(
         divisor,
         row_fn=DivergenceRowLoss(ClassAxis(-1, vocab_axis), divergence),
         reduction=reduction,
-        chunking=chunking_for(chunk_rows, head_p, head_q),
-        products=matrix_products(precision, head_p, vocab_axis),
+        chunking=chunking_for(chunk_rows, products, head_p, head_q),
+        products=products,
     )
     return batch.unflatten(losses) if reduction == "none" else losses
 
@@ -198,7 +200,7 @@ def _linear_kl_divergence(
     chunking: Chunking,
     products: MatrixProducts,
 ) -> jax.Array | WeightedSum:
-    rows, _ = row_targets(arguments, logits_like(*heads), row_fn.classes, None)
+    rows, _ = row_targets(arguments, logits_like(products, *heads), row_fn.classes, None)
     rows, counted = counted_rows(rows, arguments, None, *(head.hidden for head in heads))
     return stream_reduced(
         row_fn,
@@ -252,6 +254,7 @@ def linear_kl_divergence_from_top(
     reduction: Reduction = "mean",
     denominator: ArrayLike | None = None,
     chunk_rows: int | None = None,
+    dtype: DTypeLike | None = None,
     precision: Precision = None,
     vocab_axis: VocabAxis = None,
 ) -> jax.Array | WeightedSum:
@@ -274,7 +277,7 @@ def linear_kl_divergence_from_top(
       `"drop"` leaves it out, and sums only the k terms. `"renormalize"` rescales the teacher's k to one, against the
       student's whole softmax (forward) or its k rescaled likewise (reverse). Only `"bucket"` is a divergence that is 0
       where the student equals the teacher, and never negative; the other two have their minimum elsewhere.
-    - `soft_cap`, `temperature`, `chunk_rows`, `precision`, `vocab_axis`: as in `linear_softmax_cross_entropy`.
+    - `soft_cap`, `temperature`, `chunk_rows`, `dtype`, `precision`, `vocab_axis`: as in `linear_softmax_cross_entropy`.
     - `where`, `weights`: `(*batch,)`. `reduction`, `denominator`: as in `softmax_cross_entropy`.
 
     **Returns:** float64 for float64 inputs, else float32. The rest of the student is a sum over its classes, so that it
@@ -308,6 +311,7 @@ def linear_kl_divergence_from_top(
         reduction=reduction,
         denominator=denominator,
         chunk_rows=chunk_rows,
+        dtype=dtype,
         precision=precision,
         vocab_axis=vocab_axis,
     )

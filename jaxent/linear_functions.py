@@ -24,7 +24,6 @@ from jaxent._engine.linear_head import (
     check_linear_call,
     check_row_argument,
     finite_rows,
-    logits_like,
     stream_reduced,
 )
 from jaxent._engine.row_blocks import row_blocks
@@ -34,7 +33,7 @@ from jaxent._errors import public
 from jaxent._math.row_losses import weighted
 from jaxent._mesh.class_axis import VocabAxis
 from jaxent._mesh.types import axes_of_type, local_shape, mesh_of, pcast_like
-from jaxent._typing import ArrayLike
+from jaxent._typing import ArrayLike, DTypeLike
 
 
 @public
@@ -53,6 +52,7 @@ def linear_loss(
     soft_cap: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     chunk_rows: int | None = None,
+    dtype: DTypeLike | None = None,
     precision: Precision = None,
     vocab_axis: VocabAxis = None,
 ) -> Any:
@@ -75,7 +75,7 @@ def linear_loss(
       `softmax_cross_entropy`.
     - `has_aux`: `row_loss` returns `(losses, aux)`, `aux` a pytree of arrays with the block's rows first. They come
       from the same pass, and are constants.
-    - `soft_cap`, `temperature`, `chunk_rows`, `precision`: as in `linear_softmax_cross_entropy`.
+    - `soft_cap`, `temperature`, `chunk_rows`, `dtype`, `precision`: as in `linear_softmax_cross_entropy`.
     - `vocab_axis`: as there. `row_loss` sees this device's classes, and may use collectives over that axis only.
 
     **Returns:** as `softmax_cross_entropy`; with `has_aux` a pair of that and `aux`, each leaf `(*batch, ...)`. Where a
@@ -114,6 +114,7 @@ def linear_loss(
         reduction=reduction,
         denominator=denominator,
         chunk_rows=chunk_rows,
+        dtype=dtype,
         precision=precision,
         vocab_axis=vocab_axis,
         targets_required=False,
@@ -136,6 +137,7 @@ def linear_rows(
     soft_cap: ArrayLike | None = None,
     temperature: ArrayLike = 1.0,
     chunk_rows: int | None = None,
+    dtype: DTypeLike | None = None,
     precision: Precision = None,
     vocab_axis: VocabAxis = None,
 ) -> Any:
@@ -172,6 +174,7 @@ def linear_rows(
         soft_cap=soft_cap,
         temperature=temperature,
         chunk_rows=chunk_rows,
+        dtype=dtype,
         precision=precision,
         vocab_axis=vocab_axis,
         targets_required=False,
@@ -185,7 +188,7 @@ def linear_rows(
 def _linear_loss(
     call: LinearCall, row_args: Any, params: Any, *, row_fn: "_RowLoss"
 ) -> tuple[jax.Array | WeightedSum, Any]:
-    kept, weights, dtype = call.arguments.where, call.arguments.weights, logits_like(call.head).dtype
+    kept, weights, dtype = call.arguments.where, call.arguments.weights, call.logits.dtype
     total_weights = jnp.ones(call.head.hidden.shape[:1], dtype)
     if weights is not None:
         weights = total_weights = weights.astype(dtype)
@@ -303,7 +306,7 @@ def _program(
     sizes = {n: row_blocks(n, local_shape(like)[1], like) for n in chunking.block_sizes}
     for rows in dict.fromkeys([*sizes, *(n // blocks for n, blocks in sizes.items())]):
         block = jax.tree.map(lambda x: _block(rows, x, [x]), row_args)  # noqa: B023
-        logits = _block(rows, logits_like(head), jax.tree.leaves(head))
+        logits = _block(rows, linear.logits, jax.tree.leaves(head))
         closed, out = jax.make_jaxpr(call, return_shape=True)(logits, block, params)
         blocks[rows], consts[rows], out_tree = closed.jaxpr, closed.consts, jax.tree.structure(out)
     mesh = mesh_of(*jax.tree.leaves((head, row_args, params)))

@@ -27,7 +27,7 @@ from jaxent._mesh.apply import map_rows
 from jaxent._mesh.class_axis import (
     VocabAxis,
 )
-from jaxent._typing import ArrayLike
+from jaxent._typing import ArrayLike, DTypeLike
 
 
 @public
@@ -100,6 +100,7 @@ def linear_token_statistics(
     ignore_index: int | None = -100,
     top_k: int = 0,
     chunk_rows: int | None = None,
+    dtype: DTypeLike | None = None,
     precision: Precision = None,
     vocab_axis: VocabAxis = None,
 ) -> TokenStatistics:
@@ -108,8 +109,8 @@ def linear_token_statistics(
     $$z_n = \mathrm{cap}(h_n W + b) / T, \qquad \mathrm{cap}(x) = s \tanh(x / s)$$
 
     **Arguments:** `hidden` `(*batch, features)`, `kernel` `(features, classes)`, `bias`, `soft_cap`, `temperature`,
-    `chunk_rows`, `precision` as in `linear_softmax_cross_entropy`; `labels` `(*batch,)`, `where`, `ignore_index`,
-    `top_k` and `vocab_axis` as in `token_statistics`. Dropped rows cost nothing.
+    `chunk_rows`, `dtype`, `precision` as in `linear_softmax_cross_entropy`; `labels` `(*batch,)`, `where`,
+    `ignore_index`, `top_k` and `vocab_axis` as in `token_statistics`. Dropped rows cost nothing.
 
     **Returns:** `TokenStatistics` with leaves `(*batch,)`, and `(*batch, top_k)` for the top classes. Log-probability,
     log-normaliser and entropy are differentiable; their gradient costs four matrix products.
@@ -129,6 +130,7 @@ def linear_token_statistics(
         soft_cap=soft_cap,
         temperature=temperature,
         chunk_rows=chunk_rows,
+        dtype=dtype,
         precision=precision,
         vocab_axis=vocab_axis,
         targets_name="labels",

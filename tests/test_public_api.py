@@ -63,19 +63,20 @@ token_statistics(logits, labels=None, *, axis=-1, where=None, ignore_index=-100,
 
 linear_softmax_cross_entropy(hidden, kernel, targets, *, bias=None, where=None, weights=None, class_weights=None,
     ignore_index=-100, label_smoothing=0.0, z_loss=0.0, soft_cap=None, temperature=1.0, reduction="mean",
-    denominator=None, with_statistics=False, chunk_rows=None, precision=None, vocab_axis=None)
+    denominator=None, with_statistics=False, chunk_rows=None, dtype=None, precision=None, vocab_axis=None)
 linear_token_statistics(hidden, kernel, labels=None, *, bias=None, soft_cap=None, temperature=1.0,
-    where=None, ignore_index=-100, top_k=0, chunk_rows=None, precision=None, vocab_axis=None)
+    where=None, ignore_index=-100, top_k=0, chunk_rows=None, dtype=None, precision=None, vocab_axis=None)
 linear_kl_divergence(hidden_p, kernel_p, hidden_q, kernel_q, *, bias_p=None, bias_q=None, divergence="forward",
     mixture=0.5, soft_cap_p=None, soft_cap_q=None, temperature=1.0, where=None, weights=None, reduction="mean",
-    denominator=None, chunk_rows=None, precision=None, vocab_axis=None)
+    denominator=None, chunk_rows=None, dtype=None, precision=None, vocab_axis=None)
 linear_kl_divergence_from_top(hidden, kernel, classes, log_probs, *, tail="bucket", divergence="forward", bias=None,
     soft_cap=None, temperature=1.0, where=None, weights=None, ignore_index=-100, reduction="mean", denominator=None,
-    chunk_rows=None, precision=None, vocab_axis=None)
+    chunk_rows=None, dtype=None, precision=None, vocab_axis=None)
 linear_loss(row_loss, hidden, kernel, *row_args, bias=None, params=None, where=None, weights=None, reduction="mean",
-    denominator=None, has_aux=False, soft_cap=None, temperature=1.0, chunk_rows=None, precision=None, vocab_axis=None)
+    denominator=None, has_aux=False, soft_cap=None, temperature=1.0, chunk_rows=None, dtype=None, precision=None,
+    vocab_axis=None)
 linear_rows(row_fn, hidden, kernel, *row_args, bias=None, params=None, where=None, soft_cap=None, temperature=1.0,
-    chunk_rows=None, precision=None, vocab_axis=None)
+    chunk_rows=None, dtype=None, precision=None, vocab_axis=None)
 plan(num_rows, features, num_classes, *, dtype=float32, kernel_dtype=None, device=None,
     function="linear_softmax_cross_entropy", reduction="mean", chunk_rows=None, **options)
 
@@ -89,16 +90,16 @@ fisher_vector_product(logits_fn, params, targets, v, *, axis=-1, where=None, wei
     label_smoothing=0.0, reduction="mean", denominator=None, vocab_axis=None)
 linear_ggn_vector_product(hidden, kernel, v, *, targets=None, bias=None, where=None, weights=None, class_weights=None,
     ignore_index=-100, label_smoothing=0.0, z_loss=0.0, soft_cap=None, temperature=1.0, reduction="mean",
-    denominator=None, chunk_rows=None, precision=None, vocab_axis=None)
+    denominator=None, chunk_rows=None, dtype=None, precision=None, vocab_axis=None)
 linear_fisher_vector_product(hidden, kernel, targets, v, *, bias=None, where=None, weights=None, ignore_index=-100,
     label_smoothing=0.0, soft_cap=None, temperature=1.0, reduction="mean", denominator=None, chunk_rows=None,
-    precision=None, vocab_axis=None)
+    dtype=None, precision=None, vocab_axis=None)
 linear_gradient_norms(hidden, kernel, targets, *, bias=None, where=None, weights=None, class_weights=None,
     ignore_index=-100, label_smoothing=0.0, z_loss=0.0, soft_cap=None, temperature=1.0, chunk_rows=None,
-    precision=None, vocab_axis=None, per="row")
+    dtype=None, precision=None, vocab_axis=None, per="row")
 linear_ggn_diagonal(hidden, kernel, targets=None, *, bias=None, where=None, weights=None, class_weights=None,
     ignore_index=-100, label_smoothing=0.0, z_loss=0.0, soft_cap=None, temperature=1.0, reduction="mean",
-    denominator=None, chunk_rows=None, precision=None, vocab_axis=None)
+    denominator=None, chunk_rows=None, dtype=None, precision=None, vocab_axis=None)
 gradient_noise_scale(norms, mean_norm, *, where=None, weights=None)
 check_gradient(loss_fn, *args, closed_form=None, oracle=None, tolerance=None, second_order=False, **options)
 diagnose(logits, targets=None, *, loss=None, axis=-1, where=None, weights=None, class_weights=None, ignore_index=-100,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxent._errors import ArgumentTypeError, ArgumentValueError
-from jaxent._typing import ArrayLike
+from jaxent._typing import ArrayLike, DTypeLike
 
 
 def describe(value: Any) -> str:
@@ -73,6 +73,18 @@ def floating(argument: str, value: ArrayLike, note: str = "") -> jax.Array:
     return array if isinstance(array, jax.Array) and not array.weak_type else _typed(argument, array)
 
 
+def floating_dtype(argument: str, value: DTypeLike) -> np.dtype:
+    """A floating dtype of at least 16 bits, as JAX has it."""
+    expected = "be a floating dtype of at least 16 bits, such as jnp.bfloat16"
+    try:
+        dtype = np.dtype(value)
+    except TypeError as error:
+        raise dtype_error(argument, expected, value) from error
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+        raise ArgumentTypeError(f"`{argument}` must {expected}, got {dtype}")
+    return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
+
+
 def real(argument: str, value: ArrayLike) -> jax.Array:
     """A floating array; integers and flags, which are exact weights and counts, are converted."""
     array = as_array(argument, value)
@@ -118,10 +130,10 @@ def _typed(argument: str, array: jax.Array | np.ndarray) -> jax.Array:
     return jnp.asarray(narrow)
 
 
-def accumulation_dtype(*arrays: jax.Array) -> np.dtype:
+def accumulation_dtype(*arrays: jax.Array | np.dtype) -> np.dtype:
     """float64 if any input is float64, else float32: sums of narrower types lose what they add."""
     for array in arrays:
-        if array.dtype == np.float64:
+        if getattr(array, "dtype", array) == np.float64:
             return np.dtype(np.float64)
     return np.dtype(np.float32)
 

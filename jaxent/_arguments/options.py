@@ -3,7 +3,7 @@
 from typing import Any, Literal, TypedDict
 
 from jaxent._mesh.class_axis import VocabAxis
-from jaxent._typing import ArrayLike
+from jaxent._typing import ArrayLike, DTypeLike
 
 Precision = Any  # what `jax.lax.dot_general` takes as `precision`
 Divergence = Literal["forward", "reverse", "jensen_shannon"]
@@ -65,6 +65,7 @@ class LinearOptions(CrossEntropyOptions, total=False):
     soft_cap: ArrayLike | None
     temperature: ArrayLike
     chunk_rows: int | None
+    dtype: DTypeLike | None
     precision: Precision
 
 
@@ -79,6 +80,7 @@ class DivergenceOptions(RowOptions, total=False):
     soft_cap_q: ArrayLike | None
     temperature: ArrayLike
     chunk_rows: int | None
+    dtype: DTypeLike | None
     precision: Precision
     vocab_axis: VocabAxis
 
@@ -93,5 +95,6 @@ class TopDivergenceOptions(RowOptions, total=False):
     temperature: ArrayLike
     ignore_index: int | None
     chunk_rows: int | None
+    dtype: DTypeLike | None
     precision: Precision
     vocab_axis: VocabAxis

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxent._arguments import arrays
@@ -28,7 +27,7 @@ from jaxent._mesh.apply import Batch
 from jaxent._mesh.check import check_class_axis, check_linear_layer, check_vocab_axis
 from jaxent._mesh.class_axis import ClassAxis, VocabAxis
 from jaxent._mesh.types import automatic_devices, axes_that_split, local_shape, may_be_split_by_xla, mesh_of
-from jaxent._typing import ArrayLike
+from jaxent._typing import ArrayLike, DTypeLike
 
 
 class LogitTransform(NamedTuple):
@@ -66,8 +65,13 @@ class LinearCall:
     chunking: Chunking = dataclasses.field(metadata={"static": True})
     products: MatrixProducts = dataclasses.field(metadata={"static": True})
 
+    @property
+    def logits(self) -> jax.ShapeDtypeStruct:
+        """What they would be."""
+        return logits_like(self.products, self.head)
+
     def rows(self) -> tuple[RowTargets, LossOptions, Counted]:
-        rows, options = row_targets(self.arguments, logits_like(self.head), self.classes, self.ignore_index)
+        rows, options = row_targets(self.arguments, self.logits, self.classes, self.ignore_index)
         rows, counted = counted_rows(rows, self.arguments, self.ignore_index, self.head.hidden)
         return rows, options, counted
 
@@ -84,6 +88,7 @@ def check_linear_call(
     reduction: Reduction = "none",
     denominator: ArrayLike | None = None,
     chunk_rows: int | None,
+    dtype: DTypeLike | None,
     precision: Precision,
     vocab_axis: VocabAxis,
     blocks: int = 1,
@@ -105,6 +110,7 @@ def check_linear_call(
     arguments = check_softmax_arguments(given, shape, -1, targets_name, targets_required)
     check_class_axis(vocab_axis, {"kernel": (w, 1)}, arguments.without_classes(targets_name), arguments.class_weights)
     head = Head(batch.flatten(h, h), w, bias)
+    products = matrix_products(precision, dtype, vocab_axis)
     return LinearCall(
         head,
         flat_rows(arguments, batch, h),
@@ -114,15 +120,15 @@ def check_linear_call(
         classes,
         check_ignore_index(ignore_index),
         reduction,
-        chunking_for(chunk_rows, *[head] * blocks),
-        matrix_products(precision, head, vocab_axis),
+        chunking_for(chunk_rows, products, *[head] * blocks),
+        products,
     )
 
 
 def check_head(
     hidden: ArrayLike, kernel: ArrayLike, bias: ArrayLike | None, suffix: str = ""
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Hidden states, kernel and bias, whose products have operands of one dtype."""
+    """Hidden states, kernel and bias of a linear layer."""
     h = arrays.floating(f"hidden{suffix}", hidden)
     w = arrays.floating(f"kernel{suffix}", kernel)
     if h.ndim == 0:
@@ -140,8 +146,6 @@ def check_head(
     if bias is not None:
         bias = arrays.floating(f"bias{suffix}", bias)
         arrays.check_shape(f"bias{suffix}", bias, (w.shape[1],), "one for each class")
-    if h.dtype != w.dtype:
-        h, w = arrays.accumulated(h, w)
     check_linear_layer(h, w, suffix)
     return h, w, bias
 
@@ -165,7 +169,7 @@ def flat_rows(arguments: SoftmaxArguments, batch: Batch, like: jax.Array) -> Sof
     return arguments._replace(**{name: jax.tree.map(lambda x: batch.flatten(x, like), x) for name, x in rows.items()})
 
 
-def chunking_for(chunk_rows: int | None, *heads: Head) -> Chunking:
+def chunking_for(chunk_rows: int | None, products: MatrixProducts, *heads: Head) -> Chunking:
     """How the rows of a device are cut; the logits of all heads are held at a time."""
     operands = [x for head in heads for x in (head.hidden, head.kernel)]
     shapes = [x.shape for x in operands]
@@ -175,22 +179,24 @@ def chunking_for(chunk_rows: int | None, *heads: Head) -> Chunking:
     rows, features = shapes[0][0], max([shape[1] for shape in shapes[::2]])
     classes = max(1, sum([shape[1] for shape in shapes[1::2]]))
     strided = any(may_be_split_by_xla(head.hidden) for head in heads)
-    default = default_chunk_rows(target_of(*operands), features, classes, heads[0].hidden.dtype)
+    default = default_chunk_rows(target_of(*operands), features, classes, products.operand_dtype(heads[0]))
     return chunking_of(rows, chunk_rows, default, devices, strided)
 
 
-def logits_like(*heads: Head) -> jax.ShapeDtypeStruct:
+def logits_like(products: MatrixProducts, *heads: Head) -> jax.ShapeDtypeStruct:
     """What the logits would be; with several heads, in a dtype that holds those of each."""
     shape = (heads[0].hidden.shape[0], heads[0].kernel.shape[1])
-    return jax.ShapeDtypeStruct(shape, arrays.accumulation_dtype(*(head.kernel for head in heads)))
+    return jax.ShapeDtypeStruct(shape, arrays.accumulation_dtype(*map(products.operand_dtype, heads)))
 
 
-def matrix_products(precision: Precision, head: Head, vocab_axis: VocabAxis = None) -> MatrixProducts:
-    """float32 inputs keep float32 accuracy unless the caller, or `jax.default_matmul_precision`, says otherwise."""
+def matrix_products(
+    precision: Precision, dtype: DTypeLike | None = None, vocab_axis: VocabAxis = None
+) -> MatrixProducts:
+    """float32 operands keep float32 accuracy unless the caller, or `jax.default_matmul_precision`, says otherwise."""
     config: Any = jax.config  # its options are not typed
-    if precision is None and head.kernel.dtype == np.float32 and config.jax_default_matmul_precision is None:
-        precision = jax.lax.Precision.HIGHEST
-    return MatrixProducts(precision, vocab_axis)
+    exact = precision is None and config.jax_default_matmul_precision is None
+    operands = None if dtype is None else arrays.floating_dtype("dtype", dtype)
+    return MatrixProducts(precision, jax.lax.Precision.HIGHEST if exact else precision, operands, vocab_axis)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +229,7 @@ def stream_reduced(
     """
     if reduction == "none":
         return stream_rows(row_fn, heads, rows, shared, chunking, products, counted)
-    dtype = arrays.accumulation_dtype(*(head.kernel for head in heads))
+    dtype = logits_like(products, *heads).dtype
     weight = jnp.sum(total_weights).astype(dtype)
     if reduction == "mean":
         # The rows are divided before the products, not the gradients after them: those are as large as the kernel.

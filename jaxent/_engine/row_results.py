@@ -13,10 +13,12 @@ from jax import lax
 
 from jaxent._arguments import arrays
 from jaxent._engine.chunking import Chunking, merge, partition
+from jaxent._engine.products import zeros_with_derivative
 from jaxent._engine.row_blocks import by_row_blocks
 from jaxent._engine.streaming import (
     Counted,
     Head,
+    Layer,
     Logits,
     MatrixProducts,
     Pytree,
@@ -48,39 +50,27 @@ def stream_rows(
     Hidden states of `(sequences, tokens, features)` make rows of whole sequences: results have one entry for each, and
     the logits, `(sequences * tokens, classes)`, one for each token.
 
-    What rows share goes in twice if it is narrower than its sums: as it is, and as a wide array that has its
-    derivative. The scan adds the chunks' shares of a constant's cotangent in the constant's dtype, and devices theirs:
-    a bf16 sum stops growing, as 512 additions of 1/1024 give 0.25.
+    Biases and parameters go in twice if they are narrower than their sums: as they are, and as a wide array that has
+    their derivative. The scan adds the chunks' shares of a constant's cotangent in the constant's dtype, and devices
+    theirs: a bf16 sum stops growing, as 512 additions of 1/1024 give 0.25. Kernels are such pairs already.
     """
-    shared = ([(head.kernel, head.bias) for head in heads], params)
+    layers = tuple(map(products.prepared, heads))
+    shared = ([layer.bias for layer in layers], params)
     wide = jax.tree.map(_wide, shared)
-    layers, narrow = jax.tree.map(lambda x, y: x if y is None else lax.stop_gradient(x), shared, wide)
+    biases, params = jax.tree.map(lambda x, y: x if y is None else lax.stop_gradient(x), shared, wide)
+    layers = tuple(layer._replace(bias=bias) for layer, bias in zip(layers, biases, strict=True))
 
-    def part(heads: tuple[Head, ...], rows: Pytree, shared: Pytree) -> Pytree:
+    def part(layers: tuple[Layer, ...], rows: Pytree, shared: Pytree) -> Pytree:
         return None, _each_row(
-            (row_fn, differentiable or row_fn), with_kernels, chunking, products, heads, rows[0], *shared, rows[1]
+            (row_fn, differentiable or row_fn), with_kernels, chunking, products, layers, rows[0], *shared, rows[1]
         )
 
-    heads = tuple(Head(head.hidden, *layer) for head, layer in zip(heads, layers, strict=True))
-    return on_own_rows(part, heads, (row_args, counted), (narrow, wide))[1]
+    return on_own_rows(part, layers, (row_args, counted), (params, wide))[1]
 
 
 def _wide(x: jax.Array) -> jax.Array | None:
     floating = jnp.issubdtype(x.dtype, jnp.floating)
-    return _zeros_with_derivative(x) if floating and x.dtype != arrays.accumulation_dtype(x) else None
-
-
-@jax.custom_jvp
-def _zeros_with_derivative(x: jax.Array) -> jax.Array:
-    """Zeros in the accumulation dtype, with the derivative of `x`."""
-    return jnp.zeros_like(x, dtype=arrays.accumulation_dtype(x))
-
-
-@_zeros_with_derivative.defjvp
-def _zeros_with_derivative_jvp(primals, tangents):
-    (x,), (dx,) = primals, tangents
-    zeros = _zeros_with_derivative(x)
-    return zeros, dx.astype(zeros.dtype)
+    return zeros_with_derivative(x) if floating and x.dtype != arrays.accumulation_dtype(x) else None
 
 
 @jax.custom_jvp
@@ -96,14 +86,14 @@ def _narrow_jvp(primals, tangents):
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2, 3))
-def _each_row(row_fns, with_kernels, chunking, products, heads, row_args, params, wide, counted) -> Pytree:
+def _each_row(row_fns, with_kernels, chunking, products, layers, row_args, params, wide, counted) -> Pytree:
     row_fn, _ = row_fns
 
     def by_blocks(logits: Logits, args: Pytree, params: Pytree) -> Pytree:
         return by_row_blocks(lambda logits, args: (None, None, row_fn(logits, args, params)), logits, args)[2]
 
     row_step = row_fn if with_kernels else by_blocks
-    step, hidden = _row_step(row_step, with_kernels, products, heads, params, None)
+    step, hidden = _row_step(row_step, with_kernels, products, layers, params, None)
     return chunking.loop(step, None, (hidden, row_args), counted.mask(by_weight=True))[1]
 
 
@@ -113,9 +103,9 @@ def _each_row_jvp(row_fns, with_kernels, chunking, products, primals, tangents):
     free, fixed = partition(primals, moving)
 
     def rows(free: Pytree) -> Pytree:
-        heads, row_args, params, wide, counted = merge(free, fixed)
-        step, hidden = _row_step(row_fn, with_kernels, products, heads, params, wide)
-        moving_rows = ([head.hidden for head in moving[0]], moving[1])
+        layers, row_args, params, wide, counted = merge(free, fixed)
+        step, hidden = _row_step(row_fn, with_kernels, products, layers, params, wide)
+        moving_rows = ([layer.hidden for layer in moving[0]], moving[1])
         kept = counted.mask(by_weight=False)  # a later derivative may be with respect to the weights
         return chunking.scan(step, None, (hidden, row_args), moving_rows, kept, again=True)[1]
 
@@ -125,45 +115,29 @@ def _each_row_jvp(row_fns, with_kernels, chunking, products, primals, tangents):
 _each_row.defjvp(_each_row_jvp, symbolic_zeros=True)
 
 
-def _row_step(row_fn, with_kernels, products, heads, params, wide) -> tuple[Callable[..., Any], list[jax.Array]]:
+def _row_step(row_fn, with_kernels, products, layers, params, wide) -> tuple[Callable[..., Any], list[jax.Array]]:
     """A step of the loop over rows, and the hidden states that it goes over."""
-    params = vary_over_row_axes(params, heads, products)
-    like = jax.tree.leaves(heads)
+    params = vary_over_row_axes(params, layers, products)
+    like = jax.tree.leaves(layers)
     if wide is not None:
-        layers, others = wide
-        wide = jax.tree.map(lambda x: pcast_like(x, like), layers), vary_over_row_axes(others, heads, products)
-    heads = jax.tree.map(lambda x: pcast_like(x, like), heads)
-    shared = ([(head.kernel, head.bias) for head in heads], params)
+        biases, others = wide
+        wide = jax.tree.map(lambda x: pcast_like(x, like), biases), vary_over_row_axes(others, layers, products)
+    layers = jax.tree.map(lambda x: pcast_like(x, like), layers)
+    shared = ([layer.bias for layer in layers], params)
 
     def step(carry: None, rows: Pytree, valid: jax.Array | None) -> tuple[None, Pytree]:
         del valid
         hidden, args = rows
-        layers, params = shared
+        biases, params = shared
         if wide is not None:
-            layers, params = jax.tree.map(lambda x, y: x if y is None else _narrow(x, y), shared, wide)
-        logits = tuple(_logits(products, Head(_rows(h), *layer)) for h, layer in zip(hidden, layers, strict=True))
-        return carry, row_fn(logits, args, (params, [kernel for kernel, _ in layers]) if with_kernels else params)
+            biases, params = jax.tree.map(lambda x, y: x if y is None else _narrow(x, y), shared, wide)
+        parts = zip(hidden, layers, biases, strict=True)
+        logits = tuple(products.logits(Layer(_rows(h), layer.kernel, bias)) for h, layer, bias in parts)
+        return carry, row_fn(logits, args, (params, [layer.kernel for layer in layers]) if with_kernels else params)
 
-    return step, [head.hidden for head in heads]
+    return step, [layer.hidden for layer in layers]
 
 
 def _rows(hidden: jax.Array) -> jax.Array:
     """The hidden states of a block of sequences as those of its tokens."""
     return hidden if hidden.ndim == 2 else hidden.reshape(hidden.shape[0] * hidden.shape[1], hidden.shape[2])
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _logits(products: MatrixProducts, head: Head) -> jax.Array:
-    return products.logits(head)
-
-
-@_logits.defjvp
-def _logits_jvp(products, primals, tangents):
-    (head,), (step,) = primals, tangents
-    # Each product is rounded to the operands' dtype, so that its transpose multiplies operands of that dtype.
-    dtype = head.kernel.dtype
-    by_hidden = lax.dot(step.hidden, head.kernel, precision=products.precision, preferred_element_type=dtype)
-    by_kernel = lax.dot(head.hidden, step.kernel, precision=products.precision, preferred_element_type=dtype)
-    z = _logits(products, head)
-    dz = by_hidden.astype(z.dtype) + by_kernel.astype(z.dtype)
-    return z, dz if step.bias is None else dz + step.bias.astype(z.dtype)[None, :]

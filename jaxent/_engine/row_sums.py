@@ -41,10 +41,11 @@ def stream_row_sums(
         (head,), row_args, params, counted = inputs
         params = vary_over_row_axes(params, (head,), products)
         head = jax.tree.map(lambda x: pcast_like(x, jax.tree.leaves(head)), head)
+        layer = products.prepared(head)
 
         def step(carry: Pytree, rows: Pytree, valid: jax.Array | None) -> tuple[Pytree, Pytree]:
             hidden, args = rows
-            logits = (products.logits(head._replace(hidden=hidden)),)
+            logits = (products.logits(layer._replace(hidden=hidden)),)
             sums, out = row_fn(logits, (args, hidden, valid), (params, head.kernel))
             return jax.tree.map(jnp.add, carry, sums), out
 

@@ -20,12 +20,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from jaxent._arguments import arrays
 from jaxent._arguments.options import Precision
-from jaxent._engine import cpu_products
 from jaxent._engine.chunking import Chunking, merge, partition
+from jaxent._engine.products import Operand, dtype_of, gradient_like, operand, product, scaled_operand
 from jaxent._engine.row_blocks import by_row_blocks
 from jaxent._mesh.apply import shard_map_rows, whole_along_others
 from jaxent._mesh.class_axis import VocabAxis, axis_tuple
@@ -40,6 +39,14 @@ class Head(NamedTuple):
 
     hidden: jax.Array
     kernel: jax.Array
+    bias: jax.Array | None
+
+
+class Layer(NamedTuple):
+    """A head whose kernel is an operand of the products."""
+
+    hidden: jax.Array
+    kernel: jax.Array | Operand
     bias: jax.Array | None
 
 
@@ -70,40 +77,45 @@ RowFunction = Callable[[Logits, Pytree, Pytree], Pytree]
 class MatrixProducts:
     """The three matrix products of a head, each accumulated in at least float32.
 
-    Operands keep the dtype of the inputs: the gradient with respect to the logits is rounded to bf16 for the backward
-    products of a bf16 head.
-
     Inside `jax.shard_map`, `vocab_axis` are the mesh axes that split the classes.
     """
 
     precision: Precision = None
+    float32_precision: Precision = None
+    """That of float32 operands."""
+    dtype: np.dtype | None = None
+    """Of the operands; None promotes hidden states and kernel."""
     vocab_axis: VocabAxis = None
 
-    def logits(self, head: Head) -> jax.Array:
-        if cpu_products.turns_for_logits(head.hidden, head.kernel):
-            z = self._dot(cpu_products.turned(head.hidden), head.kernel, 0, 0)
-        else:
-            z = self._dot(head.hidden, head.kernel, 1, 0)
-        return z if head.bias is None else z + head.bias.astype(z.dtype)[None, :]
+    def operand_dtype(self, head: Head) -> np.dtype:
+        if self.dtype is not None:
+            return self.dtype
+        own = head.hidden.dtype, head.kernel.dtype
+        return np.dtype(own[0] if own[0] == own[1] else arrays.accumulation_dtype(head.hidden, head.kernel))
 
-    def by_hidden(self, dz: jax.Array, kernel: jax.Array) -> jax.Array:
-        if cpu_products.has_kernel_first(dz, kernel):
-            return cpu_products.turned(self._dot(kernel, dz, 1, 1))
-        return self._dot(dz, kernel, 1, 1)
+    def prepared(self, head: Head) -> Layer:
+        """The head with its kernel as an operand: the one cast of a call. Hidden states are cast a chunk at a time."""
+        return Layer(head.hidden, operand(head.kernel, self.operand_dtype(head)), head.bias)
 
-    def by_kernel(self, hidden: jax.Array, dz: jax.Array) -> jax.Array:
-        if cpu_products.turns_for_kernel(hidden, dz):
-            return self._dot(cpu_products.turned(hidden), dz, 1, 0)
-        return self._dot(hidden, dz, 0, 0)
+    def logits(self, layer: Layer) -> jax.Array:
+        z = self._product((1, 0), operand(layer.hidden, dtype_of(layer.kernel)), layer.kernel)
+        return z if layer.bias is None else z + layer.bias.astype(z.dtype)[None, :]
 
-    def _dot(self, a: jax.Array, b: jax.Array, axis_a: int, axis_b: int) -> jax.Array:
-        return lax.dot_general(
-            a,
-            b,
-            (((axis_a,), (axis_b,)), ((), ())),
-            precision=self.precision,
-            preferred_element_type=arrays.accumulation_dtype(a, b),
-        )
+    def by_logits(self, dz: jax.Array, kernel: jax.Array | Operand) -> jax.Array | Operand:
+        """A gradient with respect to the logits as an operand, rounded to bf16 beside a bf16 kernel."""
+        return scaled_operand(dz, dtype_of(kernel))
+
+    def by_hidden(self, dz: jax.Array | Operand, kernel: jax.Array | Operand) -> jax.Array:
+        return self._product((1, 1), dz, kernel)
+
+    def by_kernel(self, hidden: jax.Array, dz: jax.Array | Operand) -> jax.Array:
+        return self._product((0, 0), operand(hidden, dtype_of(dz)), dz)
+
+    def _product(self, axes: tuple[int, int], a: jax.Array | Operand, b: jax.Array | Operand) -> jax.Array:
+        return product(axes, self.precision_of(dtype_of(a)), a, b)
+
+    def precision_of(self, dtype: np.dtype) -> Precision:
+        return self.float32_precision if dtype == np.float32 else self.precision
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -124,32 +136,34 @@ def stream_sum(
     `l` is `(chunk_rows,)`, `aux` a pytree of constants with the rows first, and `row_loss` closes over no tracer.
     """
 
-    def part(heads: tuple[Head, ...], rows: Pytree, params: Pytree) -> tuple[jax.Array, Pytree]:
-        return _summed(row_loss, chunking, products, heads, rows[0], params, rows[1])
+    def part(layers: tuple[Layer, ...], rows: Pytree, params: Pytree) -> tuple[jax.Array, Pytree]:
+        return _summed(row_loss, chunking, products, layers, rows[0], params, rows[1])
 
-    return on_own_rows(part, heads, (row_args, counted), params)
+    return on_own_rows(part, tuple(map(products.prepared, heads)), (row_args, counted), params)
 
 
 def on_own_rows(
-    f: Callable[..., Pytree], heads: tuple[Head, ...], row_args: Pytree, params: Pytree, sum_specs: Any = None
+    f: Callable[..., Pytree], layers: tuple[Any, ...], row_args: Pytree, params: Pytree, sum_specs: Any = None
 ) -> tuple[Pytree, Pytree]:
-    """`f(heads, row_args, params)`, on an explicit mesh for each device's own rows: sums, and results of each row."""
+    """`f(layers, row_args, params)`, on an explicit mesh for each device's own rows: sums, and results of each row."""
 
     def part(per_row: Pytree, shared: Pytree) -> Pytree:
         hidden, args = per_row
-        layers, params = shared
-        return f(tuple(Head(h, *layer) for h, layer in zip(hidden, layers, strict=True)), args, params)
+        others, params = shared
+        kinds = zip(map(type, layers), hidden, others, strict=True)
+        return f(tuple(kind(h, *other) for kind, h, other in kinds), args, params)
 
-    rows = axis_names(partition_of(heads[0].hidden))
-    layers = [(whole_along_others(head.kernel, 0, rows), head.bias) for head in heads]
-    return shard_map_rows(part, ([head.hidden for head in heads], row_args), (layers, params), sum_specs)
+    rows = axis_names(partition_of(layers[0].hidden))
+    # A kernel that is gathered is so as an operand: narrow, and before the loop.
+    others = [(jax.tree.map(lambda x: whole_along_others(x, 0, rows), layer.kernel), layer.bias) for layer in layers]
+    return shard_map_rows(part, ([layer.hidden for layer in layers], row_args), (others, params), sum_specs)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1, 2))
-def _summed(row_loss, chunking, products, heads, row_args, params, counted):
+def _summed(row_loss, chunking, products, layers, row_args, params, counted):
     def step(carry: None, rows: Pytree, valid: jax.Array | None) -> tuple[None, Pytree]:
         hidden, args = rows
-        logits = tuple(products.logits(head._replace(hidden=h)) for head, h in zip(heads, hidden, strict=True))
+        logits = tuple(products.logits(layer._replace(hidden=h)) for layer, h in zip(layers, hidden, strict=True))
 
         def block(logits: Logits, rows: Pytree) -> tuple[None, None, Pytree]:
             args, valid = rows
@@ -158,7 +172,7 @@ def _summed(row_loss, chunking, products, heads, row_args, params, counted):
 
         return None, by_row_blocks(block, logits, (args, valid))[2]
 
-    per_row = ([head.hidden for head in heads], row_args)
+    per_row = ([layer.hidden for layer in layers], row_args)
     _, (losses, aux) = chunking.loop(step, None, per_row, counted.mask(by_weight=True))
     return jnp.sum(losses), aux
 
@@ -216,28 +230,28 @@ def is_differentiated(tangent: Any) -> bool:
 def _sum_and_gradients(row_loss, chunking, products, wanted, moving, inputs):
     """The sum, what goes with it, and its gradient with respect to every wanted leaf of `inputs`; None at the others.
 
-    `inputs` are `(heads, row_args, params, counted)`. The leaves at `moving` will be differentiated once more; None is
+    `inputs` are `(layers, row_args, params, counted)`. The leaves at `moving` will be differentiated once more; None is
     where nothing will.
     """
-    heads, row_args, params, counted = inputs
-    want_heads, want_args, want_params, want_counted = wanted
+    layers, row_args, params, counted = inputs
+    want_layers, want_args, want_params, want_counted = wanted
+    want_layers = tuple(want._replace(kernel=any(jax.tree.leaves(want.kernel))) for want in want_layers)
     free_params, fixed_params = partition(params, want_params)
-    free_params = vary_over_row_axes(free_params, heads, products)
-    heads = jax.tree.map(lambda x: pcast_like(x, jax.tree.leaves(heads)), heads)
-    needs_logits = [any(jax.tree.leaves(want)) for want in want_heads]
+    free_params = vary_over_row_axes(free_params, layers, products)
+    layers = jax.tree.map(lambda x: pcast_like(x, jax.tree.leaves(layers)), layers)
     free_args, fixed_args = partition(row_args, want_args)
 
     def step(carry: Pytree, rows: Pytree, valid: jax.Array | None) -> tuple[Pytree, Pytree]:
         hidden, free, fixed = rows
-        logits = tuple(products.logits(head._replace(hidden=h)) for head, h in zip(heads, hidden, strict=True))
+        logits = tuple(products.logits(layer._replace(hidden=h)) for layer, h in zip(layers, hidden, strict=True))
 
         blocks: Any = block if moving is not None else functools.partial(by_row_blocks, block)
         (d_biases, d_params), d_logits, (losses, aux, d_args) = blocks(logits, (free, fixed, valid))
         d_hidden, d_kernels = [], []
-        for head, h, dz, want, needed in zip(heads, hidden, d_logits, want_heads, needs_logits, strict=True):
-            operand, unit = _operand(dz, head.kernel.dtype) if needed else (dz, None)
-            d_hidden.append(_times(products.by_hidden(operand, head.kernel), unit) if want.hidden else None)
-            d_kernels.append(_times(products.by_kernel(h, operand), unit) if want.kernel else None)
+        for layer, h, dz, want in zip(layers, hidden, d_logits, want_layers, strict=True):
+            rounded = products.by_logits(dz, layer.kernel)
+            d_hidden.append(products.by_hidden(rounded, layer.kernel) if want.hidden else None)
+            d_kernels.append(products.by_kernel(h, rounded) if want.kernel else None)
         return jax.tree.map(jnp.add, carry, (d_kernels, d_biases, d_params)), (losses, aux, d_hidden, d_args)
 
     def block(logits: Logits, rows: Pytree) -> tuple[Pytree, Logits, Pytree]:
@@ -252,53 +266,34 @@ def _sum_and_gradients(row_loss, chunking, products, wanted, moving, inputs):
         block_sum, pull, (losses, aux) = jax.vjp(total, logits, free, free_params, has_aux=True)
         d_logits, d_args, d_params = pull(jnp.ones_like(block_sum))
         d_biases = [
-            jnp.sum(dz, axis=0).astype(arrays.accumulation_dtype(head.bias)) if want.bias else None
-            for head, dz, want in zip(heads, d_logits, want_heads, strict=True)
+            jnp.sum(dz, axis=0).astype(arrays.accumulation_dtype(layer.bias)) if want.bias else None
+            for layer, dz, want in zip(layers, d_logits, want_layers, strict=True)
         ]
         d_params = jax.tree.map(lambda x: x.astype(arrays.accumulation_dtype(x)), d_params)
         return (d_biases, d_params), d_logits, (losses, aux, d_args)
 
-    kernels = [head.kernel if want.kernel else None for head, want in zip(heads, want_heads, strict=True)]
-    biases = [head.bias if want.bias else None for head, want in zip(heads, want_heads, strict=True)]
+    pairs = list(zip(layers, want_layers, strict=True))
+    kernels = [gradient_like(layer.kernel) if want.kernel else None for layer, want in pairs]
+    biases = [layer.bias if want.bias else None for layer, want in pairs]
     zeros = jax.tree.map(
         lambda x: pcast_like(jnp.zeros_like(x, dtype=arrays.accumulation_dtype(x)), [x]),
         (kernels, biases, free_params),
     )
-    per_row = ([head.hidden for head in heads], free_args, fixed_args)
+    per_row = ([layer.hidden for layer in layers], free_args, fixed_args)
     if moving is None:
         carry, out = chunking.loop(step, zeros, per_row, counted.mask(by_weight=not want_counted.weights))
     else:
         # Not by weight: a later derivative may be with respect to the weights.
-        moving_rows = ([head.hidden for head in moving[0]], *partition(moving[1], want_args))
+        moving_rows = ([layer.hidden for layer in moving[0]], *partition(moving[1], want_args))
         carry, out = chunking.scan(step, zeros, per_row, moving_rows, counted.mask(by_weight=False))
     (d_kernels, d_biases, d_params), (losses, aux, d_hidden, d_args) = carry, out
     # Where XLA splits arrays: cut after the loop, if at all, so that its sum over devices can leave the loop.
     d_kernels = [None if x is None else whole_along_others(x, 0, ()) for x in d_kernels]
-    d_heads = tuple(Head(*parts) for parts in zip(d_hidden, d_kernels, d_biases, strict=True))
-    return jnp.sum(losses), aux, (d_heads, d_args, d_params)
+    d_layers = list(zip(d_hidden, d_kernels, d_biases, strict=True))
+    return jnp.sum(losses), aux, (d_layers, d_args, d_params)
 
 
-def _operand(dz: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array | None]:
-    """`dz` as an operand of the backward products, in a unit that they are multiplied by afterwards.
-
-    float16 holds nothing below 6e-8, where the gradients of most classes are as soon as the loss is a mean. In units of
-    a power of two near the largest entry only what is 2**-29 of that is lost, and a tangent may be 2**11 times as large
-    as that entry.
-    """
-    if dtype != np.float16:
-        return dz.astype(dtype), None
-    largest = lax.stop_gradient(jnp.max(jnp.abs(dz), initial=0))
-    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1))
-    exponent = jnp.maximum(exponent, -100) - 5
-    one = jnp.ones((), dz.dtype)
-    return (dz * jnp.ldexp(one, -exponent)).astype(dtype), jnp.ldexp(one, exponent)
-
-
-def _times(x: jax.Array, unit: jax.Array | None) -> jax.Array:
-    return x if unit is None else x * unit.astype(x.dtype)
-
-
-def vary_over_row_axes(params: Pytree, heads: tuple[Head, ...], products: MatrixProducts) -> Pytree:
+def vary_over_row_axes(params: Pytree, heads: tuple[Head | Layer, ...], products: MatrixProducts) -> Pytree:
     """`params`, typed as differing along the mesh axes that split rows, so that their cotangents are summed over them
     after the scan and not in every step; not along those that split classes, where the losses do not differ.
     """

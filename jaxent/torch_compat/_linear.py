@@ -211,8 +211,6 @@ def _loss_of_places(
 ) -> Any:
     """The classes of all places are the columns of one product, and a row's loss is the sum over its places."""
     count, places, features = w.shape[0], math.prod(w.shape[1:-1]), w.shape[-1]
-    if h.dtype != w.dtype:
-        h, w = arrays.accumulated(h, w)
     counted = Counted()
     if rows.probabilities is None:
         counted = Counted(~jnp.all(rows.ignored.reshape(h.shape[0], places), axis=1))
@@ -225,10 +223,11 @@ def _loss_of_places(
     # the weight.
     target = target if rows.probabilities is None else rows.probabilities
     target = target.reshape(*target.shape[: target.ndim + 2 - w.ndim], places)
-    chunking = chunking_for(chunk_rows, head)
+    products = matrix_products(None)
+    chunking = chunking_for(chunk_rows, products, head)
     row_fn = PlacesRowLoss(count, places, ignore_index, reduction != "none")
     stream = stream_rows if reduction == "none" else stream_sum
-    losses, _ = stream(row_fn, (head,), target, shared, chunking, matrix_products(None, head), counted)
+    losses, _ = stream(row_fn, (head,), target, shared, chunking, products, counted)
     if reduction == "none":
         return losses.reshape(h.shape[0], *w.shape[1:-1])
     return WeightedSum(losses, jnp.sum(rows.total_weights(ClassAxis(1 - w.ndim))).astype(losses.dtype))
