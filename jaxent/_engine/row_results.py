@@ -110,7 +110,7 @@ def _each_row_jvp(row_fns, with_kernels, chunking, products, primals, tangents):
         return chunking.scan(step, None, (hidden, row_args), moving_rows, kept, again=True)[1]
 
     # The value has its rule: partial evaluation of the scan would drop those of its body, as in `_with_derivative`.
-    value = _each_row(row_fn, with_kernels, chunking, products, *primals)
+    value = _each_row(row_fns, with_kernels, chunking, products, *primals)
     return value, jax.jvp(rows, (free,), (partition(tangents, moving)[0],))[1]
 
 
