@@ -107,7 +107,7 @@ def test_losses_and_derivatives_are_the_same(as_on_nvidia: None, monkeypatch: py
 def test_the_loss_of_a_row_without_a_softmax_is_nan(as_on_nvidia: None):
     rows = [[-np.inf] * 4, [0, np.nan, 1, 2], [0, np.inf, np.inf, 1], [np.inf, 0, 1, 2], [0, np.inf, 1, 2]]
     loss = jax.jit(jax.vmap(jax.value_and_grad(lambda z: jaxent.softmax_cross_entropy(z, 0))))
-    for result in (*loss(np.array(rows, np.float32)), jaxent.softmax_cross_entropy(rows, [0] * 5, reduction="none")):
+    for result in loss(np.array(rows, np.float32)):
         assert np.isnan(result).all()
 
 
