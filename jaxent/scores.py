@@ -1,7 +1,7 @@
 """Scores of forecasts: probabilities against what came."""
 
 import functools
-from typing import Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,16 @@ from jaxent._arguments.class_axes import flatten_classes
 from jaxent._arguments.distributions import Axes, Axis, check_class_axes, probabilities
 from jaxent._arguments.options import ScoreOptions
 from jaxent._arguments.reduction import Reduction, WeightedSum, check_reduction, reduce_losses
-from jaxent._arguments.targets import check_labels, check_row_arguments
+from jaxent._arguments.targets import (
+    SparseTargets,
+    check_ignore_index,
+    check_labels,
+    check_row_arguments,
+    check_sparse_targets,
+    sparse_row,
+)
 from jaxent._errors import public
-from jaxent._math.label_loss import INVALID, encode_labels
+from jaxent._math.label_loss import INVALID, encode_labels, has_label
 from jaxent._math.row_losses import weighted
 from jaxent._mesh.apply import map_rows
 from jaxent._mesh.class_axis import ClassAxis, row_sum
@@ -24,7 +31,7 @@ from jaxent._typing import ArrayLike
 @overload
 def brier_score(
     probabilities: ArrayLike,
-    targets: ArrayLike,
+    targets: ArrayLike | SparseTargets,
     *,
     reduction: Literal["sum_and_weight"],
     **options: Unpack[ScoreOptions],
@@ -32,7 +39,7 @@ def brier_score(
 @overload
 def brier_score(
     probabilities: ArrayLike,
-    targets: ArrayLike,
+    targets: ArrayLike | SparseTargets,
     *,
     reduction: Literal["mean", "sum", "none"] = "mean",
     **options: Unpack[ScoreOptions],
@@ -40,11 +47,12 @@ def brier_score(
 @public
 def brier_score(
     probabilities: ArrayLike,
-    targets: ArrayLike,
+    targets: ArrayLike | SparseTargets,
     *,
     axis: Axis = -1,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
+    ignore_index: int | None = -100,
     reduction: Reduction = "mean",
 ) -> jax.Array | WeightedSum:
     r"""Brier score of forecasts, a pure number from 0, for a certain and right one, to 2.
@@ -57,9 +65,10 @@ def brier_score(
     **Arguments:**
 
     - `probabilities`: `(*batch, classes)`, floating; the classes lie at `axis`, or at all of a tuple of axes.
-    - `targets`: `(*batch,)` class indices of any integer dtype, or class probabilities shaped like `probabilities`. Of
-      several class axes an index counts the classes row by row.
-    - `where`: `(*batch,)` bool; False drops a row. `weights`: `(*batch,)`, row weights.
+    - `targets`: `(*batch,)` class indices of any integer dtype, class probabilities shaped like `probabilities`, or
+      `SparseTargets`. Of several class axes an index counts the classes row by row.
+    - `where`: `(*batch,)` bool; False drops a row. `weights`: `(*batch,)`, row weights. `ignore_index`: drops the rows
+      with this label; None drops none.
     - `reduction`: `"mean"`, `"sum"`, `"none"` or `"sum_and_weight"`, as in `softmax_cross_entropy`.
 
     **Returns:** float64 for float64 probabilities, else float32. A dropped row adds exactly 0, whatever it holds. A
@@ -74,50 +83,68 @@ def brier_score(
     axes = arrays.canonical_axes(axis, max(p.ndim, 1))
     check_class_axes("probabilities", p, axes)
     rows = tuple(n for i, n in enumerate(p.shape) if i - p.ndim not in axes)
-    kind = getattr(targets, "dtype", None) or np.asarray(targets).dtype
-    if jnp.issubdtype(kind, jnp.floating):
+    sparse = isinstance(targets, SparseTargets)
+    kind = None if sparse else getattr(targets, "dtype", None) or np.asarray(targets).dtype
+    if isinstance(targets, SparseTargets):
+        t: Any = check_sparse_targets(targets, rows)
+    elif jnp.issubdtype(kind, jnp.floating):
         t = arrays.floating("targets", targets)
         arrays.check_shape("targets", t, p.shape, "class probabilities are shaped like the forecasts")
     else:
         t = check_labels("targets", targets, rows)
     where, weights = check_row_arguments(rows, where, weights)
     check_reduction(reduction, None)
-    return _brier_score(p, t, where, weights, axes=axes, reduction=reduction)
+    ignore_index = check_ignore_index(ignore_index)
+    return _brier_score(p, t, where, weights, axes=axes, ignore_index=ignore_index, reduction=reduction)
 
 
 _probabilities = probabilities  # which is also the name of an argument
 
 
-@functools.partial(jax.jit, static_argnames=("axes", "reduction"), inline=True)
+@functools.partial(jax.jit, static_argnames=("axes", "ignore_index", "reduction"), inline=True)
 def _brier_score(
     p: jax.Array,
-    t: jax.Array,
+    t: jax.Array | SparseTargets,
     where: jax.Array | None,
     weights: jax.Array | None,
     *,
     axes: Axes,
+    ignore_index: int | None,
     reduction: Reduction,
 ) -> jax.Array | WeightedSum:
     p = flatten_classes(p, axes)
-    t = flatten_classes(t, axes) if jnp.issubdtype(t.dtype, jnp.floating) else t
-    losses, counted = map_rows(_weighted_losses, p, t, where, weights, without=-1)
+    if isinstance(t, jax.Array) and jnp.issubdtype(t.dtype, jnp.floating):
+        t = flatten_classes(t, axes)
+    weighted_losses = functools.partial(_weighted_losses, ignore_index)
+    losses, counted = map_rows(weighted_losses, p, t, where, weights, without=-1)
     return reduce_losses(losses, counted, reduction, None)
 
 
 def _weighted_losses(
-    p: jax.Array, t: jax.Array, where: jax.Array | None, weights: jax.Array | None
+    ignore_index: int | None,
+    p: jax.Array,
+    t: jax.Array | SparseTargets,
+    where: jax.Array | None,
+    weights: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     (p,) = arrays.accumulated(p)
     bad = ~jnp.all(p >= 0, axis=-1)
-    if jnp.issubdtype(t.dtype, jnp.integer):
+    ignored = jnp.zeros_like(bad)
+    if isinstance(t, SparseTargets):
+        row, none = sparse_row(t, ClassAxis(), p.shape[-1], p.dtype, None, ignore_index)
+        ignored |= jnp.squeeze(none, -1)
+        bad |= jnp.any(jnp.isnan(row.shares), axis=-1)
+        t = ClassAxis().spread(row.shares, row.labels, p)
+    elif jnp.issubdtype(t.dtype, jnp.integer):
         labels = encode_labels(t, p.shape[-1])
+        ignored |= has_label(t, ignore_index)
         bad |= labels == INVALID
         t = ClassAxis().is_class(labels[..., None], p).astype(p.dtype)
     else:
         t = t.astype(p.dtype)
         bad |= jnp.any(jnp.isnan(t), axis=-1)
     counted = jnp.ones(p.shape[:-1], p.dtype) if weights is None else weights.astype(p.dtype)
-    dropped = bad & (counted == 0)
+    dropped = ignored | (bad & (counted == 0))
     if where is not None:
         dropped |= ~where
     gaps = jnp.where(dropped[..., None], 0, p - t)

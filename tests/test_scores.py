@@ -65,7 +65,22 @@ def test_rows_that_do_not_count():
     np.testing.assert_allclose(slope, [0, 0.625], rtol=1e-6)
 
 
-@pytest.mark.parametrize("targets", [np.array([2]), np.array([-1]), np.array([-100]), f32([[np.nan, 1]])])
+def test_ignored_labels_and_sparse_targets():
+    p, labels = f32([[0.5, 0.25, 0.25], [np.nan, 0, 1], [0, 1, 0]]), np.array([0, -100, 2])
+    value, gradient = jax.value_and_grad(lambda p: brier_score(p, labels))(p)
+    np.testing.assert_allclose(value, (0.375 + 2) / 2)
+    np.testing.assert_array_equal(gradient[1], 0)
+    assert brier_score(p, labels, ignore_index=2) != value
+    assert jnp.isnan(brier_score(p[:1], labels[1:2], ignore_index=None))
+    shares = f32([[0.75, 0.25], [1, 1], [1, 0.5]])
+    mixed = jaxent.SparseTargets(np.array([[0, 2], [-100, -100], [1, -100]]), shares)
+    got = brier_score(p, mixed, reduction="none")
+    np.testing.assert_allclose(got, [0.0625 + 0.0625, 0, 0], rtol=1e-6)
+    assert brier_score(p, mixed, reduction="sum_and_weight").weight == 2
+    assert jnp.isnan(brier_score(p[:1], jaxent.SparseTargets(np.array([[0, 3]]), shares[:1])))
+
+
+@pytest.mark.parametrize("targets", [np.array([2]), np.array([-1]), f32([[np.nan, 1]])])
 def test_no_plausible_number_for_what_is_no_target(targets: Any):
     assert jnp.isnan(brier_score(f32([[0.5, 0.5]]), targets))
     assert jnp.isnan(brier_score(f32([[-0.5, 1.5]]), np.array([0])))

@@ -50,6 +50,7 @@ class ScoreOptions(TypedDict, total=False):
     axis: int | tuple[int, ...]
     where: ArrayLike | None
     weights: ArrayLike | None
+    ignore_index: int | None
 
 
 class BinaryOptions(RowOptions, total=False):
