@@ -403,3 +403,39 @@ def test_bad_arguments():
         ValueError, match=r"`oracle` must give .* shape \(2, 3\) with respect to args\[0\], got float64\[3\]"
     ):
         check_gradient(jnp.sum, z, oracle=np.zeros(3))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# More than losses
+
+_HIDDEN = np.array([[0.5, -1.0], [1.5, 0.25]], np.float32)
+_KERNEL = np.array([[1.0, -0.5, 0.25], [0.75, 0.5, -1.0]], np.float32)
+_LABELS = np.array([0, 2])
+OTHERS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], bool]] = {
+    "curvature": (
+        lambda h, w: jnp.sum(jnp.square(jaxent.linear_ggn_vector_product(h, w, (None, w))[1])),
+        (_HIDDEN, _KERNEL),
+        False,
+    ),
+    "a diagonal": (lambda h, w: jnp.sum(jaxent.linear_ggn_diagonal(h, w).kernel), (_HIDDEN, _KERNEL), False),
+    "norms": (
+        lambda h, w: jnp.sum(jaxent.linear_gradient_norms(h, w, _LABELS, per="sequence").kernel),
+        (_HIDDEN, _KERNEL),
+        False,
+    ),
+    "statistics": (
+        lambda h, w: jnp.sum(jaxent.linear_token_statistics(h, w, _LABELS).entropy),
+        (_HIDDEN, _KERNEL),
+        False,
+    ),
+    "a measure, second order": (jaxent.kl_divergence, (np.array([0.5, 0.5]), np.array([0.25, 0.75])), True),
+    "torch_compat": (lambda z: nn.cross_entropy(z, _LABELS), (_HIDDEN @ _KERNEL,), False),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_curvature_norms_statistics_and_measures(name: str):
+    function, args, second_order = OTHERS[name]
+    report = check_gradient(function, *args, second_order=second_order)
+    assert report.ok, str(report)
+    assert {c.way for c in report.comparisons} >= {"jax.grad", "jax.jvp", DIFFERENCES}

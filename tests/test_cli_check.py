@@ -13,7 +13,7 @@ import pytest
 from jax import lax
 
 from jaxent.cli import main
-from jaxent.cli.check import cases, references, second_order
+from jaxent.cli.check import cases, curvature_references, references, second_order
 from jaxent.cli.check import plot as gap_plot
 from jaxent.cli.check import run as check
 from jaxent.cli.check.compiler import RowSums, measure_row_sums
@@ -73,6 +73,36 @@ def test_a_planted_error_is_found(kind: str, capsys: pytest.CaptureFixture[str],
     assert json.loads(capsys.readouterr().out)["ok"] is False
 
 
+def test_curvature_norms_and_the_names_of_pytorch_are_there():
+    names = {c.loss for c in cases.cases()}
+    assert {
+        "logit_hessian",
+        "logit_hessian_product",
+        "linear_ggn_vector_product",
+        "linear_fisher_vector_product",
+    } <= names
+    assert {"linear_ggn_diagonal", "linear_gradient_norms", "token_statistics", "linear_token_statistics"} <= names
+    assert {f"torch_compat.{name}" for name in ("cross_entropy", "nll_loss", "kl_div")} <= names
+    measures = {c.loss for c in cases.cases() if c.option == "sum of rows"}
+    assert measures <= {c.loss for c in cases.second_order_cases()}
+    # Half precision leaves out what another case has with it.
+    for loss in ("softmax_cross_entropy", "linear_softmax_cross_entropy"):
+        half = {c.option for c in cases.cases() if c.loss == loss and "float16" in c.dtypes}
+        assert {"plain", "everything", "probabilities, everything"} <= half
+
+
+CURVED = ["logit_hessian", "linear_fisher_vector_product", "linear_ggn_diagonal", "linear_gradient_norms"]
+
+
+@pytest.mark.parametrize("loss", CURVED)
+def test_an_error_in_curvature_is_found(loss: str):
+    case = [c for c in cases.cases() if c.loss == loss][-1]
+    products = Products(None, 23, 23)
+    assert all(r.comparison.ok for r in check.run([case], ["float32"], products))
+    off = dataclasses.replace(case, function=lambda *args: case.function(*args) + 1e-5 * jnp.sum(jnp.square(args[-1])))
+    assert not all(r.comparison.ok for r in check.run([off], ["float32"], products))
+
+
 def test_every_loss_is_there():
     names = {(c.loss, c.option) for c in cases.cases()}
     options = {option for loss, option in names if loss == "softmax_cross_entropy"}
@@ -80,7 +110,8 @@ def test_every_loss_is_there():
         *("logits of -inf", "shift of 10000", "loss of 2e-9", "loss of 7e-38", "300 classes", "axis 0")
     }
     assert len(names) == len(list(cases.cases()))
-    assert not {"jax", "jnp", "jaxent"} & set(vars(references))
+    for module in (references, curvature_references):
+        assert not {"jax", "jnp", "jaxent"} & set(vars(module))
 
 
 @pytest.mark.grid

@@ -1,7 +1,4 @@
-"""What `jaxent check` runs: every loss with every option, on small inputs that all dtypes hold exactly.
-
-Logits and hidden states lie on binary grids, so that what is measured is the loss and not the rounding of its inputs.
-"""
+"""What `jaxent check` runs: every loss with every option, on small inputs that all dtypes hold exactly."""
 
 import dataclasses
 import functools
@@ -13,31 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxent
-from jaxent import WeightedSum
+from jaxent import WeightedSum, torch_compat
 from jaxent.cli.check import references
+from jaxent.cli.check.case import (
+    CLASSES,
+    EVERY_DTYPE,
+    FEATURES,
+    ROWS,
+    WIDE_DTYPES,
+    Case,
+    distributions,
+    fractions,
+    grid,
+    heads,
+    rng_for,
+)
+from jaxent.cli.check.curvature_cases import curvature_cases, norm_cases
 from jaxent.cli.check.references import WIDE, Array, Cap, Exact
 
-ROWS, CLASSES, FEATURES = 5, 4, 3
-EVERY_DTYPE = ("float32", "bfloat16", "float16", "float64")
-WIDE_DTYPES = ("float32", "float64")
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """One loss with one option: a scalar function of floating arguments, and what it should return."""
-
-    loss: str
-    option: str
-    function: Callable[..., jax.Array]
-    args: tuple[Array, ...]
-    oracle: Callable[..., Exact]
-    closed_form: Callable[..., jax.Array] | None = None
-    dtypes: tuple[str, ...] = EVERY_DTYPE
-    products: bool = False
-    """Whether it multiplies matrices, so that half precision rounds twice."""
-
-    def exact(self) -> Exact:
-        return self.oracle(*(x.astype(WIDE) for x in self.args))
+# Half precision differs from float32 in casts alone: between them these have every option, and the engine's every way.
+IN_HALF = ("plain", "everything", "probabilities, everything", "reduction none", "bias", "soft_cap", "chunk_rows")
 
 
 def cases() -> Iterator[Case]:
@@ -45,6 +37,9 @@ def cases() -> Iterator[Case]:
     yield from _other_dense_cases()
     yield from _linear_cases()
     yield from _measure_cases()
+    yield from curvature_cases()
+    yield from norm_cases()
+    yield from _torch_cases()
 
 
 def total(result: Any) -> jax.Array:
@@ -53,43 +48,17 @@ def total(result: Any) -> jax.Array:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Inputs
-
-
-def _rng(name: str) -> np.random.Generator:
-    return np.random.default_rng(list(name.encode()))
-
-
-def _grid(rng: np.random.Generator, *shape: int) -> Array:
-    """Normal logits in sixteenths, which eight bits hold."""
-    return np.round(rng.normal(size=shape) * 3 * 16).clip(-127, 127) / 16
-
-
-def _fractions(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """1/4, ... 2, with the first entry 0."""
-    x = (rng.integers(1, 9, size=shape) / 4).astype(np.float32)
-    x.flat[0] = 0
-    return x
-
-
-def _distributions(rng: np.random.Generator, *shape: int) -> Array:
-    """Rows of multiples of 1/64 that sum to one, none of them 0."""
-    spare = 64 - shape[-1]
-    return (rng.multinomial(spare, np.full(shape[-1], 1 / shape[-1]), size=shape[:-1]) + 1) / 64
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Losses on logits
 
 
 def _options(rows: int = ROWS, classes: int = CLASSES) -> dict[str, dict[str, Any]]:
     """The options of a softmax loss of `rows x classes`, each alone and all together."""
-    rng = _rng("options")
+    rng = rng_for("options")
     labels = rng.integers(0, classes, rows, dtype=np.int32)
     some = np.where(np.arange(rows) % 3 == 1, -100, labels).astype(np.int32)
     where = np.arange(rows) % 5 != 1
-    weights, class_weights = _fractions(rng, rows), _fractions(rng, classes)
-    targets = _distributions(rng, rows, classes).astype(np.float32)
+    weights, class_weights = fractions(rng, rows), fractions(rng, classes)
+    targets = distributions(rng, rows, classes).astype(np.float32)
     everything = {"where": where, "weights": weights, "class_weights": class_weights}
     everything |= {"label_smoothing": 0.125, "z_loss": 0.25}
     return {
@@ -130,6 +99,10 @@ def _softmax_oracle(z: Array, options: dict[str, Any], rows: Any = references.cr
     return exact * (1 / WIDE(divisor))
 
 
+def _dtypes(option: str, otherwise: tuple[str, ...] = WIDE_DTYPES) -> tuple[str, ...]:
+    return EVERY_DTYPE if option in IN_HALF else otherwise
+
+
 def _softmax(options: dict[str, Any], z: jax.Array) -> jax.Array:
     return total(jaxent.softmax_cross_entropy(z, **options))
 
@@ -141,9 +114,9 @@ def _softmax_case(name: str, options: dict[str, Any], z: Array, **more: Any) -> 
 
 
 def _softmax_cases() -> Iterator[Case]:
-    z = _grid(_rng("logits"), ROWS, CLASSES)
+    z = grid(rng_for("logits"), ROWS, CLASSES)
     for name, options in _options().items():
-        yield _softmax_case(name, options, z)
+        yield _softmax_case(name, options, z, dtypes=_dtypes(name))
     plain = _options()["plain"]
     removed = z.copy()
     removed[np.arange(ROWS), (plain["targets"] + 1) % CLASSES] = -np.inf
@@ -153,7 +126,7 @@ def _softmax_cases() -> Iterator[Case]:
     yield _softmax_case("loss of 2e-9", first, np.array([[0.0, -20.0, -25.0, -30.0]]))
     yield _softmax_case("loss of 7e-38", first, np.array([[0.0, -86.0, -86.5, -90.0]]))
     long = {"targets": np.array([7, 299], np.int32)}
-    yield _softmax_case("300 classes", long, _grid(_rng("long"), 2, 300))
+    yield _softmax_case("300 classes", long, grid(rng_for("long"), 2, 300))
     image = np.moveaxis(z, -1, 0)
     yield dataclasses.replace(
         _softmax_case("axis 0", plain, image),
@@ -169,19 +142,19 @@ def _transposed(exact: Exact) -> Exact:
 
 
 def _other_dense_cases() -> Iterator[Case]:
-    z, options = _grid(_rng("logits"), ROWS, CLASSES), _options()
+    z, options = grid(rng_for("logits"), ROWS, CLASSES), _options()
     picked = {k: v for k, v in options["everything"].items() if k not in ("label_smoothing", "z_loss")}
     for name, given in (("plain", options["plain"]), ("everything", picked), ("denominator", options["denominator"])):
         labels = {"labels": given["targets"], **{k: v for k, v in given.items() if k != "targets"}}
         oracle = functools.partial(_softmax_oracle, options=given, rows=references.picked_rows)
         yield Case("nll_loss", name, functools.partial(_nll, labels), (-np.abs(z),), oracle)
-    rng = _rng("sigmoid")
-    t, weights = _distributions(rng, ROWS, CLASSES).astype(np.float32), _fractions(rng, ROWS, CLASSES)
+    rng = rng_for("sigmoid")
+    t, weights = distributions(rng, ROWS, CLASSES).astype(np.float32), fractions(rng, ROWS, CLASSES)
     where, flags = rng.random((ROWS, CLASSES)) < 0.7, rng.random((ROWS, CLASSES)) < 0.5
     binary: dict[str, dict[str, Any]] = {
         "plain": {"targets": t},
         "flags": {"targets": flags},
-        "everything": {"targets": t, "weights": weights, "where": where, "pos_weight": _fractions(rng, CLASSES)},
+        "everything": {"targets": t, "weights": weights, "where": where, "pos_weight": fractions(rng, CLASSES)},
     }
     for name, given in binary.items():
         yield Case(
@@ -201,7 +174,7 @@ def _other_dense_cases() -> Iterator[Case]:
         yield Case("token_statistics", name, functools.partial(_statistic, labels, name), (z,), oracle)
         linear = functools.partial(_linear_statistic, labels, name)
         through = functools.partial(_through_one, rows=oracle, cap=Cap())
-        yield Case("linear_token_statistics", name, linear, _heads(1), through, products=True)
+        yield Case("linear_token_statistics", name, linear, heads(1), through, products=True)
 
 
 def _nll(options: dict[str, Any], log_p: jax.Array) -> jax.Array:
@@ -224,15 +197,6 @@ def _statistic(labels: np.ndarray, name: str, z: jax.Array) -> jax.Array:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Losses from hidden states
-
-
-def _heads(count: int, bias: bool = False) -> tuple[Array, ...]:
-    """(hidden, kernel[, bias]) of each head in quarters, so that the logits are exact in every dtype."""
-    rng, arrays = _rng("heads"), []
-    for _ in range(count):
-        hidden, kernel = (rng.integers(-6, 7, s) / 4 for s in ((ROWS, FEATURES), (FEATURES, CLASSES)))
-        arrays += [hidden, kernel, *([rng.integers(-6, 7, CLASSES) / 4] if bias else [])]
-    return tuple(arrays)
 
 
 def _through_one(*head: Array, rows: Callable[..., Exact], cap: Cap) -> Exact:
@@ -263,7 +227,9 @@ def _linear_cases() -> Iterator[Case]:
     for name, (given, cap, extra, bias) in more.items():
         loss = functools.partial(_linear, {**given, **extra})
         oracle = functools.partial(_through_one, rows=functools.partial(_softmax_oracle, options=given), cap=cap)
-        yield Case("linear_softmax_cross_entropy", name, loss, _heads(1, bias), oracle, products=True)
+        dtypes = _dtypes(name, otherwise=("float32",))  # the row loss is that of the logits, which float64 has checked
+        args = heads(1, bias)
+        yield Case("linear_softmax_cross_entropy", name, loss, args, oracle, dtypes=dtypes, products=True)
     divergences: dict[str, Callable[..., Exact]] = {
         "forward": references.divergence_rows,
         "reverse": lambda z_p, z_q: _swapped(references.divergence_rows(z_q, z_p)),
@@ -272,13 +238,14 @@ def _linear_cases() -> Iterator[Case]:
     for name, rows in divergences.items():
         oracle = functools.partial(_through_two, rows=rows, cap=Cap(temperature=2.0))
         loss = functools.partial(_divergence, name)
-        yield Case("linear_kl_divergence", name, loss, _heads(2), oracle, products=True)
+        dtypes = EVERY_DTYPE if name == "jensen_shannon" else WIDE_DTYPES
+        yield Case("linear_kl_divergence", name, loss, heads(2), oracle, dtypes=dtypes, products=True)
     labels = options["plain"]["targets"]
     summed = functools.partial(_softmax_oracle, options={"targets": labels, "reduction": "sum"})
     # The row loss is the usual one, which takes the difference of two logits for what is small.
     oracle = _rounded(functools.partial(_through_one, rows=summed, cap=Cap()))
     own = functools.partial(_usual_linear, labels)
-    yield Case("linear_loss", "logsumexp(z) - z[y]", own, _heads(1), oracle, products=True)
+    yield Case("linear_loss", "logsumexp(z) - z[y]", own, heads(1), oracle, products=True)
 
 
 def _usual_linear(labels: np.ndarray, hidden: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -315,9 +282,13 @@ def _swapped(exact: Exact) -> Exact:
 
 
 def _measure_cases() -> Iterator[Case]:
-    rng = _rng("measures")
-    p, q = _distributions(rng, ROWS, CLASSES), _distributions(rng, ROWS, CLASSES)
-    z_p, z_q = _grid(rng, ROWS, CLASSES) / 2, _grid(rng, ROWS, CLASSES) / 2
+    rng = rng_for("measures")
+    p, q = distributions(rng, ROWS, CLASSES), distributions(rng, ROWS, CLASSES)
+    z_p, z_q = grid(rng, ROWS, CLASSES) / 2, grid(rng, ROWS, CLASSES) / 2
+    yield from _measures(p, q, z_p, z_q)
+
+
+def _measures(p: Array, q: Array, z_p: Array, z_q: Array) -> Iterator[Case]:
     table: dict[str, tuple[tuple[Array, ...], Callable[..., Exact]]] = {
         "entropy": ((p,), references.entropy),
         "cross_entropy": ((p, q), references.cross_entropy),
@@ -336,21 +307,78 @@ def _summed(measure: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Under PyTorch's names
+
+
+def _torch_cases() -> Iterator[Case]:
+    z, options = grid(rng_for("logits"), ROWS, CLASSES), _options()
+    given = options["everything"]
+    given = {k: given[k] for k in ("targets", "class_weights", "label_smoothing")}
+    picked = {k: given[k] for k in ("targets", "class_weights")}
+    p, t = (distributions(rng_for(name), ROWS, CLASSES) for name in ("torch", "binary torch"))
+    table: dict[str, tuple[Callable[..., jax.Array], Array, Callable[..., Exact]]] = {
+        "cross_entropy": (
+            functools.partial(_torch_cross_entropy, given),
+            z,
+            functools.partial(_softmax_oracle, options=given),
+        ),
+        "nll_loss": (
+            functools.partial(_torch_nll, picked),
+            -np.abs(z),
+            functools.partial(_softmax_oracle, options=picked, rows=references.picked_rows),
+        ),
+        "kl_div": (functools.partial(_torch_kl_div, p), -np.abs(z), functools.partial(references.kl_div, p=p)),
+        "binary_cross_entropy_with_logits": (
+            functools.partial(_torch_binary, t),
+            z,
+            lambda z: references.sigmoid_rows(z, t.astype(WIDE), np.ones_like(z), WIDE(1)) * (1 / WIDE(z.size)),
+        ),
+    }
+    for name, (function, args, oracle) in table.items():
+        yield Case(f"torch_compat.{name}", "mean", function, (args,), oracle, dtypes=WIDE_DTYPES)
+
+
+def _torch_cross_entropy(options: dict[str, Any], z: jax.Array) -> jax.Array:
+    weight, smoothing = jnp.asarray(options["class_weights"], z.dtype), options["label_smoothing"]
+    return torch_compat.cross_entropy(z, options["targets"], weight, label_smoothing=smoothing)
+
+
+def _torch_nll(options: dict[str, Any], log_p: jax.Array) -> jax.Array:
+    return torch_compat.nll_loss(log_p, options["targets"], jnp.asarray(options["class_weights"], log_p.dtype))
+
+
+def _torch_kl_div(p: Array, log_q: jax.Array) -> jax.Array:
+    return torch_compat.kl_div(log_q, jnp.asarray(p, log_q.dtype), reduction="batchmean")
+
+
+def _torch_binary(t: Array, z: jax.Array) -> jax.Array:
+    return torch_compat.binary_cross_entropy_with_logits(z, jnp.asarray(t, z.dtype))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Second derivatives
 
 
 def second_order_cases() -> Iterator[Case]:
     """Losses whose Hessian is multiplied by many tangents at once: what is fused then is larger than elsewhere here."""
     rows, classes = 100, 10
-    z, options = _grid(_rng("many"), rows, classes), _options(rows, classes)
+    z, options = grid(rng_for("many"), rows, classes), _options(rows, classes)
     for name in ("plain", "everything", "probabilities"):
         yield _softmax_case(name, options[name], z)
-    targets = {"targets": _distributions(_rng("binary"), rows, classes).astype(np.float32)}
+    targets = {"targets": distributions(rng_for("binary"), rows, classes).astype(np.float32)}
     oracle = functools.partial(_sigmoid_oracle, options=targets)
     yield Case("sigmoid_cross_entropy", "plain", functools.partial(_sigmoid, targets), (z,), oracle)
     entropy = functools.partial(_statistic, options["plain"]["targets"], "entropy")
     yield Case("token_statistics", "entropy", entropy, (z,), references.entropy_rows)
-    rng, plain = _rng("many heads"), {"targets": options["plain"]["targets"]}
-    heads = tuple(rng.integers(-6, 7, shape) / 4 for shape in ((rows, FEATURES), (FEATURES, classes)))
+    rng, plain = rng_for("many heads"), {"targets": options["plain"]["targets"]}
+    head = tuple(rng.integers(-6, 7, shape) / 4 for shape in ((rows, FEATURES), (FEATURES, classes)))
     through = functools.partial(_through_one, rows=functools.partial(_softmax_oracle, options=plain), cap=Cap())
-    yield Case("linear_softmax_cross_entropy", "plain", functools.partial(_linear, plain), heads, through)
+    yield Case("linear_softmax_cross_entropy", "plain", functools.partial(_linear, plain), head, through)
+    yield from _second_order_measures(rows, classes)
+
+
+def _second_order_measures(rows: int, classes: int) -> Iterator[Case]:
+    rng = rng_for("many measures")
+    p, q = distributions(rng, rows, classes), distributions(rng, rows, classes)
+    z_p, z_q = grid(rng, rows, classes) / 2, grid(rng, rows, classes) / 2
+    yield from _measures(p, q, z_p, z_q)

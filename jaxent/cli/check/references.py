@@ -177,3 +177,11 @@ def jensen_shannon(p: Array, q: Array) -> Exact:
     m = (p + q) / 2
     value = np.sum(p * np.log(p / m) + q * np.log(q / m)) / 2
     return Exact(value, (np.log(p / m) / 2, np.log(q / m) / 2), (0 * p, 0 * q))
+
+
+def kl_div(log_q: Array, p: Array) -> Exact:
+    """`sum p (log p - log q)` over the batch, by `log q`."""
+    p, count = p.astype(WIDE), WIDE(len(p))
+    gradient = -p / count
+    value, size = (np.sum(p * (np.log(p) * sign - log_q)) / count for sign in (1, -1))
+    return Exact(value, (gradient,), (0 * gradient,), size)

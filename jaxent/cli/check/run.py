@@ -18,7 +18,8 @@ from jaxent._check.finite_differences import Float64Reference, evaluate
 from jaxent._check.gradient import DIFFERENCES, Comparison, Reference, compare, table
 from jaxent.cli.check import plot as gap_plot
 from jaxent.cli.check import second_order
-from jaxent.cli.check.cases import EVERY_DTYPE, Case, cases, second_order_cases
+from jaxent.cli.check.case import EVERY_DTYPE, Case
+from jaxent.cli.check.cases import cases, second_order_cases
 from jaxent.cli.check.compiler import RowSums, measure_row_sums
 from jaxent.cli.devices import available
 from jaxent.cli.errors import CommandError, require

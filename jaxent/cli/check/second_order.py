@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxent._check.gradient import Comparison
-from jaxent.cli.check.cases import Case
+from jaxent.cli.check.case import Case
 from jaxent.cli.check.references import WIDE
 
 TANGENTS = 200  # so that what XLA fuses has more than 2^15 entries
