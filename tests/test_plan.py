@@ -97,6 +97,7 @@ LLAMA = (32768, 4096, 128256)
         ("h100", LOSS, (32768, 2304, 256000), 7070, 230.3),
         ("b200", LOSS, LLAMA, 6870, 116.9),
         ("v5p", LOSS, LLAMA, 2262, 175.8),
+        ("v6e", LOSS, LLAMA, 2262, 175.8),
         ("v5p", LOSS, (32768, 1024, 32768), 641, None),
         ("v5p", LOSS, (32768, 8192, 32768), 1282, None),
         ("v5p", LOSS, (262144, 8192, 4096), 4358, None),
@@ -109,6 +110,12 @@ def test_memory_of_a_device_that_is_not_here(
     found = jaxent.plan(*shape, dtype="bfloat16", device=device, function=function)
     assert found.temp_bytes / 2**20 == pytest.approx(temp_mib, rel=0.05)
     assert moved_gb is None or found.bytes_moved / 1e9 == pytest.approx(moved_gb, rel=0.05)
+
+
+@pytest.mark.parametrize(("device", "rows", "temp_mib"), [("v6e", 2560, 4510), ("v5p", 4096, 6270)])
+def test_memory_of_larger_chunks_on_a_tpu(device: str, rows: int, temp_mib: float):
+    found = jaxent.plan(12 * rows, 4096, 128256, dtype="bfloat16", device=device, chunk_rows=rows)
+    assert found.temp_bytes / 2**20 == pytest.approx(temp_mib, rel=0.05)
 
 
 def test_a_kernel_of_another_dtype_is_cast_once():

@@ -9,7 +9,7 @@ import pytest
 from jaxent._engine import devices
 from jaxent._engine.chunking import chunking_of, default_chunk_rows
 from jaxent._engine.devices import DEVICES, Target, device_named, target_of
-from jaxent._engine.linear_head import chunking_for
+from jaxent._engine.linear_head import chunking_for, matrix_products
 from jaxent._engine.roofline import Milliseconds, Roofline, chunk_rows_for, roofline
 from jaxent._engine.streaming import Head
 
@@ -103,7 +103,7 @@ def test_the_mesh_says_which_device(monkeypatch: pytest.MonkeyPatch):
     found = []
 
     def chunks(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
-        found.append(chunking_for(None, Head(hidden, kernel, None)))
+        found.append(chunking_for(None, matrix_products(None), Head(hidden, kernel, None)))
         return hidden
 
     jax.eval_shape(chunks, like((32768, 4096), jnp.bfloat16), like((4096, 128256), jnp.bfloat16))

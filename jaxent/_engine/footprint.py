@@ -47,6 +47,6 @@ def held_bytes(sizes: Sizes, chunk_rows: int, work: Work, device: Device | None)
             if sizes.kernel_dtype.itemsize < wide:  # else the sum is the result
                 held["sum of the kernel's gradient"] = wide * kernel
                 room = sizes.kernel_dtype.itemsize * kernel
-                if on_tpu and written:  # its compiler then holds the result apart
+                if on_tpu and (written or held["logits"] > room):  # its compiler then holds the result apart
                     held["kernel's gradient, rounded"], room = room, 0
     return sum(held.values()) - max((n for n in held.values() if n <= room), default=0)

@@ -9,10 +9,12 @@ from jaxent._engine.devices import Device
 
 DW_SHARE = 0.05  # heuristic: what reading and writing the kernel's gradient in every chunk may add to the products
 MEMORY_SHARE = 1 / 16  # heuristic: of the device's memory, for a chunk of logits
-# The TPU's compiler computes the gradient of the logits inside the products that need it, for up to 2048 rows and from
+# The TPU's compiler computes the gradient of the logits inside the products that need it, for up to 2560 rows and from
 # some number of features on: 1024 are too few, 2304 are enough. Else it writes it out: at Llama-3's head 2048 rows
-# reach 97% of a v5p's products, 4096 rows 94%. Its registers hold 16 rows of bfloat16.
-MOST_ROWS_RECOMPUTED = 2048
+# reach 97% of a v5p's products, 4096 rows 94%. With more than 2048 rows there logits no longer fit where the rounded
+# gradient of the kernel will be, which doubles the temporaries. Its registers hold 16 rows of bfloat16.
+MOST_ROWS_RECOMPUTED = 2560
+TPU_ROWS = 2048
 LEAST_FEATURES_RECOMPUTED = 2048
 ROWS_ALIGNED = 16
 
@@ -170,6 +172,6 @@ def chunk_rows_for(device: Device, num_classes: int, dtype: DTypeLike) -> int:
     wide = max(4, narrow)
     enough = wide / 3 * device.product_rate(dtype, exact=False) / device.bytes_per_second / DW_SHARE
     held = num_classes * (wide + (0 if device.recomputes_dz or narrow == wide else narrow))
-    most = MOST_ROWS_RECOMPUTED if device.recomputes_dz else enough
+    most = TPU_ROWS if device.recomputes_dz else enough
     rows = int(min(enough, most, MEMORY_SHARE * device.memory_bytes / held))
     return max(ROWS_ALIGNED, rows // ROWS_ALIGNED * ROWS_ALIGNED)
