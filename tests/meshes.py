@@ -74,29 +74,29 @@ def arrays() -> dict[str, tuple[Any, P]]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# How a call becomes a scalar and its results per row. `data` is the mesh axis of the rows inside `shard_map`.
+# How a call becomes a scalar and its results per row. `data` are the mesh axes of the rows inside `shard_map`.
 
 
-def summed(x: Any, data: str | None) -> Any:
+def summed(x: Any, data: Any) -> Any:
     return x if data is None else jax.tree.map(lambda x: jax.lax.psum(x, data), x)
 
 
-def mean(call: Callable[..., Any], data: str | None) -> tuple[jax.Array, None]:
+def mean(call: Callable[..., Any], data: Any) -> tuple[jax.Array, None]:
     """The mean; inside `shard_map` from the devices' weighted sums."""
     return call() if data is None else summed(call(reduction="sum_and_weight"), data).mean(), None
 
 
-def whole(call: Callable[..., Any], data: str | None) -> tuple[jax.Array, None]:
+def whole(call: Callable[..., Any], data: Any) -> tuple[jax.Array, None]:
     del data
     return call(), None
 
 
-def rows(call: Callable[..., Any], data: str | None) -> tuple[jax.Array, jax.Array]:
+def rows(call: Callable[..., Any], data: Any) -> tuple[jax.Array, jax.Array]:
     losses = call(reduction="none")
     return summed(jnp.sum(jnp.square(losses)), data), losses
 
 
-def statistics(call: Callable[..., Any], data: str | None) -> tuple[jax.Array, Any]:
+def statistics(call: Callable[..., Any], data: Any) -> tuple[jax.Array, Any]:
     """A scalar of what is differentiable, and everything."""
     found = call()
     parts = (jnp.square(found.log_prob), found.log_normalizer, found.entropy)
@@ -120,7 +120,7 @@ class Case:
         """The arrays that the call takes, those that are differentiated first."""
         return tuple(dict.fromkeys((*self.wanted, *self.data, *self.keywords.values())))
 
-    def __call__(self, data: str | None, axis: dict[str, str], *args: Any) -> tuple[jax.Array, Any]:
+    def __call__(self, data: Any, axis: dict[str, Any], *args: Any) -> tuple[jax.Array, Any]:
         values = dict(zip(self.names, args, strict=True))
         keywords = {keyword: values[name] for keyword, name in self.keywords.items()}
         operands = [values[name] for name in self.data]

@@ -121,7 +121,7 @@ def whole_along_others(x: jax.Array, axis: int, axes: Collection[str]) -> jax.Ar
     """
     mesh = mesh_of(x)
     if auto_axis_names(mesh) == frozenset(mesh.axis_names):
-        spec = [P.UNCONSTRAINED] * x.ndim
+        spec: list[Any] = [P.UNCONSTRAINED] * x.ndim
         spec[axis] = None
         return x if automatic_devices(x) == 1 else _constrained(x, NamedSharding(mesh, P(*spec)))
     split = list(partition_of(x))

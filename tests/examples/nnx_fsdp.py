@@ -44,9 +44,9 @@ with jax.set_mesh(jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))):
     model = NextByte(64, nnx.Rngs(0))
     nnx.update(model, jax.device_put(nnx.state(model), P("fsdp")))
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
-    tokens = jax.device_put(jnp.asarray(list(__doc__.encode()[:320])).reshape(16, 20), P("fsdp"))
+    tokens = jax.device_put(jnp.asarray(list((__doc__ or "").encode()[:320])).reshape(16, 20), P("fsdp"))
 
-    program = nnx.jit(nnx.value_and_grad(loss)).lower(model, tokens).compile().as_text()
+    program = nnx.jit(nnx.value_and_grad(loss)).lower(model, tokens).compile().as_text() or ""
     losses = [float(step(model, optimizer, tokens)) for _ in range(30)]
 
 print(f"nats a byte: {losses[0]:.2f} before and {losses[-1]:.2f} after 30 steps")
