@@ -84,7 +84,7 @@ def brier_score(
     check_class_axes("probabilities", p, axes)
     rows = tuple(n for i, n in enumerate(p.shape) if i - p.ndim not in axes)
     sparse = isinstance(targets, SparseTargets)
-    kind = None if sparse else getattr(targets, "dtype", None) or np.asarray(targets).dtype
+    kind: Any = None if sparse else getattr(targets, "dtype", None) or np.asarray(targets).dtype
     if isinstance(targets, SparseTargets):
         t: Any = check_sparse_targets(targets, rows)
     elif jnp.issubdtype(kind, jnp.floating):

@@ -411,9 +411,10 @@ def test_bad_arguments():
 _HIDDEN = np.array([[0.5, -1.0], [1.5, 0.25]], np.float32)
 _KERNEL = np.array([[1.0, -0.5, 0.25], [0.75, 0.5, -1.0]], np.float32)
 _LABELS = np.array([0, 2])
+_ggn_product: Any = jaxent.linear_ggn_vector_product
 OTHERS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], bool]] = {
     "curvature": (
-        lambda h, w: jnp.sum(jnp.square(jaxent.linear_ggn_vector_product(h, w, (None, w))[1])),
+        lambda h, w: jnp.sum(jnp.square(_ggn_product(h, w, (None, w))[1])),
         (_HIDDEN, _KERNEL),
         False,
     ),

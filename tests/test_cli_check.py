@@ -87,8 +87,9 @@ def test_curvature_norms_and_the_names_of_pytorch_are_there():
     assert measures <= {c.loss for c in cases.second_order_cases()}
     # Half precision leaves out what another case has with it.
     for loss in ("softmax_cross_entropy", "linear_softmax_cross_entropy"):
-        half = {c.option for c in cases.cases() if c.loss == loss and "float16" in c.dtypes}
+        half = {c.option for c in cases.cases() if c.loss == loss and "bfloat16" in c.dtypes}
         assert {"plain", "everything", "probabilities, everything"} <= half
+        assert {"plain", "everything"} <= {c.option for c in cases.cases() if c.loss == loss and "float16" in c.dtypes}
 
 
 CURVED = ["logit_hessian", "linear_fisher_vector_product", "linear_ggn_diagonal", "linear_gradient_norms"]
@@ -239,6 +240,7 @@ def test_what_the_picture_shows():
     ("arguments", "message"),
     [
         (["softmax"], "jaxent: no loss is called softmax; there are softmax_cross_entropy, nll_loss, "),
+        (["entropy", "--dtype", "float16"], "jaxent: none of these losses is checked in float16; float32 is always"),
         (["--plot", "{}/none/gap.png"], "jaxent: cannot write {}/none/gap.png: No such file or directory"),
         (["--plot", "{}/gap.exe"], "jaxent: cannot draw a .exe file; there are "),
     ],

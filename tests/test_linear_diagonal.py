@@ -16,6 +16,7 @@ import jaxent
 
 # Untyped: tables of arguments are dictionaries.
 linear_ggn_diagonal: Any = jaxent.linear_ggn_diagonal
+linear_ggn_vector_product: Any = jaxent.linear_ggn_vector_product
 softmax_cross_entropy: Any = jaxent.softmax_cross_entropy
 
 ROWS, FEATURES, COUNT = 5, 3, 4
@@ -182,7 +183,7 @@ def test_labels_drawn_from_the_model_give_unbiased_estimates(rng: np.random.Gene
 
     bartlett, fisher = (np.tensordot(likelihood, x, axes=1) for x in estimates(labels))
     np.testing.assert_allclose(bartlett, linear_ggn_diagonal(hidden, kernel).kernel, rtol=1e-12)
-    np.testing.assert_allclose(fisher, jaxent.linear_ggn_vector_product(hidden, kernel, (None, v))[1], rtol=1e-12)
+    np.testing.assert_allclose(fisher, linear_ggn_vector_product(hidden, kernel, (None, v))[1], rtol=1e-12)
 
 
 @pytest.mark.parametrize(

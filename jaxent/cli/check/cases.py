@@ -29,6 +29,7 @@ from jaxent.cli.check.curvature_cases import curvature_cases, norm_cases
 from jaxent.cli.check.references import WIDE, Array, Cap, Exact
 
 # Half precision differs from float32 in casts alone: between them these have every option, and the engine's every way.
+NOT_FLOAT16 = ("float32", "bfloat16", "float64")  # which differs from bfloat16 in the cast alone
 IN_HALF = ("plain", "everything", "probabilities, everything", "reduction none", "bias", "soft_cap", "chunk_rows")
 
 
@@ -100,7 +101,9 @@ def _softmax_oracle(z: Array, options: dict[str, Any], rows: Any = references.cr
 
 
 def _dtypes(option: str, otherwise: tuple[str, ...] = WIDE_DTYPES) -> tuple[str, ...]:
-    return EVERY_DTYPE if option in IN_HALF else otherwise
+    if option not in IN_HALF:
+        return otherwise
+    return EVERY_DTYPE if option in ("plain", "everything") else NOT_FLOAT16
 
 
 def _softmax(options: dict[str, Any], z: jax.Array) -> jax.Array:
@@ -174,7 +177,8 @@ def _other_dense_cases() -> Iterator[Case]:
         yield Case("token_statistics", name, functools.partial(_statistic, labels, name), (z,), oracle)
         linear = functools.partial(_linear_statistic, labels, name)
         through = functools.partial(_through_one, rows=oracle, cap=Cap())
-        yield Case("linear_token_statistics", name, linear, heads(1), through, products=True)
+        dtypes = NOT_FLOAT16 if name == "entropy" else ("float32",)
+        yield Case("linear_token_statistics", name, linear, heads(1), through, dtypes=dtypes, products=True)
 
 
 def _nll(options: dict[str, Any], log_p: jax.Array) -> jax.Array:
@@ -238,7 +242,7 @@ def _linear_cases() -> Iterator[Case]:
     for name, rows in divergences.items():
         oracle = functools.partial(_through_two, rows=rows, cap=Cap(temperature=2.0))
         loss = functools.partial(_divergence, name)
-        dtypes = EVERY_DTYPE if name == "jensen_shannon" else WIDE_DTYPES
+        dtypes = NOT_FLOAT16 if name == "jensen_shannon" else ("float32",)
         yield Case("linear_kl_divergence", name, loss, heads(2), oracle, dtypes=dtypes, products=True)
     labels = options["plain"]["targets"]
     summed = functools.partial(_softmax_oracle, options={"targets": labels, "reduction": "sum"})
@@ -299,7 +303,8 @@ def _measures(p: Array, q: Array, z_p: Array, z_q: Array) -> Iterator[Case]:
         "kl_divergence_with_logits": ((z_p, z_q), references.divergence_rows),
     }
     for name, (args, oracle) in table.items():
-        yield Case(name, "sum of rows", functools.partial(_summed, getattr(jaxent, name)), args, oracle)
+        function = functools.partial(_summed, getattr(jaxent, name))
+        yield Case(name, "sum of rows", function, args, oracle, dtypes=NOT_FLOAT16)
 
 
 def _summed(measure: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
@@ -331,7 +336,9 @@ def _torch_cases() -> Iterator[Case]:
         "binary_cross_entropy_with_logits": (
             functools.partial(_torch_binary, t),
             z,
-            lambda z: references.sigmoid_rows(z, t.astype(WIDE), np.ones_like(z), WIDE(1)) * (1 / WIDE(z.size)),
+            lambda z: (
+                references.sigmoid_rows(z, t.astype(WIDE), np.ones_like(z), np.ones((), WIDE)) * (1 / WIDE(z.size))
+            ),
         ),
     }
     for name, (function, args, oracle) in table.items():

@@ -49,8 +49,10 @@ def linear_fisher(hidden: Array, kernel: Array, steps: tuple[Array, Array], labe
     seen = [hidden @ step.astype(WIDE) for step in steps]
     slopes = [np.sum(g * s, axis=-1, keepdims=True) for s in seen]
     absolute = [_mean(p + one_hot, abs(s)) for s in seen]
-    dz = sum(p * (s - _mean(p, s)) * other for s, other in zip(seen, slopes[::-1], strict=True))
-    size = sum(p * (abs(s) + _mean(p, abs(s))) * other for s, other in zip(seen, absolute[::-1], strict=True))
+    dz, size = np.zeros_like(p), np.zeros_like(p)
+    for s, slope, its_size in zip(seen, slopes[::-1], absolute[::-1], strict=True):
+        dz = dz + p * (s - _mean(p, s)) * slope
+        size = size + p * (abs(s) + _mean(p, abs(s))) * its_size
     (by_hidden, by_kernel), (hidden_size, kernel_size) = _through_layer((dz, size), hidden, kernel)
     for step, other, its_size in zip(steps, slopes[::-1], absolute[::-1], strict=True):
         by_hidden = by_hidden + (g * other) @ step.T
@@ -80,11 +82,12 @@ def kernel_norms(hidden: Array, kernel: Array, labels: Array, by_sequence: bool)
         gradient = hidden.T @ g
         value = np.sqrt(np.sum(gradient**2))
         by_g, own = hidden @ gradient / value, g @ gradient.T / value
+        own_size = (p + one_hot) @ np.abs(gradient).T / value
     else:
         of_g, of_hidden = (np.sqrt(np.sum(x**2, axis=-1, keepdims=True)) for x in (g, hidden))
         value = np.sum(of_g * of_hidden)
         by_g, own = of_hidden * g / of_g, of_g * hidden / of_hidden
+        own_size = np.abs(own)
     dz, size = p * (by_g - _mean(p, by_g)), p * (abs(by_g) + _mean(p, abs(by_g)))
     (by_hidden, by_kernel), (hidden_size, kernel_size) = _through_layer((dz, size), hidden, kernel)
-    own_size = np.abs(own) if not by_sequence else (p + one_hot) @ np.abs(gradient).T / value
     return Exact(value, (by_hidden + own, by_kernel), (hidden_size + own_size, kernel_size), value)

@@ -49,12 +49,14 @@ def check(losses: Sequence[str], dtypes: Sequence[str], *, plot: Path | None, as
             say(f"{plot} written")
         return 0
     chosen, device = _chosen(losses), available()[0]
+    dtypes = dtypes or EVERY_DTYPE
+    if not any(dtype in case.dtypes for case in chosen for dtype in dtypes):
+        raise CommandError(f"none of these losses is checked in {', '.join(dtypes)}; float32 is always there")
     products, row_sums = measure_products(), measure_row_sums()
     show = not (as_json or quiet)
     if show:
         print(f"{device.platform}: {device.device_kind}, jax {jax.__version__}")
         print(*products.sentences(), sep="\n", end="\n\n", flush=True)
-    dtypes = dtypes or EVERY_DTYPE
     results = run(chosen, dtypes, products) + run_second_order(chosen, dtypes)
     places = {(case.loss, dtype): i for i, (case, dtype) in enumerate(itertools.product(chosen, dtypes))}
     results.sort(key=lambda r: places[r.loss, r.dtype])
