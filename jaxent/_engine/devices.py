@@ -66,7 +66,7 @@ DEVICES = {
         _nvidia("b200", ("nvidia b200",), 2250, 75, 7700, 180, 900, "HGX B200 data sheet"),
         _tpu("v5e", ("tpu v5 lite", "tpu v5e"), 197, 819, 16, 200, "TPU v5e documentation"),
         _tpu("v5p", ("tpu v5", "tpu v5p"), 459, 2765, 95, 600, "TPU v5p documentation"),
-        _tpu("v6e", ("tpu v6 lite", "tpu v6e"), 918, 1638, 32, 448, "TPU v6e documentation"),
+        _tpu("v6e", ("tpu v6 lite", "tpu v6e"), 918, 1638, 32, 400, "TPU v6e documentation"),
         _tpu("tpu7x", ("tpu7x",), 1153.5, 3690, 96, 600, "TPU7x documentation"),
     )
 }
