@@ -1,6 +1,7 @@
 """`python -m benchmarks [--suite SUITE] [--quick] [--json FILE]`, `... compare A.json B.json`, `... readme A.json`.
 
-`--suite compiled [--device NAME]` runs nothing: it compiles for accelerators that need not be there.
+`--suite compiled [--device NAME]` runs nothing: it compiles for accelerators that need not be there. `--suite accuracy`
+times nothing: it asks how exact every installed loss is.
 """
 
 import argparse
@@ -17,7 +18,18 @@ from typing import Any
 
 import jax
 
-from benchmarks import compiled_report, compiled_run, compilers, pictures, readme, report, sharded, torch_peers
+from benchmarks import (
+    accuracy,
+    accuracy_report,
+    compiled_report,
+    compiled_run,
+    compilers,
+    pictures,
+    readme,
+    report,
+    sharded,
+    torch_peers,
+)
 from benchmarks.cases import SUITES, Case, Resources, Suite, cases
 from benchmarks.compare import compare
 from benchmarks.harness import FULL, QUICK, Effort, agreeing, measure
@@ -94,7 +106,9 @@ def _on_fake_devices(quick: bool) -> list[dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--suite", choices=(*SUITES, "compiled"), help="one suite; all that are timed if left out")
+    parser.add_argument(
+        "--suite", choices=(*SUITES, "compiled", "accuracy"), help="one suite; all that are timed if left out"
+    )
     parser.add_argument(
         "--device", choices=compilers.TARGETS, action="append", help="what `compiled` compiles for; may be repeated"
     )
@@ -112,8 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.command == "compare":
         print(compare(*(json.loads(p.read_text()) for p in (options.before, options.after))))
     elif options.command == "readme":
-        compiles = "programs" in json.loads(options.record.read_text())
-        (compiled_report if compiles else readme).update(REPOSITORY, options.record)
+        read = json.loads(options.record.read_text())
+        pages = {"programs": compiled_report, "scores": accuracy_report}
+        next((page for key, page in pages.items() if key in read), readme).update(REPOSITORY, options.record)
     elif options.suite == "compiled":
         jax.config.update("jax_platforms", "cpu")  # no accelerator is used, nor looked for
         targets = options.device or compilers.DEFAULT_TARGETS
@@ -121,6 +136,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         path = options.json or RESULTS / f"{name}.json"
         compiled_run.run(targets, options.quick, path)
         print(f"\nwritten: {path}")
+    elif options.suite == "accuracy":
+        path = options.json or RESULTS / f"{report.place_and_date()}-accuracy.json"
+        print(accuracy_report.table(accuracy.run(path)) + f"\n\nwritten: {path}")
     else:
         name = "-".join(
             [report.place_and_date(), *([options.suite] if options.suite else []), *["quick"] * options.quick]

@@ -6,9 +6,9 @@ MLP of two hidden layers of 200 units learns (a + b) mod 113 from 40% of the pai
 
 Four contenders differ in their loss alone: optax's in float32 and in float64, StableMax (equation 7 of the paper) in
 float32, and jaxent's in float32, whose gradient keeps its relative accuracy down to the smallest normal number. Adam
-squares the gradient, and squares below 1e-38 are 0 in float32: their gradient is divided by its norm first (by its
-largest entry before that, or the norm would underflow too). The fifth is jaxent's loss with Adam at its defaults, for
-which a gradient far below its epsilon of 1e-8 is no gradient.
+squares the gradient, and squares below 1e-38 are lost in float32: their gradient is divided by its norm first (by its
+largest entry before that, or the norm would underflow too). The fifth is jaxent's loss with Adam at its defaults, whose
+second moment remembers larger gradients for a thousand steps, and whose epsilon is 1e-8.
 """
 
 import argparse

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jaxent._engine.devices import Target
 from jaxent._engine.streaming import Head, MatrixProducts
 
 PRODUCTS = MatrixProducts(jax.lax.Precision.HIGHEST)
-FORMS = {
+FORMS: dict[str, tuple[Callable[..., jax.Array], str]] = {
     "logits": (lambda h, k: PRODUCTS.logits(Head(h, k, None)), "nd,dv->nv"),
     "hidden": (PRODUCTS.by_hidden, "nv,dv->nd"),
     "kernel": (PRODUCTS.by_kernel, "nd,nv->dv"),
@@ -73,11 +74,11 @@ def dot(name, rows, features, classes, dtype):
     a, b = operands(name, rows, features, classes, dtype)
     text = jax.jit(FORMS[name][0]).lower(a, b).compile().as_text()
     (line,) = (line for line in text.splitlines() if " dot(" in line)
-    shape = tuple(map(int, re.search(r"= f32\[([\d,]+)\]", line)[1].split(",")))
-    contracted = tuple(int(re.search(side + r"_contracting_dims=\{(\d)\}", line)[1]) for side in ("lhs", "rhs"))
-    names = re.search(r" dot\((.*?)\)", line)[1].split(", ")
-    dtypes = {re.search(re.escape(n) + r" = (\w+)\[", text)[1] for n in names}
-    return shape, contracted, dtypes
+    (shape,) = re.findall(r"= f32\[([\d,]+)\]", line)
+    contracted = tuple(map(int, re.findall(r"_contracting_dims=\{(\d)\}", line)))
+    (names,) = re.findall(r" dot\((.*?)\)", line)
+    dtypes = {t for name in names.split(", ") for t in re.findall(re.escape(name) + r" = (\w+)\[", text)[:1]}
+    return tuple(map(int, shape.split(","))), contracted, dtypes
 
 
 def test_xla_keeps_the_form_that_was_asked_for():
