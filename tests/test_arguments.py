@@ -69,7 +69,7 @@ def test_a_linear_call_is_short():
     assert len(cached) <= 45, cached
 
 
-FIRST_LINEAR_CALL = 120
+FIRST_LINEAR_CALL = 130
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Numbers from the host

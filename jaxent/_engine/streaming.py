@@ -28,7 +28,7 @@ from jaxent._engine.products import Operand, dtype_of, gradient_like, operand, p
 from jaxent._engine.row_blocks import by_row_blocks
 from jaxent._mesh.apply import shard_map_rows, whole_along_others
 from jaxent._mesh.class_axis import VocabAxis, axis_tuple
-from jaxent._mesh.types import axis_names, partition_of, pcast_like, sum_to_type
+from jaxent._mesh.types import axis_names, mesh_of, partition_of, pcast_like, sum_to_type
 
 Pytree = Any
 SymbolicZero = jax.custom_derivatives.SymbolicZero
@@ -146,6 +146,8 @@ def on_own_rows(
     f: Callable[..., Pytree], layers: tuple[Any, ...], row_args: Pytree, params: Pytree, sum_specs: Any = None
 ) -> tuple[Pytree, Pytree]:
     """`f(layers, row_args, params)`, on an explicit mesh for each device's own rows: sums, and results of each row."""
+    if mesh_of(*jax.tree.leaves((layers, row_args, params))).empty:
+        return f(layers, row_args, params)
 
     def part(per_row: Pytree, shared: Pytree) -> Pytree:
         hidden, args = per_row

@@ -61,8 +61,6 @@ def shard_map_rows(f: Callable[..., Any], per_row: Any, shared: Any, sum_specs: 
     """
     first, *others = jax.tree.leaves((per_row, shared))
     mesh = mesh_of(first, *others)
-    if mesh.empty:
-        return f(per_row, shared)
     axes = partition_of(first)[0]
     out_specs = (P(), P(axes))
     leaves, structure = jax.tree.flatten(shared)
