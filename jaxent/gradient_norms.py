@@ -32,7 +32,7 @@ from jaxent._errors import ArgumentValueError, public
 from jaxent._math import norms
 from jaxent._math.norms import RowSpace
 from jaxent._math.row_losses import LossOptions, RowTargets, ignore_zero_weight_rows, softmax_loss_gradient
-from jaxent._mesh.apply import Batch, with_auto_axes
+from jaxent._mesh.apply import Batch, whole_along_others, with_auto_axes
 from jaxent._mesh.class_axis import (
     ClassAxis,
     VocabAxis,
@@ -250,7 +250,7 @@ def _row_space(call: LinearCall) -> RowSpace:
         layer = call.products.prepared(call.head._replace(kernel=kernel))
         return RowSpace.of(call.classes.psum(call.products.by_hidden(layer.kernel, layer.kernel)))
 
-    kernel = call.head.kernel
+    kernel = whole_along_others(call.head.kernel, 0, ())  # once, not in each product and solve
     return with_auto_axes(of, kernel, mesh=mesh_of(kernel), out_specs=P())
 
 

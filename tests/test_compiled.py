@@ -151,6 +151,24 @@ def test_an_automatic_mesh_sends_a_gradient_once(target: str, fsdp: bool):
         assert large == {"all-gather", "reduce-scatter" if target == GPU else "all-reduce"}
 
 
+def test_a_float32_kernel_is_gathered_in_the_dtype_of_the_products():
+    """Here, since the CPU's compiler gathers bf16 as float32."""
+    if how := compilers.absent("cuda"):
+        pytest.skip(f"no compiler for GPUs: {how}")
+    only_cpu()
+    devices = compilers.topology(GPU, gpus=4).devices
+    mesh = Mesh(np.array(devices).reshape(-1), ("fsdp",), axis_types=(AxisType.Explicit,))
+    shapes = ((4096, 256), jnp.bfloat16), ((256, 8192), jnp.float32), ((4096,), jnp.int32)
+    arguments = [jax.ShapeDtypeStruct(*shape, sharding=NamedSharding(mesh, P("fsdp"))) for shape in shapes]
+    loss = functools.partial(jaxent.linear_softmax_cross_entropy, dtype=jnp.bfloat16, chunk_rows=256)
+    step = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(*arguments).compile()
+    found = [c for c in collectives(step.as_text() or "") if c.extent]
+    assert {(c.kind, c.dtype, c.looped) for c in found} == {
+        ("all-gather", "bf16", False),
+        ("reduce-scatter", "f32", False),
+    }
+
+
 def test_a_pod_sends_what_the_formula_says():
     """1,024 chips as 128 x 8. Numbers, not bytes: the compiler narrows a float32 sum of what is rounded to bf16."""
     if how := compilers.absent("tpu"):

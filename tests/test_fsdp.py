@@ -162,6 +162,24 @@ def test_curvature(name: str, layout: str):
         assert x.sharding.is_equivalent_to(like.sharding, 2)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_float32_kernel_multiplied_in_bfloat16(reduction: str):
+    """Its gradient is summed over devices in float32, and rounded nowhere."""
+    on = LAYOUTS["fsdp x vocab"]
+
+    def loss(h: jax.Array, w: jax.Array, y: jax.Array) -> jax.Array:
+        options = {"chunk_rows": CHUNK, "dtype": jnp.bfloat16, "reduction": reduction}
+        return jnp.sum(linear_softmax_cross_entropy(h.astype(jnp.bfloat16), w, y, **options))
+
+    names = ("h", "w", "labels")
+    f = jax.value_and_grad(loss, (0, 1))
+    got = run(f, *placed(on, on.make(AxisType.Explicit), names))
+    want = run(f, *(array(name) for name in names))
+    assert_same((got[0], got[1][1]), (want[0], want[1][1]))
+    assert got[1][1].dtype == np.float32
+    assert got[1][1].sharding.spec == on.spec("w")
+
+
 @pytest.mark.parametrize("layout", MANUAL)
 def test_automatic_meshes_gather_once(layout: str):
     """XLA would gather the kernel anew in every chunk if the types were left to say nothing."""
