@@ -3,6 +3,7 @@
 import itertools
 import re
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,28 @@ import pytest
 
 from jaxent._engine import cpu_products
 from jaxent._engine.devices import Target
+from jaxent._engine.products import operand
 from jaxent._engine.streaming import Head, MatrixProducts
 
 PRODUCTS = MatrixProducts(jax.lax.Precision.HIGHEST)
+
+
+def logits(h: jax.Array, k: jax.Array) -> jax.Array:
+    return PRODUCTS.logits(PRODUCTS.prepared(Head(h, k, None)))
+
+
+def by_hidden(dz: jax.Array, k: jax.Array) -> jax.Array:
+    return PRODUCTS.by_hidden(operand(dz, dz.dtype), operand(k, k.dtype))
+
+
+def by_kernel(h: jax.Array, dz: jax.Array) -> jax.Array:
+    return PRODUCTS.by_kernel(h, operand(dz, dz.dtype))
+
+
 FORMS: dict[str, tuple[Callable[..., jax.Array], str]] = {
-    "logits": (lambda h, k: PRODUCTS.logits(Head(h, k, None)), "nd,dv->nv"),
-    "hidden": (PRODUCTS.by_hidden, "nv,dv->nd"),
-    "kernel": (PRODUCTS.by_kernel, "nd,nv->dv"),
+    "logits": (logits, "nd,dv->nv"),
+    "hidden": (by_hidden, "nv,dv->nd"),
+    "kernel": (by_kernel, "nd,nv->dv"),
 }
 # Rows, features, classes: below and above every rule, odd, and of one.
 SHAPES = ((32, 300, 70), (65, 257, 9), (2, 1, 3), (1, 8, 5), (7, 64, 31), (200, 64, 33), (3, 5, 1))
@@ -35,7 +51,8 @@ def operands(name, rows, features, classes, dtype):
 )
 def test_the_product_is_that_of_numpy(name, shape, dtype):
     function, subscripts = FORMS[name]
-    a, b = operands(name, *shape, dtype)
+    rows, features, classes = shape
+    a, b = operands(name, rows, features, classes, dtype)
     expected = np.einsum(subscripts, *(np.asarray(x, np.float64) for x in (a, b)))
     size = np.einsum(subscripts, *(np.abs(np.asarray(x, np.float64)) for x in (a, b)))
     got = jax.jit(function)(a, b)
@@ -72,7 +89,7 @@ def test_every_transformation_is_that_of_the_plain_form(name, monkeypatch):
 def dot(name, rows, features, classes, dtype):
     """The one product in the compiled program: shape of its result, how operands are contracted, their dtype."""
     a, b = operands(name, rows, features, classes, dtype)
-    text = jax.jit(FORMS[name][0]).lower(a, b).compile().as_text()
+    text: Any = jax.jit(FORMS[name][0]).lower(a, b).compile().as_text()
     (line,) = (line for line in text.splitlines() if " dot(" in line)
     (shape,) = re.findall(r"= f32\[([\d,]+)\]", line)
     contracted = tuple(map(int, re.findall(r"_contracting_dims=\{(\d)\}", line)))

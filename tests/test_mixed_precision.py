@@ -55,7 +55,7 @@ def per_row(hidden: Any, kernel: Any, labels: Any, dtype: Any) -> jax.Array:
 
 
 def statistics(hidden: Any, kernel: Any, labels: Any, dtype: Any) -> jax.Array:
-    found = jaxent.linear_token_statistics(hidden, kernel, labels, dtype=dtype, chunk_rows=8)
+    found: Any = jaxent.linear_token_statistics(hidden, kernel, labels, dtype=dtype, chunk_rows=8)
     return jnp.sum(found.entropy * found.log_prob)
 
 
@@ -153,11 +153,11 @@ def test_the_gradient_of_a_float32_kernel_is_not_rounded(reduction: str):
 @pytest.mark.parametrize("f", [mean, per_row, statistics])
 def test_second_derivatives_do_not_depend_on_chunks(f: Any, labels_kept: bool, rng: np.random.Generator):
     hidden, kernel, labels = data(rng)
-    options = {"ignore_index": None} if labels_kept else {}
+    options: dict[str, Any] = {"ignore_index": None} if labels_kept else {}
 
     def value(h: jax.Array, w: jax.Array, chunk_rows: int) -> jax.Array:
         if f is statistics:
-            found = jaxent.linear_token_statistics(h, w, labels, dtype=BF16, chunk_rows=chunk_rows, **options)
+            found: Any = jaxent.linear_token_statistics(h, w, labels, dtype=BF16, chunk_rows=chunk_rows, **options)
             return jnp.sum(found.entropy * found.log_prob)
         reduction = "mean" if f is mean else "none"
         return jnp.sum(jnp.sin(loss(h, w, labels, dtype=BF16, chunk_rows=chunk_rows, reduction=reduction, **options)))

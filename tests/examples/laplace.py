@@ -35,7 +35,8 @@ def step(carry, _):
 
 
 start = jnp.zeros((64, 8))
-(kernel, _), _ = jax.lax.scan(step, (start, optimizer.init(start)), length=60)
+fitted, _ = jax.lax.scan(step, (start, optimizer.init(start)), length=60)
+kernel = jnp.asarray(fitted[0])
 
 curvature = linear_ggn_diagonal(x, kernel, where=train, reduction="sum").kernel
 deviation = (curvature + PRIOR) ** -0.5

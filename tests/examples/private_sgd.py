@@ -36,7 +36,7 @@ def step(kernel, key):
     return kernel - RATE * (total + noise) / SEQUENCES, jnp.mean(kept < 1)
 
 
-kernel = jnp.zeros((FEATURES, WORDS))
+kernel, clipped = jnp.zeros((FEATURES, WORDS)), 0.0
 before = linear_softmax_cross_entropy(hidden, kernel, labels)
 for key in jax.random.split(keys[2], 30):
     kernel, clipped = step(kernel, key)
