@@ -29,11 +29,11 @@ class GGNDiagonal(NamedTuple):
     """The diagonal of the Gauss-Newton matrix, with the shapes of the arguments."""
 
     hidden: jax.Array
-    """By the hidden states."""
+    """With respect to the hidden states."""
     kernel: jax.Array
-    """By the kernel."""
+    """With respect to the kernel."""
     bias: jax.Array
-    """By the bias, whether there is one or not."""
+    """With respect to the bias, whether there is one or not."""
 
 
 @public

@@ -226,3 +226,24 @@ def test_no_nan_on_the_way(loss: str, rng: np.random.Generator):
         for leaf in jax.tree.leaves(jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(h, w, y)):
             assert np.all(np.isfinite(leaf))
         jax.value_and_grad(f, argnums=(0, 1))(h, w, y)
+
+
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_third_derivatives_by_reverse_mode_do_not_depend_on_chunks(dtype: Any, rng: np.random.Generator):
+    """Where all rows count, too: JAX drops derivative rules of a scan's body."""
+    hidden, kernel, labels = draw32(rng, 12, 3, 5)
+    step = jnp.cos(kernel)
+
+    def third(chunk_rows: int) -> Any:
+        def directional(f: Any) -> Any:
+            return lambda kernel: jnp.vdot(jax.grad(f)(kernel), step)
+
+        def loss(kernel: jax.Array) -> jax.Array:
+            return linear_softmax_cross_entropy(
+                hidden, kernel, labels, ignore_index=None, dtype=dtype, chunk_rows=chunk_rows
+            )
+
+        return jax.jit(jax.grad(directional(directional(loss))))(kernel)
+
+    np.testing.assert_allclose(third(4), third(12), rtol=1e-5, atol=1e-6)

@@ -62,6 +62,12 @@ DENSE: dict[str, Callable[[Any, Any], Results]] = {
     "fisher_vector_product": lambda z, v: (None, api.fisher_vector_product(lambda z: z, z, Y, z, vocab_axis=v)),
 }
 CHUNKED = {"chunk_rows": 2}
+
+
+def _diagonal(found: jaxent.GGNDiagonal) -> Results:
+    return found.hidden, (found.kernel, found.bias[None, :])
+
+
 LINEAR: dict[str, Callable[[Any, Any], Results]] = {
     "linear_softmax_cross_entropy": lambda w, v: (
         api.linear_softmax_cross_entropy(H, w, Y, vocab_axis=v, with_statistics=True, **OPTIONS, **CHUNKED),
@@ -88,6 +94,7 @@ LINEAR: dict[str, Callable[[Any, Any], Results]] = {
     "linear_fisher_vector_product": lambda w, v: api.linear_fisher_vector_product(
         H, w, Y, (H, w), vocab_axis=v, **CHUNKED
     ),
+    "linear_ggn_diagonal": lambda w, v: _diagonal(api.linear_ggn_diagonal(H, w, Y, vocab_axis=v, **CHUNKED)),
 }
 SPLIT = DENSE | LINEAR
 

@@ -90,8 +90,6 @@ class Chunking:
             start = chunk * self.chunk_rows
             others, valid = self._window(fixed, order, start, self.chunk_rows)
             rows = merge(free, others)
-            if order is None:
-                return step(carry, rows, valid)
 
             def full(carry: Pytree, rows: Pytree, valid: jax.Array | None) -> tuple[Pytree, Pytree]:
                 carry, out = step(carry, rows, valid)
@@ -100,9 +98,11 @@ class Chunking:
             def empty(carry: Pytree, rows: Pytree, valid: jax.Array | None) -> tuple[Pytree, Pytree]:
                 return carry, _fill(jax.eval_shape(full, carry, rows, valid)[1])
 
-            return lax.cond(start < order.kept, full, empty, carry, rows, valid)
+            # Where all rows count, too: JAX drops the derivative rules of a scan's body, but not those in a choice.
+            count = self.rows if order is None else order.kept
+            return lax.cond(start < count, full, empty, carry, rows, valid)
 
-        if again and order is not None:  # else the choice would keep the chunk, whatever the step does
+        if again:  # else the choice would keep the chunk, whatever the step does
             body = jax.checkpoint(body, prevent_cse=False)
         carry, out = lax.scan(body, carry, (jnp.arange(self.chunks, dtype=jnp.int32), free))
         return carry, jax.tree.map(lambda x: self._restored(x.reshape(-1, *x.shape[2:]), order), out)
