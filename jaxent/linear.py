@@ -92,8 +92,10 @@ def linear_softmax_cross_entropy(
     and then the loss of `softmax_cross_entropy`. Rows are processed in chunks, so that the memory does not grow with
     their number, and value and gradient cost three matrix products, as many as dense code spends. Forward mode,
     Hessian products, `vmap`, `scan` and sharding work as through any function. Take a Hessian-vector product as
-    `jax.jvp(jax.grad(loss), ...)`: reverse over reverse keeps the logits of all chunks. The soft cap is that of Gemma 2
-    (2024), section 2.
+    `jax.jvp(jax.grad(loss), ...)`: reverse over reverse keeps the logits of all chunks. `vmap` over examples with a
+    shared kernel holds a gradient of the kernel for each of them: pass the whole `(*batch, features)` instead. In a
+    `scan` of losses, take the gradient in the step, or wrap the loss in `jax.checkpoint`. The soft cap is that of
+    Gemma 2 (2024), section 2.
 
     **Arguments:**
 
