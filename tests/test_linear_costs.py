@@ -58,6 +58,10 @@ def multiply_adds(jaxpr: Any) -> int:
             a = equation.invars[0].aval.shape
             total += equation.outvars[0].aval.size * int(np.prod([a[i] for i in contracted]))
             continue
+        if equation.primitive.name == "custom_linear_solve":
+            # A product of narrow operands: only the solution is computed, and of its two products one is used.
+            total += sum(multiply_adds(sub) for sub in subprograms(equation.params["jaxprs"].solve)) // 2
+            continue
         inner = [multiply_adds(sub) for value in equation.params.values() for sub in subprograms(value)]
         if equation.primitive.name == "cond":
             total += max(inner)
