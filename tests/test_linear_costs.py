@@ -103,6 +103,15 @@ def test_matrix_products(what: str, rows: int):
     assert products <= spent <= (products + (0.05 if products == 1 else 0.1)) * padded
 
 
+@pytest.mark.usefixtures("one_device")
+def test_a_gradient_of_rows_that_all_count_has_no_choice_in_its_loop():
+    """NVIDIA's compiler copies the carry, as large as the kernel, at a choice."""
+    f = loss_of(np.zeros(64, np.int32), chunk_rows=16, ignore_index=None)
+    program = str(jax.make_jaxpr(jax.value_and_grad(f, argnums=(0, 1)))(like(64, 8), like(8, 32)))
+    assert "scan[" in program
+    assert program.count("cond[") == program.count("platform_index[")  # the row loss chooses by platform
+
+
 @pytest.mark.parametrize("rows", [256, 131])
 def test_row_losses_take_four_products(rows: int):
     f = loss_of(np.zeros(rows, np.int32), chunk_rows=32, reduction="none")

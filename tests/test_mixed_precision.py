@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import oracles_linear
 import pytest
+from test_linear_costs import subprograms
 
 import jaxent
 
@@ -30,16 +31,6 @@ def equations(jaxpr: Any) -> Iterator[Any]:
         for value in equation.params.values():
             for sub in subprograms(value):
                 yield from equations(sub)
-
-
-def subprograms(value: Any) -> Iterator[Any]:
-    if hasattr(value, "eqns"):
-        yield value
-    elif hasattr(value, "jaxpr"):
-        yield from subprograms(value.jaxpr)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from subprograms(item)
 
 
 def has_classes(equation: Any) -> bool:

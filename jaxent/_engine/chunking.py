@@ -67,13 +67,21 @@ class Chunking:
         return (self.chunk_rows,) if part is None else (self.chunk_rows, part)
 
     def scan(
-        self, step: Step, carry: Pytree, per_row: Pytree, moving: Pytree, kept: jax.Array | None, *, again: bool = False
+        self,
+        step: Step,
+        carry: Pytree,
+        per_row: Pytree,
+        moving: Pytree,
+        kept: jax.Array | None,
+        *,
+        again: bool = False,
+        differentiable: bool = True,
     ) -> tuple[Any, Any]:
         """The carry after all chunks and the results of all rows, differentiable in either mode.
 
         `kept` says which rows count; the others get 0 in floating and -1 in integer results. A derivative is taken with
-        respect to the leaves of `per_row` at which `moving` is True: theirs are written a chunk at a time. With `again`
-        nothing is kept for the way back: a chunk is computed again.
+        respect to the leaves of `per_row` at which `moving` is True: theirs are written a chunk at a time. Without
+        `differentiable` none is. With `again` nothing is kept for the way back: a chunk is computed again.
         """
         if again:
             step = jax.checkpoint(step, prevent_cse=False)
@@ -90,6 +98,8 @@ class Chunking:
             start = chunk * self.chunk_rows
             others, valid = self._window(fixed, order, start, self.chunk_rows)
             rows = merge(free, others)
+            if not differentiable and order is None:
+                return step(carry, rows, valid)
 
             def full(carry: Pytree, rows: Pytree, valid: jax.Array | None) -> tuple[Pytree, Pytree]:
                 carry, out = step(carry, rows, valid)
@@ -114,7 +124,7 @@ class Chunking:
         copy of the carry in every chunk.
         """
         if kept is None or self.strided or self.chunks == 1:
-            return self.scan(step, carry, per_row, jax.tree.map(lambda _: False, per_row), kept)
+            return self.scan(step, carry, per_row, jax.tree.map(lambda _: False, per_row), kept, differentiable=False)
         order = _Order.of(kept)
         part = self._part()
         spare = 0 if part is None else PARTS_WORTH_IT * part

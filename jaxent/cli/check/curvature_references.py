@@ -24,7 +24,7 @@ def covariance(z: Array, u: Array, v: Array) -> Exact:
 
 
 def _through_layer(by_logits: tuple[Array, Array], hidden: Array, kernel: Array) -> tuple[tuple[Array, ...], ...]:
-    """The gradients by hidden states and kernel, and their sizes, from those by the logits."""
+    """Gradients with respect to hidden states and kernel, and their sizes, from those with respect to the logits."""
     dz, size = by_logits
     spread = 1 + np.abs(hidden @ kernel).max()
     sizes = (size * spread) @ np.abs(kernel).T, np.abs(hidden).T @ (size * spread)
