@@ -36,7 +36,8 @@ FORMS: dict[str, tuple[Callable[..., jax.Array], str]] = {
     "kernel": (by_kernel, "nd,nv->dv"),
 }
 # Rows, features, classes: below and above every rule, odd, and of one.
-SHAPES = ((32, 300, 70), (65, 257, 9), (2, 1, 3), (1, 8, 5), (7, 64, 31), (200, 64, 33), (3, 5, 1))
+SHAPES = ((32, 300, 70), (65, 129, 2049), (2, 1, 3), (1, 8, 5), (7, 64, 31), (200, 64, 33), (3, 5, 1))
+TURNED = {"logits": (32, 300, 70), "hidden": (32, 300, 70), "kernel": (65, 129, 2049)}
 
 
 def operands(name, rows, features, classes, dtype):
@@ -63,7 +64,7 @@ def test_the_product_is_that_of_numpy(name, shape, dtype):
 @pytest.mark.parametrize("name", FORMS)
 def test_every_transformation_is_that_of_the_plain_form(name, monkeypatch):
     function, _ = FORMS[name]
-    a, b = operands(name, 32, 300, 70, "float32")
+    a, b = operands(name, *TURNED[name], "float32")
     da, db = (jnp.cos(x) for x in (a, b))
 
     def everything():
@@ -102,6 +103,7 @@ def test_xla_keeps_the_form_that_was_asked_for():
     rows, features, classes = 32, 512, 8192
     assert dot("logits", rows, features, classes, "float32") == ((rows, classes), (0, 0), {"f32"})
     assert dot("hidden", rows, features, classes, "float32") == ((features, rows), (1, 1), {"f32"})
+    rows, features, classes = 65, 128, 2048
     assert dot("kernel", rows, features, classes, "float32") == ((features, classes), (1, 0), {"f32"})
 
 
@@ -109,11 +111,12 @@ def test_few_features_and_many_rows_are_multiplied_as_they_are():
     rows, features, classes = 256, 64, 8192
     assert dot("logits", rows, features, classes, "float32") == ((rows, classes), (1, 0), {"f32"})
     assert dot("hidden", rows, features, classes, "float32") == ((rows, features), (1, 1), {"f32"})
-    assert dot("kernel", rows, features, classes, "float32") == ((features, classes), (0, 0), {"f32"})
+    for rows, features, classes in ((256, 64, 8192), (64, 128, 2048), (65, 127, 2048), (65, 128, 2047)):
+        assert dot("kernel", rows, features, classes, "float32") == ((features, classes), (0, 0), {"f32"})
 
 
 def test_a_mesh_keeps_the_plain_form():
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
     with jax.set_mesh(mesh):
-        a, b = (jax.device_put(x, jax.P()) for x in operands("kernel", 32, 512, 64, "float32"))
+        a, b = (jax.device_put(x, jax.P()) for x in operands("kernel", *TURNED["kernel"], "float32"))
         assert "optimization_barrier" not in str(jax.make_jaxpr(PRODUCTS.by_kernel)(a, b))

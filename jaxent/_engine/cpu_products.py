@@ -1,8 +1,9 @@
 """In which orientation XLA's CPU back end multiplies the matrices of a linear layer fastest, from their shapes alone.
 
 It has two libraries. YNNPACK takes a product whose left operand is contracted along its last axis; it copies the right
-operand into blocks, which pays if the left one has many rows. Eigen takes the others, needs fewer rows, and converts
-bf16 operands to float32 first, so that no matrix unit of the processor is used.
+operand into blocks, which pays if the left one has many rows. Eigen takes the others, needs fewer rows, loses half its
+rate where rows of the result lie a power of two apart, as with most vocabularies, and converts bf16 operands to float32
+first, so that no matrix unit of the processor is used.
 
 The rates behind the rules are in benchmarks/README.md. Where a mesh may split the operands nothing is turned: XLA would
 have to find a sharding for what is.
@@ -16,9 +17,10 @@ from jax import lax
 from jaxent._engine.devices import target_of
 from jaxent._mesh.types import mesh_of
 
-FEW_ROWS = 64  # up to which Eigen makes the logits faster: up to 2.3 times as fast at 64 rows, and slower at 128
+FEW_ROWS = 64  # up to which Eigen is the faster for logits; at 128 it is slower
 KERNEL_ROWS = 4  # times as many features as rows, from which the kernel belongs on the left of `dz @ kernel.T`
-FEATURES_TURNED = 256  # from which float32 hidden states are turned for the gradient of the kernel
+# From which float32 hidden states are turned for the gradient of the kernel; with few rows Eigen is the faster.
+FEATURES_TURNED, CLASSES_TURNED = 128, 2048
 
 
 def turns_for_logits(hidden: jax.Array, kernel: jax.Array) -> bool:
@@ -33,9 +35,11 @@ def has_kernel_first(dz: jax.Array, kernel: jax.Array) -> bool:
 
 def turns_for_kernel(hidden: jax.Array, dz: jax.Array) -> bool:
     """Whether `hidden.T @ dz` is faster with `turned(hidden)` on the left."""
-    if not _known(hidden, dz) or hidden.shape[0] == 1:
+    rows, features = hidden.shape
+    if not _known(hidden, dz) or rows == 1:
         return False
-    return hidden.dtype == jnp.bfloat16 or hidden.shape[1] >= FEATURES_TURNED
+    large = rows > FEW_ROWS and features >= FEATURES_TURNED and dz.shape[1] >= CLASSES_TURNED
+    return hidden.dtype == jnp.bfloat16 or large
 
 
 def turned(x: jax.Array) -> jax.Array:
