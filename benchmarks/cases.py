@@ -38,14 +38,17 @@ PASSES: dict[Mode, int] = {
 
 DENSE = ((256, 10), (65536, 10), (8192, 1000), (1024, 32768), (512, 65536), (4096, 50257))
 DENSE_QUICK = ((256, 10), (1024, 1000), (64, 40000))
-DONATED = ((8192, 1000), (1024, 32768), (4096, 50257))
+DONATED = ((8192, 1000), (1024, 32768))
 DONATED_QUICK = ((1024, 1000),)
 # Rows, hidden size, classes.
 LINEAR = ((4096, 512, 32768), (2048, 256, 128256), (512, 128, 1000))
 LINEAR_QUICK = ((512, 128, 1000), (512, 64, 8192))
+# The share of the rows that count where most are prompts, padding or words that are not asked for.
+KEPT = {"masked language model": 0.15, "fine-tuning": 0.3, "RL": 0.5}
+KEPT_SHAPE, KEPT_QUICK = (4096, 512, 32768), (512, 64, 8192)
 CURVATURE = ((1024, 256, 32768), (512, 128, 1000))
 CURVATURE_QUICK = ((256, 64, 4096),)
-SHARDED = (("dense", 4096, 0, 32768), ("linear", 4096, 256, 32768))
+SHARDED = (("dense", 4096, 0, 32768), ("linear", 2048, 256, 16384))
 SHARDED_QUICK = (("dense", 512, 0, 4096), ("linear", 512, 64, 4096))
 # The output layers of published models: hidden size, vocabulary.
 HEADS = {
@@ -60,6 +63,7 @@ SWEEPS = {"cpu": (2048, 128, 8192), "quick": (256, 32, 1024), "accelerator": (40
 DOUBLINGS = (1, 2, 4, 8)
 
 CPU_FLOPS_PER_CORE = 3e10  # heuristic: about half a second of matrix products a call, so that a head takes a minute
+IGNORED = -100  # the label of a row that does not count, everyone's default
 LEAST_HEAD_ROWS, MOST_CPU_HEAD_ROWS = 32, 4096
 # Heuristic: kernel, tangent or transposed copy for torch, gradients of ours and of the peer that is compared, on host
 # and device.
@@ -105,6 +109,10 @@ class Case:
     dtype: str = "float32"
     head: str = ""
     sweep: Sweep = ""
+    kept: float = 1.0
+    """The share of the rows that count; the labels of the others are `IGNORED`."""
+    use: str = ""
+    """Where so many count."""
     donated: bool = False
     """The logits' memory is given up, so that the gradient can take it."""
     mesh: tuple[int, int] | None = None
@@ -116,6 +124,7 @@ class Case:
         notes = [
             f"{self.suite} {self.mode}" + (f" of {self.head}" if self.head else ""),
             shape,
+            *([f"{self.kept:.0%} of the rows kept ({self.use})"] if self.use else []),
             *(["logits donated"] if self.donated else []),
             *([f"sweep in {'N' if self.sweep == 'rows' else 'V'}"] if self.sweep else []),
             *([f"{self.mesh[0]}x{self.mesh[1]} devices"] if self.mesh else []),
@@ -129,6 +138,8 @@ class Case:
         """
         random = np.random.default_rng(0)
         labels = random.integers(0, self.classes, self.rows, dtype=np.int32)
+        if self.kept < 1:
+            labels[random.permutation(self.rows)[self.rows_kept :]] = IGNORED
 
         def normal(*shape: int, scale: float) -> np.ndarray:
             values = random.standard_normal(shape, dtype=np.float32)
@@ -143,16 +154,20 @@ class Case:
 
         return *floats(), labels, *(floats() if self.mode in TANGENT_MODES else ())
 
+    @property
+    def rows_kept(self) -> int:
+        return round(self.kept * self.rows)
+
     def bytes_moved(self) -> int:
         """What must cross the memory bus: inputs once, gradients once."""
         inputs = (self.rows + self.classes) * self.hidden if self.hidden else self.rows * self.classes
         return inputs * PASSES[self.mode] * jnp.dtype(self.dtype).itemsize
 
     def flops_of(self, products: int) -> int:
-        return 2 * products * self.rows * self.hidden * self.classes
+        return 2 * products * self.rows_kept * self.hidden * self.classes
 
     def flops(self) -> int:
-        """Of the matrix products that must be."""
+        """Of the matrix products that must be: of the rows that count."""
         return self.flops_of(PRODUCTS[self.mode])
 
     def tolerance(self) -> dict[str, float]:
@@ -171,7 +186,9 @@ def cases(suite: Suite, quick: bool, at_hand: Resources) -> list[Case]:
     if suite == "linear":
         shapes = LINEAR_QUICK if quick else LINEAR
         plain = [Case("linear", n, v, GRADIENT, d, t) for t in dtypes(at_hand) for n, d, v in shapes]
-        return [*plain, *([] if quick else _heads(at_hand)), *_sweeps(quick, at_hand)]
+        n, d, v = KEPT_QUICK if quick else KEPT_SHAPE
+        kept = [Case("linear", n, v, GRADIENT, d, use=use, kept=share) for use, share in KEPT.items()]
+        return [*plain, *kept, *([] if quick else _heads(at_hand)), *_sweeps(quick, at_hand)]
     if suite == "curvature":
         shapes = CURVATURE_QUICK if quick else CURVATURE
         modes = (*TANGENT_MODES, "gradient norms")

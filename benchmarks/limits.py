@@ -51,7 +51,7 @@ def bound(case: Case, inputs: Inputs, effort: Effort) -> Bound:
             contender = compiled("copy alone", lambda x: x + 1, logits, effort=effort, donate=case.donated)
         return Bound(((_unchecked(contender),),), bytes=case.bytes_moved())
     hidden, kernel = inputs.arrays[:2]
-    rows = min(case.rows, max(1, PRODUCT_LOGITS_BYTES // (case.classes * kernel.dtype.itemsize)))
+    rows = min(case.rows_kept, max(1, PRODUCT_LOGITS_BYTES // (case.classes * kernel.dtype.itemsize)))
     note = "" if rows == case.rows else f", {rows} rows"
     hidden = hidden[:rows]
     logits = jax.jit(lambda h, k: (h @ k).astype(k.dtype))(hidden, kernel)
@@ -65,7 +65,7 @@ def bound(case: Case, inputs: Inputs, effort: Effort) -> Bound:
         if product in of_torch:
             group.append(Contender(f"{product}, torch{note}", of_torch[product]))
         groups.append(tuple(_unchecked(contender) for contender in group))
-    return Bound(tuple(groups), flops=case.flops_of(3) * rows // case.rows)
+    return Bound(tuple(groups), flops=case.flops_of(3) * rows // case.rows_kept)
 
 
 def _turned(x: jax.Array) -> jax.Array:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import sharded, torch_peers
-from benchmarks.cases import GRADIENT, Case, Resources
+from benchmarks.cases import GRADIENT, IGNORED, Case, Resources
 from benchmarks.harness import Contender, Effort, compiled, failure
 from benchmarks.inputs import Inputs
 from jaxent import linear_ggn_vector_product, linear_gradient_norms, linear_softmax_cross_entropy, softmax_cross_entropy
@@ -133,9 +133,36 @@ def _log_softmax_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
     return -jnp.mean(jnp.take_along_axis(log_p, labels[:, None], axis=-1))
 
 
-def _not_in_sweeps(prepare: Prepare) -> Prepare:
+def _of_kept_rows(losses: jax.Array, labels: jax.Array) -> jax.Array:
+    """The mean over the rows that count, as dense code has it."""
+    kept = labels != IGNORED
+    return jnp.sum(jnp.where(kept, losses, 0)) / jnp.sum(kept)
+
+
+def _optax(name: str, case: Case, inputs: Inputs, effort: Effort) -> Contender | None:
+    def of_kept(logits: jax.Array, labels: jax.Array) -> jax.Array:
+        classes = jnp.where(labels == IGNORED, 0, labels)
+        return _of_kept_rows(optax.softmax_cross_entropy_with_integer_labels(logits, classes), labels)
+
+    return _on_logits(of_kept if case.use else _optax_loss)(name, case, inputs, effort)
+
+
+def _where(holds: Callable[[Case], bool], prepare: Prepare) -> Prepare:
+    return lambda name, case, inputs, effort: prepare(name, case, inputs, effort) if holds(case) else None
+
+
+def _is_no_sweep(case: Case) -> bool:
     """A sweep shows how cost grows, of fused and of dense code; more of either would only take time."""
-    return lambda name, case, inputs, effort: None if case.sweep else prepare(name, case, inputs, effort)
+    return not case.sweep
+
+
+def _is_plain(case: Case) -> bool:
+    """Where some rows do not count, most fused losses have no word for it, and one dense loss stands for all."""
+    return not case.sweep and not case.use
+
+
+def _is_plain_shape(case: Case) -> bool:
+    return _is_plain(case) and not case.head
 
 
 def _tokamax(implementation: str) -> Prepare:
@@ -149,7 +176,7 @@ def _tokamax(implementation: str) -> Prepare:
 
         return _jax_case(name, case, inputs, effort, derived(case, mean))
 
-    return _not_in_sweeps(prepare)
+    return _where(_is_plain, prepare)
 
 
 def _on_mesh(kind: sharded.Kind, function_of: Callable[[Case], Callable[..., Any]]) -> Prepare:
@@ -169,10 +196,10 @@ LOGITS = ("dense", "linear", "curvature")
 PEERS = (
     Peer("jaxent", "jaxent", LOGITS, _jaxent),
     Peer("jaxent", "jaxent, not donated", ("dense",), _jaxent_not_donated),
-    Peer("optax", "optax", LOGITS, _on_logits(_optax_loss)),
-    Peer("jax", "jax.nn.log_softmax", LOGITS, _not_in_sweeps(_on_logits(_log_softmax_loss))),
-    Peer("torch", "torch dense", LOGITS, _not_in_sweeps(torch_peers.dense)),
-    Peer("torch", "torch fused", ("linear",), _not_in_sweeps(torch_peers.fused)),
+    Peer("optax", "optax", LOGITS, _optax),
+    Peer("jax", "jax.nn.log_softmax", LOGITS, _where(_is_plain_shape, _on_logits(_log_softmax_loss))),
+    Peer("torch", "torch dense", LOGITS, _where(_is_plain, torch_peers.dense)),
+    Peer("torch", "torch fused", ("linear",), _where(_is_no_sweep, torch_peers.fused)),
     *(Peer("tokamax", f"tokamax {i}", ("linear",), _tokamax(i)) for i in ("xla", "chunked_xla", "mosaic_tpu")),
     Peer("jaxent", "jaxent, one device", ("sharded",), _jaxent),
     Peer("jaxent", "jaxent, automatic", ("sharded",), _on_mesh("automatic", _jaxent_function)),

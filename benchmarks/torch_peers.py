@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cases import GRADIENT, Case
+from benchmarks.cases import GRADIENT, IGNORED, Case
 from benchmarks.harness import Contender, Effort, estimate
 from benchmarks.inputs import Inputs
 
@@ -101,7 +101,8 @@ def fused(name: str, case: Case, inputs: Inputs, effort: Effort) -> Contender | 
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)
 
         def loss(torch: Any, hidden: Any, kernel: Any, labels: Any) -> Any:
-            return torch.nn.functional.linear_cross_entropy(hidden, kernel, labels, options=options)
+            function, ignored = torch.nn.functional.linear_cross_entropy, IGNORED if case.use else None
+            return function(hidden, kernel, labels, ignore_index=ignored, options=options)
 
         label = f"{name}, {'automatic' if rows is None else rows} rows"
         contender = _contender(label, case, inputs, loss)
