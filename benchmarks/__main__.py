@@ -36,6 +36,7 @@ from benchmarks.harness import FULL, QUICK, Effort, agreeing, measure
 from benchmarks.inputs import Inputs
 from benchmarks.limits import Limits, bound, measure_limits
 from benchmarks.peers import prepared, present
+from jaxent import plan
 
 REPOSITORY = Path(__file__).parents[1]
 RESULTS = REPOSITORY / "benchmarks" / "results"
@@ -53,8 +54,19 @@ def run_case(case: Case, limits: Limits, effort: Effort) -> dict[str, Any]:
         samples = measure(contenders, effort)
     best = {c.name: min(samples[c.name]) / 1e3 * c.devices for c in contenders}
     own = limits.at_own_shapes(case.dtype, alone, alone.seconds(best))
+    planned = planned_ms(case, own)
     own = own.reached(case, min(best[c.name] for c in contenders if c.peer != "bound"))
-    return report.case_record(case, contenders, samples, own, left_out | refused, time.perf_counter() - start)
+    left_out |= refused
+    return report.case_record(case, contenders, samples, own, planned, left_out, time.perf_counter() - start)
+
+
+def planned_ms(case: Case, own: Limits) -> float | None:
+    """What `plan` says of a linear loss at the rates of the products alone and of copies."""
+    if case.suite != "linear":
+        return None
+    product_rate, byte_rate = own.product_flops_per_second[case.dtype], own.copy_bytes_per_second
+    shape = case.rows_kept, case.hidden, case.classes
+    return plan(*shape, dtype=case.dtype, flops_per_second=product_rate, bytes_per_second=byte_rate).milliseconds
 
 
 def run(suites: Sequence[Suite], quick: bool, path: Path) -> dict[str, Any]:
@@ -79,7 +91,7 @@ def run(suites: Sequence[Suite], quick: bool, path: Path) -> dict[str, Any]:
 
 
 def conclude(record: dict[str, Any], path: Path) -> None:
-    for text in filter(None, (report.growth(record), report.findings(record))):
+    for text in filter(None, (report.growth(record), report.planned(record), report.findings(record))):
         print(f"\n{text}")
     print("\nwritten: " + " ".join(str(p) for p in (path, *pictures.draw(record, path))))
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import pictures
+from benchmarks import pictures, report
 from benchmarks.report import mib, number, sweep
 
 PAGE, CHART = Path("docs/speed.md"), Path("docs/images/speed.png")
@@ -32,13 +32,15 @@ def table(record: dict[str, Any]) -> str:
         f"Value and gradient on {where['device']}, {where['cores']} cores, float32, {record['date'][:10]}, jax "
         f"{versions['jax']}: milliseconds; percent of what the device's matrix products or memory allow; the time of "
         "others by ours (above 1 jaxent is faster); temporaries. Without D the loss is of logits, with D of hidden "
-        "states.",
+        "states; kept is the share of the rows that count, and the limit is that of these.",
         "",
         *head,
         *_rows(record, "value and gradient"),
     ]
     values = list(_rows(record, "value"))
-    return "\n".join([*lines, "", "The value alone:", "", *head, *values] if values else lines)
+    lines += ["", "The value alone:", "", *head, *values] if values else []
+    planned = report.planned(record)
+    return "\n".join([*lines, *(["", f"{planned}."] if planned else [])])
 
 
 def _rows(record: dict[str, Any], mode: str) -> Iterator[str]:
@@ -49,11 +51,13 @@ def _rows(record: dict[str, Any], mode: str) -> Iterator[str]:
             continue
         rows = {row["peer"]: row for row in case["rows"]}
         ours = rows["jaxent"]
-        shape = f"{what['rows']}, {what['hidden'] or '-'}, {what['classes']}"
+        kept = f", {what['kept']:.0%} kept" if what.get("use") else ""
+        shape = f"{what['rows']}, {what['hidden'] or '-'}, {what['classes']}{kept}"
         peers = [f"{1 / rows[name]['ratio']:.2f}" if name in rows else "-" for name in PEERS]
         memory = [mib(rows[name]["temp_mib"]) if name in rows else "-" for name in ("jaxent", "optax")]
         percent = f"{ours['percent_of_limit']:.0f}%"
-        cells = (f"{what['head']} {shape}".strip(), number(ours["median_ms"]), percent, *peers, *memory)
+        name = f"{what['head'] or what.get('use', '')} {shape}".strip()
+        cells = (name, number(ours["median_ms"]), percent, *peers, *memory)
         yield "| " + " | ".join(cells) + " |"
 
 

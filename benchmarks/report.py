@@ -76,10 +76,11 @@ def case_record(
     contenders: Sequence[Contender],
     samples: dict[str, list[float]],
     limits: Limits,
+    planned_ms: float | None,
     left_out: dict[str, str],
     seconds: float,
 ) -> dict[str, Any]:
-    """The rows of one case, which took `seconds` in all.
+    """The rows of one case, which took `seconds` in all; `planned_ms` is what `plan` says of ours.
 
     `ratio` is the first contender's time by this one's: below 1 ours is faster.
     """
@@ -114,6 +115,7 @@ def case_record(
         "limit_ms": limit,
         "limit": limits.binding(case),
         "limits": asdict(limits),
+        "planned_ms": planned_ms,
         "seconds": seconds,
         "left_out": left_out,
         "rows": rows,
@@ -183,7 +185,9 @@ def table(case: dict[str, Any]) -> str:
         )
         for row in case["rows"]
     ]
-    lines = [f"{case['name']} (limit {number(case['limit_ms'])} ms: {case['limit']})", *aligned([head, *rows])]
+    planned = case.get("planned_ms")
+    said = "" if planned is None else f"; `plan` says {number(planned)} ms"
+    lines = [f"{case['name']} (limit {number(case['limit_ms'])} ms: {case['limit']}{said})", *aligned([head, *rows])]
     return "\n".join([*lines, *(f"not timed: {name}, {reason}" for name, reason in case["left_out"].items())])
 
 
@@ -223,6 +227,16 @@ def _exponent(points: list[tuple[int, float | None]]) -> float | None:
         return None
     sizes, values = (np.log(np.array(x, float)) for x in zip(*positive, strict=True))
     return float(np.polyfit(sizes, values, 1)[0])
+
+
+def planned(record: dict[str, Any]) -> str:
+    """How the times that `plan` predicts compare with those that were measured."""
+    ratios = [(c["planned_ms"] / c["rows"][0]["median_ms"], c["name"]) for c in record["cases"] if c.get("planned_ms")]
+    if not ratios:
+        return ""
+    (least, first), (most, last) = min(ratios), max(ratios)
+    middle = statistics.median(ratio for ratio, _ in ratios)
+    return f"`plan` by measured time: median {middle:.2f}, least {least:.2f} ({first}), most {most:.2f} ({last})"
 
 
 def findings(record: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from jaxent._arguments import arrays
 from jaxent._arguments.reduction import Reduction, check_reduction
 from jaxent._engine.chunking import Chunking, chunking_of, default_chunk_rows
-from jaxent._engine.devices import DEVICES, Target, device_named, target_of
+from jaxent._engine.devices import DEVICES, Target, device_named, target_of, with_rates
 from jaxent._engine.footprint import Sizes, held_bytes
 from jaxent._engine.roofline import LOSS, Milliseconds, Work, roofline
 from jaxent._errors import ArgumentTypeError, ArgumentValueError, public
@@ -91,8 +91,8 @@ class Plan:
     dense_logits_bytes: int
     """What dense code holds instead: the logits of all rows."""
     milliseconds: Milliseconds | None
-    """The least time at the rates that the device's maker states, with its terms: `products`, `passes` over the logits,
-    `kernel_gradient` (dW) and `collectives`. None for a device whose rates are not known.
+    """The least time at the rates that were given or that the device's maker states, with its terms: `products`,
+    `passes` over the logits, `kernel_gradient` (dW) and `collectives`. None for a device whose rates are not known.
     """
     bytes_moved: int
     """To and from the device's memory."""
@@ -140,6 +140,8 @@ def plan(
     function: str = "linear_softmax_cross_entropy",
     reduction: Reduction = "mean",
     chunk_rows: int | None = None,
+    flops_per_second: float | None = None,
+    bytes_per_second: float | None = None,
     **options: Any,
 ) -> Plan:
     r"""What a linear loss and its gradient will take, in bytes, multiply-adds and milliseconds, before they run.
@@ -160,11 +162,13 @@ def plan(
       `"linear_loss"` or `"linear_rows"` (with the loss of a label for your own row function).
     - `reduction`, `chunk_rows` (R) and `options` (`label_smoothing=0.1`, `soft_cap=30.0`, `with_statistics=True`,
       `weights=True`, ...): of the call. Whether an option is on is what counts.
+    - `flops_per_second` and `bytes_per_second`: what was measured of matrix products and of memory, for a CPU or any
+      device, in place of what its maker states. `python -m benchmarks` measures both.
 
     **Returns:** a `Plan`. Times are those of a roofline: the larger of work and traffic of each kernel.
 
     **Raises:** `TypeError` for a wrong type and for an option that the function does not take, `ValueError` for a wrong
-    value and for sizes that are not positive (`num_rows` may be 0).
+    value, for sizes that are not positive (`num_rows` may be 0), and for one rate without the other.
 
     >>> found = plan(32768, 4096, 128256, dtype="bfloat16", device="v5p")
     >>> found.chunk_rows, found.temp_bytes // 2**20, found.dense_logits_bytes // 2**20, round(found.milliseconds)
@@ -186,10 +190,12 @@ def plan(
         raise ArgumentValueError(f"`function` must be one of {', '.join(map(repr, _FUNCTIONS))}, got {function!r}")
     call = Call(function, sizes, reduction, chunk_rows, _checked_options(function, options))
     target, name, note = _target(device)
+    rates = _rates(flops_per_second, bytes_per_second)
+    rated = target.device if rates is None else with_rates(target.device, operand, *rates)
     work = _work(call)
     chunking = _chunking(target, call, work)
     narrow, wide = operand.itemsize, max(4, operand.itemsize)
-    passed = roofline(target.device, num_rows, features, num_classes, chunking.chunk_rows, operand, work=work)
+    passed = roofline(rated, num_rows, features, num_classes, chunking.chunk_rows, operand, work=work)
     return Plan(
         device=name,
         chunk_rows=chunking.chunk_rows,
@@ -200,7 +206,7 @@ def plan(
         dense_logits_bytes=num_rows * num_classes * wide,
         milliseconds=passed.milliseconds,
         bytes_moved=passed.bytes_moved,
-        note=note,
+        note=None if rates and target.on_cpu else note,
         call=call,
         is_own=target == target_of() and (device is None or target.on_cpu or target.device is not None),
     )
@@ -264,9 +270,24 @@ def _target(device: Any) -> tuple[Target, str, str | None]:
     if own.device is not None:
         return own, own.device.name, None
     if own.on_cpu:
-        return own, "cpu", "the rates of a CPU are not known in advance; `python -m benchmarks` measures them"
+        return own, "cpu", "a CPU's rates are not known: pass those that `python -m benchmarks` measures"
     note = f"no figures for {kind!r}, so no time, and chunks as on any accelerator; known are {', '.join(DEVICES)}"
     return own, kind, note
+
+
+def _rates(flops_per_second: Any, bytes_per_second: Any) -> tuple[float, float] | None:
+    given = {"flops_per_second": flops_per_second, "bytes_per_second": bytes_per_second}
+    absent = [name for name, rate in given.items() if rate is None]
+    if len(absent) == len(given):
+        return None
+    if absent:
+        raise ArgumentValueError(f"`{absent[0]}` is needed, too: a time follows from both rates")
+    for name, rate in given.items():
+        if isinstance(rate, bool) or not isinstance(rate, (int, float, np.number)):
+            raise ArgumentTypeError(f"`{name}` must be a number or None, got {rate!r}")
+        if not 0 < rate < float("inf"):
+            raise ArgumentValueError(f"`{name}` must be positive and finite, got {rate}")
+    return float(flops_per_second), float(bytes_per_second)
 
 
 def _work(call: Call) -> Work:

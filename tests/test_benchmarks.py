@@ -21,6 +21,7 @@ EFFORT = harness.Effort(rounds=3, seconds=0.0, most_seconds=1.0, sample_seconds=
 SMALL = (
     cases.Case("dense", 33, 10, "value"),
     cases.Case("dense", 7, 40000, cases.GRADIENT, donated=True),
+    cases.Case("linear", 16, 64, cases.GRADIENT, 8, use="RL", kept=0.5),
     cases.Case("linear", 16, 64, cases.GRADIENT, 8, sweep="rows"),
     cases.Case("linear", 32, 64, cases.GRADIENT, 8, sweep="rows"),
     cases.Case("linear", 16, 128, cases.GRADIENT, 8, sweep="classes"),

@@ -175,6 +175,13 @@ def test_nothing_is_compiled_for_more_rows_than_int32_counts():
         ({"function": "softmax"}, ValueError, "`function` must be one of 'linear_softmax_cross_entropy'"),
         ({"top_k": 3}, TypeError, "`top_k` is no option of linear_softmax_cross_entropy, which takes bias"),
         ({"soft_cap": "high"}, TypeError, "`soft_cap` must be a number, or whether it is on, got 'high'"),
+        ({"flops_per_second": 1e9}, ValueError, "`bytes_per_second` is needed, too"),
+        ({"flops_per_second": "1e9", "bytes_per_second": 1}, TypeError, "`flops_per_second` must be a number or None"),
+        (
+            {"flops_per_second": 1, "bytes_per_second": 0.0},
+            ValueError,
+            "`bytes_per_second` must be positive and finite",
+        ),
     ],
 )
 def test_wrong_options_of_a_plan(options: Any, error: type[Exception], message: str):
@@ -188,6 +195,25 @@ def test_options_are_on_or_off():
     assert jaxent.plan(8, 8, 8, **off) == plain
     assert jaxent.plan(8, 8, 8, soft_cap=True) == jaxent.plan(8, 8, 8, soft_cap=30.0) != plain
     assert jaxent.plan(8, 8, 8, weights=jnp.ones(8)) == jaxent.plan(8, 8, 8, weights=True) != plain
+
+
+def test_measured_rates_are_those_of_a_device():
+    stated, shape = DEVICES["h100"], (4096, 512, 32768)
+    product_rate, byte_rate = stated.product_rate("float32"), stated.bytes_per_second
+    own, there = (
+        jaxent.plan(*shape, chunk_rows=512, device=name, flops_per_second=product_rate, bytes_per_second=byte_rate)
+        for name in (None, "h100")
+    )
+    assert (own.milliseconds, own.note) == (there.milliseconds, None)
+    assert there == jaxent.plan(*shape, chunk_rows=512, device="h100")
+    slow = jaxent.plan(*shape, chunk_rows=512, flops_per_second=1e11, bytes_per_second=1e10).milliseconds
+    assert slow is not None
+    assert slow.products == pytest.approx(1e3 * 6 * 4096 * 512 * 32768 / 1e11)
+    # The logits are read for the sums, dz is written and read; dW is read and written in every chunk, behind its work.
+    assert slow.passes == pytest.approx(1e3 * 12 * 4096 * 32768 / 1e10)
+    narrow = jaxent.plan(*shape, dtype="bfloat16", flops_per_second=1e11, bytes_per_second=1e10).milliseconds
+    assert narrow is not None
+    assert narrow.products == slow.products
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -221,6 +247,16 @@ def test_the_command_notes_what_is_not_known(capsys: pytest.CaptureFixture[str])
     assert all(name in err for name in ("abacus", *DEVICES))
 
 
+def test_one_rate_is_not_enough(capsys: pytest.CaptureFixture[str]):
+    assert main(["plan", *SIZES, "--flops-per-second", "1e11"]) == 2
+    assert "--bytes-per-second together" in capsys.readouterr().err
+    assert main(["plan", *SIZES, "--flops-per-second", "1e11", "--bytes-per-second", "1e10", "--json"]) == 0
+    dense, *rows = json.loads(capsys.readouterr().out)["rows_at_a_time"]
+    work = 1e3 * 6 * 32768 * 4096 * 128256 / 1e11
+    assert dense["products"] == pytest.approx(work)
+    assert all(row["products"] == pytest.approx(work) for row in rows)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -229,6 +265,7 @@ def test_the_command_notes_what_is_not_known(capsys: pytest.CaptureFixture[str])
         ([*SIZES, "--chunk-rows", "many"], "argument --chunk-rows: must be a whole number from 1 to"),
         ([*SIZES, "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
         ([*SIZES, "spare"], "unrecognized arguments: spare"),
+        ([*SIZES, "--flops-per-second", "0"], "argument --flops-per-second: must be"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]):

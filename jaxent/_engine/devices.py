@@ -79,6 +79,16 @@ def device_named(name: str) -> Device | None:
     return DEVICES.get(wanted) or max(matches, key=lambda match: match[0], default=(0, None))[1]
 
 
+def with_rates(device: Device | None, dtype: DTypeLike, flops_per_second: float, bytes_per_second: float) -> Device:
+    """The device at rates that were measured for products of a dtype and for memory; None is any other one."""
+    rates = {np.dtype(dtype).name: flops_per_second, "float32": flops_per_second}
+    if device is not None:
+        return dataclasses.replace(device, flops_per_second=rates, bytes_per_second=bytes_per_second)
+    return Device(
+        "", (), rates, flops_per_second, bytes_per_second, 0, bytes_per_second, "measured", recomputes_dz=False
+    )
+
+
 class Target(NamedTuple):
     """What a computation is for."""
 

@@ -186,6 +186,9 @@ def _add_plan(commands: Commands) -> None:
     add("--dtype", choices=dtypes, default="bfloat16", help="of hidden states and products (%(default)s)")
     add("--kernel-dtype", choices=dtypes, help="of the kernel, if it is another")
     add("--chunk-rows", type=_whole(1), metavar="R", help="rows at a time; default: what suits the device")
+    measured = "as `python -m benchmarks` measures it, in place of what the device's maker states"
+    add("--flops-per-second", type=_positive, metavar="F", help=f"of matrix products, {measured}")
+    add("--bytes-per-second", type=_positive, metavar="B", help="of memory, likewise; both or neither")
     add("--json", action="store_true", help="print JSON instead of a table")
 
 

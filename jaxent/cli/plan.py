@@ -3,9 +3,10 @@
 import argparse
 from typing import Any
 
-from jaxent._engine.devices import device_named
+from jaxent._engine.devices import device_named, with_rates
 from jaxent._engine.roofline import Milliseconds, dense_roofline
 from jaxent.cli.devices import available
+from jaxent.cli.errors import CommandError
 from jaxent.cli.output import print_columns, print_json, say
 from jaxent.costs import Plan, plan
 
@@ -13,6 +14,8 @@ AROUND = (0.25, 0.5, 1, 2, 4)  # chunk sizes that are shown, in units of the cho
 
 
 def show(options: argparse.Namespace) -> None:
+    if (options.flops_per_second is None) != (options.bytes_per_second is None):
+        raise CommandError("a time follows from --flops-per-second and --bytes-per-second together: give both")
     if options.device is None:
         available()
     chosen = _plan(options, options.chunk_rows)
@@ -55,6 +58,8 @@ def _plan(options: argparse.Namespace, chunk_rows: int | None) -> Plan:
         kernel_dtype=options.kernel_dtype,
         device=options.device,
         chunk_rows=chunk_rows,
+        flops_per_second=options.flops_per_second,
+        bytes_per_second=options.bytes_per_second,
     )
 
 
@@ -65,6 +70,8 @@ def _line(found: Plan) -> dict[str, Any]:
 def _dense(options: argparse.Namespace) -> dict[str, Any]:
     """Code that holds all logits, as XLA compiles it."""
     device = device_named(options.device or available()[0].device_kind)
+    if options.flops_per_second is not None:
+        device = with_rates(device, options.dtype, options.flops_per_second, options.bytes_per_second)
     found = dense_roofline(device, options.tokens, options.features, options.classes, options.dtype)
     return _cells(None, 1, found.temp_bytes, found.bytes_moved, found.milliseconds)
 
