@@ -78,7 +78,8 @@ linear_loss(row_loss, hidden, kernel, *row_args, bias=None, params=None, where=N
 linear_rows(row_fn, hidden, kernel, *row_args, bias=None, params=None, where=None, soft_cap=None, temperature=1.0,
     chunk_rows=None, dtype=None, precision=None, vocab_axis=None)
 plan(num_rows, features, num_classes, *, dtype=float32, kernel_dtype=None, device=None,
-    function="linear_softmax_cross_entropy", reduction="mean", chunk_rows=None, **options)
+    function="linear_softmax_cross_entropy", reduction="mean", chunk_rows=None, flops_per_second=None,
+    bytes_per_second=None, **options)
 
 softmax_cross_entropy_gradient(logits, targets, *, axis=-1, where=None, weights=None, class_weights=None,
     ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean", denominator=None, vocab_axis=None)
