@@ -1,4 +1,7 @@
-"""The scoreboard of accuracy in the documentation: a table and a picture, generated from a record."""
+"""The scoreboard of accuracy in the documentation: a table and a picture, generated from a record.
+
+The README has the picture too, and of the table what tells the losses apart.
+"""
 
 import json
 import re
@@ -9,7 +12,7 @@ from typing import Any
 from benchmarks.accuracy_cases import QUANTITIES, SIZES
 from benchmarks.pictures import STYLES, source
 
-PAGE, CHART = Path("docs/exactness.md"), Path("docs/images/accuracy.png")
+PAGE, README, CHART = Path("docs/exactness.md"), Path("README.md"), Path("docs/images/accuracy.png")
 SECTION = re.compile(r"<!-- accuracy: (\S+) -->\n.*?<!-- accuracy ends -->", flags=re.DOTALL)
 SHOWN = {
     **{name: STYLES[name] for name in ("jaxent", "optax", "jax.nn.log_softmax", "torch dense", "torch fused")},
@@ -42,6 +45,26 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def summary(record: dict[str, Any]) -> str:
+    where, lines = record["machine"], []
+    for name, found in record["scores"].items():
+        medians = ["-" if found[q] is None else _ulp(found[q]["median"]) for q in QUANTITIES]
+        amiss = sum(found[key] for key in ("nan", "wrong", "raises"))
+        sizes = ["-" if size is None else f"{size:.0e}" for size in found["down_to"].values()]
+        lines.append(f"| {name} | {amiss} of {found['results']} | {', '.join(medians)} | {', '.join(sizes)} |")
+    return "\n".join(
+        [
+            f"How exact every loss is in float32 on {where['device']}: results that are nan, wrong by more than half, "
+            f"or an exception; median error in ulp of {', '.join(QUANTITIES)}; and the loss down to which these have "
+            f"three digits, of {SIZES[0]:.0e} to {SIZES[-1]:.0e}.",
+            "",
+            "| | amiss | median error, ulp | three digits down to |",
+            "|---|--:|--:|--:|",
+            *lines,
+        ]
+    )
+
+
 def _errors(found: dict[str, float] | None) -> str:
     return "-" if found is None else f"{_ulp(found['largest'])}, {_ulp(found['median'])}"
 
@@ -50,24 +73,33 @@ def _ulp(x: float) -> str:
     return f"{x:.2g}" if x < 1e4 else f"{x:.0e}".replace("e+0", "e").replace("e+", "e")
 
 
-def section(repository: Path, record: Path) -> str:
-    """What the page says between its two marks, with the marks."""
+PAGES = {PAGE: table, README: summary}
+
+
+def section(repository: Path, record: Path, page: Path) -> str:
+    """What a page says between its two marks, with the marks."""
     path = record.resolve().relative_to(repository.resolve()).as_posix()
-    chart = f"![Error of each loss against the size of the loss]({CHART.relative_to(PAGE.parent).as_posix()})"
-    text = table(json.loads(record.read_text(encoding="utf-8")))
-    return "\n".join([f"<!-- accuracy: {path} -->", text, "", chart, "<!-- accuracy ends -->"])
+    chart = CHART.relative_to(page.parent).as_posix()
+    text = PAGES[page](json.loads(record.read_text(encoding="utf-8")))
+    picture = f"![Error of each loss against the size of the loss]({chart})"
+    return "\n".join([f"<!-- accuracy: {path} -->", text, "", picture, "<!-- accuracy ends -->"])
 
 
 def update(repository: Path, record: Path) -> None:
-    """Draws the chart and writes the page's section."""
+    """Draws the chart and writes the pages' sections."""
     if find_spec("matplotlib") is None:
-        raise SystemExit("the page shows a chart, and matplotlib is not installed: nothing was written")
-    page = repository / PAGE
-    text, count = SECTION.subn(lambda _: section(repository, record), page.read_text(encoding="utf-8"))
-    if count != 1:
-        raise ValueError(f"{page}: expected one section between `<!-- accuracy: ... -->` and `<!-- accuracy ends -->`")
+        raise SystemExit("the pages show a chart, and matplotlib is not installed: nothing was written")
+    texts = {}
+    for page in PAGES:
+        found = section(repository, record, page)
+        text, count = SECTION.subn(lambda _, found=found: found, (repository / page).read_text(encoding="utf-8"))
+        if count != 1:
+            marks = "`<!-- accuracy: ... -->` and `<!-- accuracy ends -->`"
+            raise ValueError(f"{page}: expected one section between {marks}")
+        texts[page] = text
     draw(json.loads(record.read_text(encoding="utf-8")), record, repository / CHART)
-    page.write_text(text, encoding="utf-8")
+    for page, text in texts.items():
+        (repository / page).write_text(text, encoding="utf-8")
 
 
 def draw(record: dict[str, Any], path: Path, chart: Path) -> None:

@@ -89,28 +89,31 @@ def test_the_suite_tells_exact_from_rounded(record):
     assert any(line.startswith("label 300") for line in read["amiss"]["optax"])
 
 
-def test_the_page_is_written_from_its_record(record):
+def test_the_pages_are_written_from_their_record(record):
     repository = record.parents[1]
-    page = repository / accuracy_report.PAGE
     (repository / accuracy_report.CHART).parent.mkdir(parents=True)
-    page.write_text("before\n<!-- accuracy: none -->\n<!-- accuracy ends -->\nafter\n")
+    for page in accuracy_report.PAGES:
+        (repository / page).write_text("before\n<!-- accuracy: none -->\n<!-- accuracy ends -->\nafter\n")
     command.accuracy_report.update(repository, record)
-    assert page.read_text().startswith("before\n<!-- accuracy: benchmarks/record.json -->\n")
-    assert_belongs_to_its_record(page.read_text(), repository)
+    for page in accuracy_report.PAGES:
+        text = (repository / page).read_text()
+        assert text.startswith("before\n<!-- accuracy: benchmarks/record.json -->\n")
+        assert_belongs_to_its_record(text, repository, page)
+    assert "| jaxent | 0 of 9 | " in (repository / accuracy_report.README).read_text()
 
 
-def assert_belongs_to_its_record(text, repository):
+def assert_belongs_to_its_record(text, repository, page):
     (match,) = accuracy_report.SECTION.finditer(text)
     record = repository / match[1]
-    assert match[0] == accuracy_report.section(repository, record)
+    assert match[0] == accuracy_report.section(repository, record, page)
     (chart,) = re.findall(r"^!\[.*\]\((.*)\)$", match[0], flags=re.MULTILINE)
-    page = repository / accuracy_report.PAGE
-    assert f"Source\0{pictures.source(record)}".encode() in (page.parent / chart).read_bytes()
+    assert f"Source\0{pictures.source(record)}".encode() in (repository / page.parent / chart).read_bytes()
 
 
-def test_the_scoreboard_in_the_documentation_is_that_of_its_record():
-    text = (command.REPOSITORY / accuracy_report.PAGE).read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", accuracy_report.PAGES)
+def test_the_scoreboard_in_the_documentation_is_that_of_its_record(page):
+    text = (command.REPOSITORY / page).read_text(encoding="utf-8")
     if any(command.RESULTS.glob("*-accuracy.json")):
-        assert_belongs_to_its_record(text, command.REPOSITORY)
+        assert_belongs_to_its_record(text, command.REPOSITORY, page)
     else:
         assert [match[1] for match in accuracy_report.SECTION.finditer(text)] == ["none"]
