@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxent._mesh.types import may_be_split_by_xla
@@ -39,9 +40,12 @@ def in_row_blocks(row_fn: Callable[..., jax.Array], axis: int, z: jax.Array, *ro
 
         def step(i: jax.Array, results: jax.Array) -> jax.Array:
             # The start of the last block is clamped, so that it has whole rows too: some are computed twice.
-            part = row_fn(*(lax.dynamic_slice_in_dim(x, i * block, block) for x in flat))
-            return lax.dynamic_update_slice_in_dim(results, part, i * block, 0)
+            start = i * np.uint32(block)
+            part = row_fn(*(lax.dynamic_slice_in_dim(x, start, block) for x in flat))
+            return lax.dynamic_update_slice_in_dim(results, part, start, 0)
 
-        return lax.fori_loop(0, -(-rows // block), step, jnp.zeros(rows, z.dtype)).reshape(batch)
+        # Unsigned: JAX wraps a signed start that may be negative, which takes as long to compile as the rest.
+        count = np.uint32(-(-rows // block))
+        return lax.fori_loop(np.uint32(0), count, step, jnp.zeros(rows, z.dtype)).reshape(batch)
 
     return lax.platform_dependent(z, *row_args, cpu=blocked, default=row_fn)
