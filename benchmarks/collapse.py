@@ -98,9 +98,9 @@ class Contender(NamedTuple):
 CONTENDERS = {
     "optax float32": Contender(optax_loss, "float32"),
     "jaxent float32": Contender(jaxent_loss, "float32"),
-    "jaxent float32, Adam alone": Contender(jaxent_loss, "float32", scaled=False),
     "StableMax float32": Contender(stablemax_loss, "float32"),
     "optax float64": Contender(optax_loss, "float64"),
+    "jaxent float32, Adam alone": Contender(jaxent_loss, "float32", scaled=False),
 }
 
 
@@ -112,13 +112,24 @@ def unit(gradient: Any) -> Any:
     return jax.tree.map(lambda x: jnp.where(norm > 0, x / norm, 0), scaled)
 
 
-def train(contender: Contender, steps: int, every: int, seed: int) -> dict[str, list[float]]:
-    """The curves of one contender, a point every `every` steps."""
+class Setting(NamedTuple):
+    steps: int
+    every: int
+    """Steps between two points of the curves."""
+    learning_rate: float
+    decay: float
+    """Of Adam's second moment."""
+    seed: int
+
+
+def train(contender: Contender, setting: Setting) -> dict[str, list[float]]:
+    """The curves of one contender."""
     loss, dtype, scaled = contender
+    steps, every, rate, decay, seed = setting
     train_data, test_data = split_data(seed)
     params = init(seed, dtype)
     # Epsilon is small enough to be lost beside gradients of norm 1.
-    optimizer = optax.adam(LEARNING_RATE, eps=1e-30) if scaled else optax.adam(LEARNING_RATE)
+    optimizer = optax.adam(rate, b2=decay, eps=1e-30) if scaled else optax.adam(rate)
 
     def mean_loss(params: Any) -> jax.Array:
         return jnp.mean(loss(logits_of(params, train_data.pairs), train_data.sums))
@@ -153,15 +164,15 @@ def train(contender: Contender, steps: int, every: int, seed: int) -> dict[str, 
     return {"step": [every * i for i in range(len(points))], **{name: [p[name] for p in points] for name in points[0]}}
 
 
-def run(steps: int, every: int, seed: int, path: Path) -> None:
-    """All contenders; the record and its picture are written after each."""
+def run(names: list[str], setting: Setting, path: Path) -> None:
+    """The contenders; the record and its picture are written after each."""
     curves: dict[str, dict[str, list[float]]] = {}
-    record = {"machine": machine(), "jax": jax.__version__, "steps": steps, "seconds": {}, "curves": curves}
+    record = {"machine": machine(), "jax": jax.__version__, **setting._asdict(), "seconds": {}, "curves": curves}
     path.parent.mkdir(parents=True, exist_ok=True)
-    for name, contender in CONTENDERS.items():
-        start = time.perf_counter()
+    for name in names:
+        contender, start = CONTENDERS[name], time.perf_counter()
         with jax.enable_x64(contender.dtype == "float64"), jax.default_matmul_precision("highest"):
-            curves[name] = train(contender, steps, every, seed)
+            curves[name] = train(contender, setting)
         record["seconds"][name] = round(time.perf_counter() - start)
         last = {key: values[-1] for key, values in curves[name].items()}
         print(name, ", ".join(f"{key} {value:.4g}" for key, value in last.items()), sep=": ", flush=True)
@@ -191,10 +202,14 @@ def main() -> None:
     )
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--every", type=int, default=25, help="steps between two points of the curves")
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
+    parser.add_argument("--decay", type=float, default=0.999, help="of Adam's second moment; the paper has 0.99")
+    parser.add_argument("--only", choices=CONTENDERS, action="append", help="may be repeated; default: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS / "softmax-collapse", help="without an ending")
     options = parser.parse_args()
-    run(options.steps, options.every, options.seed, options.out)
+    setting = Setting(options.steps, options.every, options.learning_rate, options.decay, options.seed)
+    run(options.only or list(CONTENDERS), setting, options.out)
 
 
 if __name__ == "__main__":
