@@ -299,7 +299,8 @@ def _program(
 ) -> tuple["_Program | _Untraced", dict[int, list[Any]], Any]:
     """The program, the values that it closed over, and the parameters."""
     head, chunking = linear.head, linear.chunking
-    params = vary_over_row_axes(jax.tree.map(jnp.asarray, params), (head,), linear.products)
+    params = jax.tree.map(functools.partial(arrays.of_any_dtype, "params"), params)
+    params = vary_over_row_axes(params, (head,), linear.products)
     call = _UserFunction(f, argument, _takes_params(f, len(row_args), params))
     blocks, consts, out_tree = {}, {}, None
     like = head.kernel

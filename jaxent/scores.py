@@ -5,7 +5,6 @@ from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxent._arguments import arrays
 from jaxent._arguments.class_axes import flatten_classes
@@ -84,7 +83,7 @@ def brier_score(
     check_class_axes("probabilities", p, axes)
     rows = tuple(n for i, n in enumerate(p.shape) if i - p.ndim not in axes)
     sparse = isinstance(targets, SparseTargets)
-    kind: Any = None if sparse else getattr(targets, "dtype", None) or np.asarray(targets).dtype
+    kind: Any = None if sparse else arrays.as_array("targets", targets).dtype
     if isinstance(targets, SparseTargets):
         t: Any = check_sparse_targets(targets, rows)
     elif jnp.issubdtype(kind, jnp.floating):

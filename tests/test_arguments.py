@@ -1,5 +1,6 @@
 """Arguments of every kind: what is read, what is refused and in which words, and how long the way to the core is."""
 
+import decimal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -139,7 +140,9 @@ def test_integers_of_other_kinds(kind: Any):
 # Arrays of other libraries and types
 
 
-@pytest.mark.parametrize("argument", ["logits", "labels", "probabilities", "weights", "where", "hidden", "half"])
+@pytest.mark.parametrize(
+    "argument", ["logits", "labels", "probabilities", "weights", "where", "hidden", "half", "brier"]
+)
 def test_tensors_of_pytorch(argument: str):
     torch = pytest.importorskip("torch")
     t, want = torch.from_numpy, ROWS.mean()
@@ -155,16 +158,82 @@ def test_tensors_of_pytorch(argument: str):
         got, want = api.softmax_cross_entropy(Z, Y, where=torch.tensor([False, True])), ROWS[1]
     elif argument == "hidden":
         got = api.linear_softmax_cross_entropy(t(Z), torch.eye(4), t(Y))
+    elif argument == "brier":
+        got, want = api.brier_score(t(Z) * 0 + 0.25, t(Y)), 0.75
+        got = api.softmax_cross_entropy(Z[:, None], t(Y), axis=(1, 2)) - ROWS.mean() + got
     else:  # NumPy knows no bfloat16 of PyTorch's
         got = api.softmax_cross_entropy(t(Z).bfloat16(), Y)
         assert api.softmax_cross_entropy_gradient(t(Z).bfloat16(), Y).dtype == jnp.bfloat16
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("kind", [">", np.longdouble])
+def test_types_of_numpy_that_jax_does_not_read(kind: Any):
+    """Another machine's bytes, and more than 64 bits, in floating arrays, labels, flags and numbers."""
+    z, y = (x.astype(x.dtype.newbyteorder(kind) if kind == ">" else kind) for x in (Z, Y))
+    if kind != ">":
+        y = y.astype(np.uint64)
+    got = api.softmax_cross_entropy(z, y, class_weights=z[0] * 0 + 1, where=y >= 0, denominator=z[0, 0] * 0 + 2)
+    np.testing.assert_allclose(got, ROWS.mean(), rtol=1e-6)
+    np.testing.assert_allclose(api.entropy(z * 0 + 0.25, base=z[0, 0] * 0 + 2), 2, rtol=1e-6)
+    np.testing.assert_allclose(api.brier_score(z * 0 + 0.25, y), 0.75)
+    with pytest.raises(ValueError, match="`logits` must hold numbers within the range of float"):
+        api.softmax_cross_entropy(np.full((2, 4), "1e4000", np.longdouble), Y)
+
+
+@pytest.mark.parametrize("argument", ["logits", "targets", "weights", "row_args"])
+def test_a_masked_array_is_refused(argument: str):
+    masked = np.ma.masked_array
+    calls = {
+        "logits": lambda: api.softmax_cross_entropy(masked(Z), Y),
+        "targets": lambda: api.softmax_cross_entropy(Z, masked(Y)),
+        "weights": lambda: api.softmax_cross_entropy(Z, Y, weights=masked([1.0, 2.0])),
+        "row_args": lambda: api.linear_loss(lambda logits, row: logits[:, 0], H, W, masked(Y)),
+    }
+    with pytest.raises(TypeError, match=rf"jaxent\.\w+: `{argument}` must be an array without a mask .*`where`"):
+        calls[argument]()
+
+
+def test_integers_of_more_than_64_bits_weigh_what_they_say():
+    got = api.softmax_cross_entropy(Z, Y, weights=[2**70, 3 * 2**70], denominator=2**72)
+    np.testing.assert_allclose(got, (ROWS * [1, 3]).sum() / 4, rtol=1e-6)
+    with pytest.raises(TypeError, match="`weights` must be array-like"):
+        api.softmax_cross_entropy(Z, Y, weights=[decimal.Decimal(1), decimal.Decimal(3)])
+
+
+@pytest.mark.parametrize("name", ["row_args", "params"])
+def test_an_integer_for_a_function_of_the_users_is_never_wrapped(name: str):
+    large = np.array([2**31, 1])
+    options = {"params": large} if name == "params" else {}
+    with pytest.raises(
+        ValueError, match=rf"jaxent\.linear_loss: `{name}` must hold integers within the range of int32"
+    ):
+        api.linear_loss(lambda z, *_: z[:, 0], H, W, *[] if options else [large], **options)
+    with pytest.raises(
+        ValueError, match=r"jaxent\.linear_rows: `row_args` must hold numbers within the range of float32"
+    ):
+        api.linear_rows(lambda z, a: z[:, 0] + a, H, W, np.array([1e39, 1]))
+
+
+def test_a_count_is_a_number_from_0_on():
+    risk = api.EmpiricalRisk().update(ROWS)
+    np.testing.assert_allclose(risk.bits_per(np.float16(2)), ROWS.sum() / np.log(4), rtol=1e-6)
+    for count in (-1, np.nan, np.inf, True):
+        with pytest.raises((TypeError, ValueError), match=r"jaxent\.EmpiricalRisk\.bits_per: `count` must"):
+            risk.bits_per(count)
+    assert np.isnan(jax.jit(risk.bits_per)(-1.0))
+
+
+def test_an_order_of_float16_is_compared_without_a_warning():
+    np.testing.assert_allclose(api.renyi_entropy(Z * 0 + 0.25, np.float16(2)), np.log(4), rtol=1e-6)
+
+
 def test_a_tensor_that_requires_grad_is_refused_in_its_own_words():
     torch = pytest.importorskip("torch")
     with pytest.raises(TypeError, match=r"(?s)jaxent\.softmax_cross_entropy: `logits` must be array-like .*detach\(\)"):
         api.softmax_cross_entropy(torch.tensor(Z, requires_grad=True), Y)
+    with pytest.raises(TypeError, match=r"(?s)jaxent\.diagnose: `\w+` must be array-like .*detach\(\)"):
+        api.diagnose(torch.tensor(Z, requires_grad=True), Y)
 
 
 def test_a_copy_is_taken_of_what_numpy_cannot_read():

@@ -197,6 +197,20 @@ def test_derivatives_at_tiny_probabilities(name: str):
     assert_close(np.diag(third), np.diag(want), ulp=128, dtype="f4", size=1e-3 * np.abs(np.diag(want)).max())
 
 
+@pytest.mark.parametrize("name", ["renyi_2(p, q)", "renyi_0.5(p)", "renyi_0.5(p, q)", "hellinger(p, q)"])
+def test_an_entry_beyond_float32_spoils_no_other(name: str):
+    """A second derivative of 1e60 is infinite; those next to it are neither nan nor another number."""
+    case = CASES[name]
+    vectors = [f32([0.5, 0.5, 1e-30]), f32([1e-30, 0.75, 0.25])][: case.operands]
+    got = np.block([list(row) for row in differentiated(case.measure, case.operands)(*vectors).hessian])
+    want = oracle.hessian(case.oracle, *vectors)
+    held = np.abs(want) < np.finfo("f4").max
+    assert not np.any(np.isnan(got))
+    assert np.all(np.abs(got[~held]) > 1e38)
+    scale = np.sqrt(np.abs(np.diag(want)))
+    assert_close(got[held], want[held], ulp=64, dtype="f4", size=np.maximum(np.outer(scale, scale), np.abs(want))[held])
+
+
 @pytest.mark.parametrize("name", LOGITS)
 @pytest.mark.parametrize("logits", [([20, 0, -3], [5, 0, 1]), ([5, 0, 1], [20, 0, -3]), ([40, 0, 2], [40, 1, 0])])
 def test_second_derivatives_where_one_logit_dominates(name: str, logits: tuple[list, list]):

@@ -32,8 +32,10 @@ def dtype_error(argument: str, expected: str, got: Any) -> ArgumentTypeError:
 
 def as_array(argument: str, value: Any, expected: str = "be array-like") -> jax.Array | np.ndarray:
     """A JAX array as it is; a NumPy array of anything else that lives on the host, a tensor of PyTorch included."""
-    if isinstance(value, (jax.Array, np.ndarray)):
+    if isinstance(value, jax.Array):
         return value
+    if isinstance(value, np.ndarray):
+        return _readable(argument, value)
     if hasattr(value, "__jax_array__"):  # such as a parameter of flax: an array, or a tracer, in a box
         return jnp.asarray(value)
     try:
@@ -44,11 +46,31 @@ def as_array(argument: str, value: Any, expected: str = "be array-like") -> jax.
         array = _through_dlpack(value)
         if array is None:
             raise dtype_error(argument, f"{expected} ({error})", value) from error
+    return _readable(argument, array, expected)
+
+
+def _readable(argument: str, array: np.ndarray, expected: str = "be array-like") -> np.ndarray:
+    """The array in a type that JAX reads: neither masked, nor of another machine's bytes, nor of more than 64 bits."""
+    if isinstance(array, np.ma.MaskedArray):
+        expected = "be an array without a mask (pass its `data`, and as `where` the entries that count: `~x.mask`)"
+        raise dtype_error(argument, expected, array)
     if array.dtype == object:
-        if isinstance(value, int):  # of more than 64 bits
-            return np.asarray(float(value))
-        raise dtype_error(argument, expected, value)
-    return array
+        if not all(isinstance(x, int) for x in array.flat):
+            raise dtype_error(argument, expected, array.tolist())
+        return array.astype(np.float64)  # integers of more than 64 bits
+    if array.dtype.kind == "f" and array.dtype.itemsize > 8:
+        return _narrowed(argument, array, np.dtype(np.float64))
+    return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))
+
+
+def _narrowed(argument: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """In a narrower floating dtype; what is finite stays so."""
+    with np.errstate(over="ignore"):
+        narrow = array.astype(dtype)
+    if not np.array_equal(np.isinf(narrow), np.isinf(array)):
+        wider = " (or switch 64-bit types on)" if dtype == np.float32 else ""
+        raise shape_error(argument, f"hold numbers within the range of {dtype}{wider}", array)
+    return narrow
 
 
 def _through_dlpack(value: Any) -> jax.Array | None:
@@ -113,6 +135,17 @@ def integer(argument: str, value: ArrayLike) -> jax.Array:
     return array if isinstance(array, jax.Array) and not array.weak_type else _typed(argument, array)
 
 
+def of_any_dtype(argument: str, value: ArrayLike) -> jax.Array:
+    """An array for a function of the user's; integers that would wrap to 32 bits are refused."""
+    array = as_array(argument, value)
+    if isinstance(array, np.ndarray) and array.dtype.kind in "iu" and array.size:
+        bounds = jnp.iinfo(jax.dtypes.canonicalize_dtype(array.dtype))
+        if not bounds.min <= array.min() <= array.max() <= bounds.max:
+            expected = f"hold integers within the range of {bounds.dtype} (or be floating, or switch 64-bit types on)"
+            raise shape_error(argument, expected, array)
+    return array if isinstance(array, jax.Array) else _typed(argument, array)
+
+
 def _typed(argument: str, array: jax.Array | np.ndarray) -> jax.Array:
     """A strongly typed `jax.Array`: a Python float among the inputs must not change the dtype of the result.
 
@@ -123,11 +156,7 @@ def _typed(argument: str, array: jax.Array | np.ndarray) -> jax.Array:
     dtype = jax.dtypes.canonicalize_dtype(array.dtype)
     if dtype == array.dtype:
         return jnp.asarray(array)
-    with np.errstate(over="ignore"):
-        narrow = array.astype(dtype)
-    if dtype == np.float32 and not np.array_equal(np.isinf(narrow), np.isinf(array)):
-        raise shape_error(argument, "hold numbers within the range of float32 (or switch 64-bit types on)", array)
-    return jnp.asarray(narrow)
+    return jnp.asarray(_narrowed(argument, array, dtype) if dtype == np.float32 else array.astype(dtype))
 
 
 def accumulation_dtype(*arrays: jax.Array | np.dtype) -> np.dtype:

@@ -4,7 +4,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxent._arguments import arrays
 from jaxent._arguments.targets import SoftmaxArguments, SparseTargets
@@ -40,9 +39,9 @@ def flatten_softmax_arguments(
     if vocab_axis is not None and len(axes) > 1:
         raise ArgumentValueError(f"`vocab_axis` must go with one class axis, got `axis` {axis}")
     targets, class_weights = given.targets, given.class_weights
-    if targets is not None and not isinstance(targets, SparseTargets):
-        kind = getattr(targets, "dtype", None) or np.asarray(targets).dtype
-        if jnp.issubdtype(kind, jnp.floating):
+    if not (targets is None or isinstance(targets, SparseTargets)):
+        targets = arrays.as_array("targets", targets)
+        if jnp.issubdtype(targets.dtype, jnp.floating):
             targets = arrays.floating("targets", targets)
             note = "class probabilities are shaped like the logits; class indices are integers"
             arrays.check_shape("targets", targets, z.shape, note)

@@ -182,6 +182,7 @@ def check_joint(argument: str, value: ArrayLike, variables: int) -> jax.Array:
 def check_order(order: Any, high: float) -> float:
     if isinstance(order, bool) or not isinstance(order, (int, float, np.integer, np.floating)):
         raise arrays.dtype_error("order", "be a Python number, known when the function is traced", order)
-    if not 0 <= order <= high:
+    number = float(order)  # of float16, whose comparison with a large Python number overflows
+    if not 0 <= number <= high:
         raise ArgumentValueError(f"`order` must lie in [0, inf{']' if high == np.inf else ')'}, got {order}")
-    return float(order)
+    return number

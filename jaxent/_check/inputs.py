@@ -143,7 +143,7 @@ def _are_flags(logits: ArrayLike, targets: ArrayLike | SparseTargets | None) -> 
     """Integers or bools shaped like the logits are no labels, of which there is one for each row."""
     if targets is None or isinstance(targets, (bool, int, SparseTargets)):
         return False
-    kind = np.asarray(targets).dtype.kind
+    kind = arrays.as_array("targets", targets).dtype.kind
     return kind in "biu" and np.ndim(targets) > 0 and np.shape(targets) == np.shape(logits)
 
 
@@ -222,5 +222,5 @@ def _check_concrete(argument: str, value: Any) -> None:
     except jax.errors.TracerArrayConversionError as error:
         expected = "be a concrete array (inside jit, grad or vmap use jaxent.checked)"
         raise arrays.dtype_error(argument, expected, value) from error
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RuntimeError):
         pass  # no array at all: the loss's own checks say so

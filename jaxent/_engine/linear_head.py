@@ -157,7 +157,7 @@ def check_logit_transform(soft_cap: ArrayLike | None, temperature: ArrayLike) ->
 
 
 def check_row_argument(x: ArrayLike, batch: Batch, like: jax.Array) -> jax.Array:
-    x = jnp.asarray(arrays.as_array("row_args", x))
+    x = arrays.of_any_dtype("row_args", x)
     if x.shape[: len(batch.shape)] != batch.shape:
         raise arrays.shape_error("row_args", f"have shapes that start with {batch.shape}, the batch of `hidden`", x)
     return batch.flatten(x, like)

@@ -6,6 +6,7 @@ those is a sum of others. So a term is computed from its logarithm, and never as
 """
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -41,6 +42,21 @@ class _Tilt(NamedTuple):
 
 def _inner(x: jax.Array, y: jax.Array, axes: Axes) -> jax.Array:
     return row_sum(x * y, axes)
+
+
+def _relative(dx: jax.Array, x: jax.Array) -> jax.Array:
+    """`dx / x`, and 0 where `x` is 0."""
+    return jnp.where(x == 0, 0, dx * safe.reciprocal(jnp.where(x == 0, 1, x)))
+
+
+def _unless_infinite(terms: list[jax.Array], tangent: Callable[..., jax.Array], otherwise: jax.Array) -> jax.Array:
+    """`tangent(*terms)`, a sum of terms times tangents, unless a term overflows.
+
+    Then it would be nan: infinity times a tangent of 0, or less another infinity. `otherwise` says the same by a larger
+    power times relative tangents, of which a further derivative would cancel.
+    """
+    finite = functools.reduce(jnp.logical_and, (jnp.isfinite(x) for x in terms))
+    return jnp.where(finite, tangent(*(jnp.where(finite, x, 0) for x in terms)), otherwise)
 
 
 def _tilt(
@@ -119,7 +135,9 @@ def _entropy_slope_jvp(axes, order, primals, tangents):
     (p,), (dp,) = primals, tangents
     _, d_entropy = _entropy_jvp(axes, order, primals, tangents)
     slope, (own, shared) = _entropy_slope(p, axes, order), (_entropy_term(p, axes, order, i) for i in (-1, 0))
-    return slope, order * (own * dp + shared * d_entropy) - slope * (row_sum(dp, axes) / row_sum(p, axes))
+    otherwise = shared * (_relative(dp, p) + d_entropy)
+    tangent = _unless_infinite([own], lambda own: own * dp + shared * d_entropy, otherwise)
+    return slope, order * tangent - slope * (row_sum(dp, axes) / row_sum(p, axes))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
@@ -133,11 +151,12 @@ def _entropy_term(p: jax.Array, axes: Axes, order: float, i: int) -> jax.Array:
 @_entropy_term.defjvp
 def _entropy_term_jvp(axes, order, i, primals, tangents):
     (p,), (dp,) = primals, tangents
-    term = _entropy_term(p, axes, order, i)
-    tangent = -term * (order * _inner(_entropy_term(p, axes, order, 0), dp, axes))
-    if order - 1 + i != 0:
-        tangent += (order - 1 + i) * _entropy_term(p, axes, order, i - 1) * dp
-    return term, tangent
+    exponent, term = order - 1 + i, _entropy_term(p, axes, order, i)
+    d_total = order * _inner(_entropy_term(p, axes, order, 0), dp, axes)
+    if exponent == 0:
+        return term, -term * d_total
+    lower, otherwise = _entropy_term(p, axes, order, i - 1), term * (exponent * _relative(dp, p) - d_total)
+    return term, _unless_infinite([lower], lambda lower: exponent * (lower * dp) - term * d_total, otherwise)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -249,7 +268,9 @@ def _slope_in_p_jvp(axes, order, primals, tangents):
     d_mass = _mass_tangent(dp, dq, axes, order) / _mass(p, q, axes, order)
     slope = _slope_in_p(p, q, axes, order)
     in_p, in_q, shared = (_divergence_term(p, q, axes, order, *at) for at in ((-1, 0), (0, -1), (0, 0)))
-    return slope, in_p * dp - in_q * dq - shared * d_value - slope * d_mass
+    otherwise = shared * (_relative(dp, p) - _relative(dq, q) - d_value)
+    tangent = _unless_infinite([in_p, in_q], lambda x, y: x * dp - y * dq - shared * d_value, otherwise)
+    return slope, tangent - slope * d_mass
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
@@ -268,7 +289,10 @@ def _slope_in_q_jvp(axes, order, primals, tangents):
     d_mass = _mass_tangent(dp, dq, axes, order) / _mass(p, q, axes, order)
     slope = _slope_in_q(p, q, axes, order)
     in_p, in_q, shared = (_divergence_term(p, q, axes, order, *at) for at in ((0, -1), (1, -2), (1, -1)))
-    return slope, order * (in_q * dq - in_p * dp) + (order - 1) * shared * d_value - slope * d_mass
+    otherwise = shared * (order * (_relative(dq, q) - _relative(dp, p)) + (order - 1) * d_value)
+    d_shared = (order - 1) * shared * d_value
+    tangent = _unless_infinite([in_p, in_q], lambda x, y: order * (y * dq - x * dp) + d_shared, otherwise)
+    return slope, tangent - slope * d_mass
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3, 4, 5))
@@ -286,8 +310,12 @@ def _divergence_term_jvp(axes, order, i, j, primals, tangents):
     (p, q), (dp, dq) = primals, tangents
     d = order - 1
     term, in_p, in_q = (_divergence_term(p, q, axes, order, *at) for at in ((i, j), (0, 0), (1, -1)))
-    tangent = term * (d * _inner(in_q, dq, axes) - order * _inner(in_p, dp, axes))
-    for exponent, at, dx in ((d + i, (i - 1, j), dp), (j - d, (i, j - 1), dq)):
-        if exponent != 0:
-            tangent += exponent * _divergence_term(p, q, axes, order, *at) * dx
-    return term, tangent
+    d_total = order * _inner(in_p, dp, axes) - d * _inner(in_q, dq, axes)
+    varied = [(k, at, dx) for k, at, dx in ((d + i, (i - 1, j), dp), (j - d, (i, j - 1), dq)) if k != 0]
+    lower = [_divergence_term(p, q, axes, order, *at) for _, at, _ in varied]
+    otherwise = term * ((d + i) * _relative(dp, p) + (j - d) * _relative(dq, q) - d_total)
+
+    def tangent(*lower: jax.Array) -> jax.Array:
+        return sum([k * (x * dx) for (k, _, dx), x in zip(varied, lower, strict=True)], -term * d_total)
+
+    return term, _unless_infinite(lower, tangent, otherwise) if lower else -term * d_total

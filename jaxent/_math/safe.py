@@ -140,6 +140,30 @@ def _excess_jvp(primals, tangents):
     return excess(*primals), _ratio_tangent(*primals, *tangents)
 
 
+@jax.custom_jvp
+def root_ratio(p: jax.Array, q: jax.Array) -> jax.Array:
+    """`sqrt(p / q)`, where the quotient may overflow or underflow."""
+    return jnp.sqrt(p) / jnp.sqrt(q)
+
+
+@root_ratio.defjvp
+def _root_ratio_jvp(primals, tangents):
+    (p, q), (dp, dq) = primals, tangents
+    return root_ratio(p, q), root_ratio(p, q) * (dp / p - dq / q) / 2
+
+
+@jax.custom_jvp
+def reciprocal(x: jax.Array) -> jax.Array:
+    """`1 / x`; JAX's own rule squares `x`, as that of `ratio` does."""
+    return 1 / x
+
+
+@reciprocal.defjvp
+def _reciprocal_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return reciprocal(x), -(reciprocal(x) * dx) * reciprocal(x)
+
+
 def log_ratio_with_gap(p: jax.Array, q: jax.Array, gap: jax.Array) -> jax.Array:
     """`log(p / q)`, given `p - q` as exactly as the caller has it.
 

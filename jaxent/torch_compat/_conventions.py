@@ -181,7 +181,7 @@ def cast(x: ArrayLike, dtype: DTypeLike | None) -> jax.Array:
         raise arrays.dtype_error("dtype", "be a floating dtype", dtype) from None
     if not jnp.issubdtype(dtype, jnp.floating):
         raise arrays.dtype_error("dtype", "be a floating dtype", name)
-    return jnp.asarray(x).astype(jax.dtypes.canonicalize_dtype(dtype))
+    return arrays.real("input", x).astype(jax.dtypes.canonicalize_dtype(dtype))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
