@@ -127,6 +127,6 @@ class EmpiricalRisk:
     @public
     def bits_per(self, count: ArrayLike) -> jax.Array:
         """The total in bits, divided by how many bytes or words it encodes; 0 for a count of 0."""
-        in_range = arrays.scalar("count", count, low=0.0)
+        in_range = jnp.asarray(arrays.scalar("count", count, low=0.0))
         units = _two_float("count", in_range if isinstance(count, jax.Array) else count).astype(self._total.hi.dtype)
         return self._total.over(units) / float(np.log(2))

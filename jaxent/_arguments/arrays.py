@@ -43,9 +43,10 @@ def as_array(argument: str, value: Any, expected: str = "be array-like") -> jax.
     except jax.errors.TracerArrayConversionError:  # a list of tracers
         return jnp.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        array = _through_dlpack(value)
-        if array is None:
+        copy = _through_dlpack(value)
+        if copy is None:
             raise dtype_error(argument, f"{expected} ({error})", value) from error
+        return copy
     return _readable(argument, array, expected)
 
 
