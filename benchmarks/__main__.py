@@ -1,7 +1,7 @@
 """`python -m benchmarks [--suite SUITE] [--quick] [--json FILE]`, `... compare A.json B.json`, `... readme A.json`.
 
-`--suite compiled [--device NAME]` runs nothing: it compiles for accelerators that need not be there. `--suite accuracy`
-times nothing: it asks how exact every installed loss is.
+`--suite compiled [--device NAME]` runs nothing: it compiles for accelerators that need not be there, and adds to the
+record what it lacks. `--suite accuracy` times nothing: it asks how exact every installed loss is.
 """
 
 import argparse

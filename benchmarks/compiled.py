@@ -1,7 +1,6 @@
 """The suite `compiled`: what the compilers of accelerators make of the losses, read from their text. Nothing is run."""
 
 import collections
-import dataclasses
 import re
 import time
 from collections.abc import Sequence
@@ -107,24 +106,15 @@ def _rate(device: Device, product: Product) -> float:
     return EFFICIENCY * device.product_rate(dtype, exact=product.precision == "highest")
 
 
-def measure(target: str, program: Program) -> dict[str, Any]:
-    """One program for one device, as a row of the record."""
-    device, program = compilers.topology(target).devices[0], dataclasses.replace(program, target=target)
-    row: dict[str, Any] = {
-        "target": target,
-        "head": program.head,
-        "mode": program.mode,
-        "precision": program.precision,
-        "author": program.author,
-        "rows": program.rows,
-        "chunk_rows": program.block_rows,
-    }
+def measure(program: Program) -> dict[str, Any]:
+    """One program for its device, as a row of the record."""
+    device, row = compilers.topology(program.target).devices[0], program.record
     try:
-        reading = compile_for(program.function(), program.arguments(device), (program.num_chunks, 0))
+        reading = compile_for(program.function(), program.arguments(device), (program.loop_trips, 0))
     except jax.errors.JaxRuntimeError as error:
         return row | {"failed": _reason(str(error))}
     biggest = largest(reading)
-    estimates = roofline(reading, DEVICES[target])
+    estimates = roofline(reading, DEVICES[program.target])
     sent = [c for c in collectives(reading.text) if c.extent]
     return row | {
         "compile_s": round(reading.compile_seconds, 2),

@@ -1,7 +1,6 @@
 """What the compilers of accelerators are given: functions of published heads, ours and dense code."""
 
 import functools
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,7 +22,6 @@ MODES: tuple[Mode, ...] = ("value", "value and gradient", "Hessian product", "st
 Precision = Literal["bfloat16", "mixed", "float32"]
 Author = Literal["jaxent", "dense", "dense in float32"]
 ROWS = 32768
-MIXED = "dtype" in inspect.signature(jaxent.linear_softmax_cross_entropy).parameters
 # Products of N x D x V multiply-adds that must be; of a divergence, with a gradient with respect to Q's head alone.
 PRODUCTS: dict[Mode, int] = {
     "value": 1,
@@ -62,8 +60,10 @@ class Program:
         return HEADS[self.head][1]
 
     @property
-    def name(self) -> str:
-        return f"{self.head} {self.mode}, {self.precision}, {self.author}"
+    def record(self) -> dict[str, Any]:
+        """What a row of the record is about."""
+        names = ("target", "head", "mode", "precision", "author", "rows")
+        return {name: getattr(self, name) for name in names} | {"chunk_rows": self.block_rows}
 
     @property
     def block_rows(self) -> int:
@@ -94,6 +94,11 @@ class Program:
     @property
     def num_chunks(self) -> int:
         return -(-self.rows // self.block_rows)
+
+    @property
+    def loop_trips(self) -> int:
+        """Of the loop over chunks whose length depends on the data; on GPUs a gradient's first stands before it."""
+        return self.num_chunks - (self.mode == "value and gradient" and not DEVICES[self.target].is_tpu)
 
     @property
     def product_flops(self) -> int:

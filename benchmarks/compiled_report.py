@@ -30,6 +30,25 @@ def new_record(targets: Sequence[str], absent: dict[str, str]) -> dict[str, Any]
     }
 
 
+def key(row: Row) -> tuple[str, ...]:
+    """What tells a program from the others of a record."""
+    return tuple(row[name] for name in ("target", "head", "mode", "precision", "author"))
+
+
+def continued(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The record `old`, to which a run that would have begun `new` adds; each program keeps the commit it is of."""
+    before, now = (record["versions"] | dict(name.split() for name in record["compilers"]) for record in (old, new))
+    if changed := [name for name in now if before.get(name, now[name]) != now[name]]:
+        raise ValueError(f"the record is of other versions of {', '.join(changed)}: name another file by --json")
+    devices = old["devices"] | new["devices"]
+    return new | {
+        "compilers": sorted({*old["compilers"], *new["compilers"]}),
+        "devices": {name: devices[name] for name in DEVICES if name in devices},
+        "programs": [{"commit": old["commit"]} | row for row in old["programs"]],
+        "scale": old["scale"],
+    }
+
+
 def _figures(name: str) -> dict[str, Any]:
     device = DEVICES[name]
     return {

@@ -1,5 +1,6 @@
 """Runs the suite `compiled` and writes its record."""
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,44 +13,49 @@ from benchmarks import compiled_report, compiled_scale, compilers
 from benchmarks.cases import HEADS
 from benchmarks.collectives import collectives
 from benchmarks.compiled import measure
-from benchmarks.compiled_programs import MIXED, MODES, Author, Mode, Precision, Program
+from benchmarks.compiled_programs import MODES, Author, Mode, Precision, Program
 
 MAIN_HEAD = "Llama-3 8B"
+STEP: Mode = "value and gradient"
+PRECISIONS: tuple[Precision, ...] = ("bfloat16", "mixed")
 
 
-def programs(platform: str, quick: bool) -> Iterator[Program]:
-    """Every function of every head; on TPUs, whose compiler takes ten times as long, value and gradient of one head."""
-    few = quick or platform == "tpu"
-    precisions: tuple[Precision, ...] = ("bfloat16", "mixed") if MIXED and not few else ("bfloat16",)
-    for head in [MAIN_HEAD, *(h for h in HEADS if h != MAIN_HEAD)][: 1 if few else None]:
-        modes: tuple[Mode, ...] = ("value and gradient",) if few else MODES
-        for mode in modes:
-            for precision in precisions:
+def programs(targets: Sequence[str], quick: bool) -> Iterator[Program]:
+    """Every function of every head for every target, the most telling first: some compilers take minutes for each."""
+    heads = [MAIN_HEAD, *(head for head in HEADS if head != MAIN_HEAD)]
+    kinds = sorted(itertools.product(heads, MODES), key=lambda kind: (kind[0] != MAIN_HEAD) + (kind[1] != STEP))
+    by_compiler = sorted(targets, key=lambda target: compilers.platform_of(target) == "tpu")
+    for head, mode in kinds[: 1 if quick else None]:
+        for target in by_compiler:
+            for precision in PRECISIONS[: 1 if quick else None]:
                 authors: list[Author] = ["jaxent", "dense"]
-                if head == MAIN_HEAD and mode == "value and gradient" and precision == "bfloat16":
+                if (head, mode, precision) == (MAIN_HEAD, STEP, "bfloat16"):
                     authors.append("dense in float32")
-                yield from (Program(head, mode, precision, author) for author in authors)
+                yield from (Program(head, mode, precision, author, target=target) for author in authors)
 
 
 def run(targets: Sequence[str], quick: bool, path: Path) -> dict[str, Any]:
-    """The record, written after each program, so that a run that is cut off leaves what it has."""
+    """The record, written after each program: a run that is cut off leaves what it has, and the next one adds to it."""
     absent = {p: how for p in sorted({*map(compilers.platform_of, targets)}) if (how := compilers.absent(p))}
     for platform, how in absent.items():
         print(f"no compiler for {platform}: {how}")
     there = [target for target in targets if compilers.platform_of(target) not in absent]
     record = compiled_report.new_record(there, absent)
+    if path.exists():
+        record = compiled_report.continued(json.loads(path.read_text()), record)
     path.parent.mkdir(parents=True, exist_ok=True)
     _write(record, path)
     if there:
         print(f"jax {jax.__version__}, {', '.join(record['compilers'])}; compiled, not run", flush=True)
-    if "v5p" in there:
+    if "v5p" in there and not record["scale"]:
         for data, vocab in compiled_scale.MESHES:
             record["scale"].append(_step(data, vocab))
             print(compiled_report.scale_line(record["scale"][-1]), flush=True)
-            _write(record, path)
-    for target in there:
-        for program in programs(compilers.platform_of(target), quick):
-            record["programs"].append(measure(target, program))
+        _write(record, path)
+    done = {compiled_report.key(row) for row in record["programs"]}
+    for program in programs(there, quick):
+        if compiled_report.key(program.record) not in done:
+            record["programs"].append(measure(program) | {"commit": record["commit"]})
             print(compiled_report.line(record["programs"][-1]), flush=True)
             _write(record, path)
     return record

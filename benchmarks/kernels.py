@@ -77,7 +77,10 @@ FREE = re.compile(
     "domain|.*-done|.*-update"
 )
 # Of the same elements: what is read of the result is read of the operand.
-VIEWS = ("bitcast", "reshape", "copy", "transpose", "convert")
+ELEMENTWISE = re.compile(
+    "bitcast|reshape|copy|transpose|convert|add|subtract|multiply|divide|negate|abs|maximum|minimum|select|compare|and|or|"
+    "not|is-finite|exponential|exponential-minus-one|log|log-plus-one|tanh|logistic|reduce-precision"
+)
 SLICES = ("dynamic-slice", "slice", "gather")
 UPDATES = ("dynamic-update-slice", "scatter")
 
@@ -159,12 +162,16 @@ class _Reader:
         return 0 if place == 0 and user.opcode in UPDATES else size
 
     def _elements_of_parameter(self, fused: Computation, name: str) -> int:
-        total = 0
+        size, total = array(fused, name).size, 0
         for user in fused.users.get(name, ()):
             if user.is_root and user.opcode == "tuple":
-                continue  # handed on
+                handed_on = fused.instructions[name].opcode in ("parameter", "bitcast")
+                total += 0 if handed_on else size
+                continue
             for place in (i for i, operand in enumerate(user.operands) if operand == name):
-                if user.opcode in VIEWS and not user.is_root:
+                if total >= size:
+                    return size
+                if user.arrays[0].size == size and not user.is_root and ELEMENTWISE.fullmatch(user.opcode):
                     total += self._elements_of_parameter(fused, user.name)
                 else:
                     total += self._elements_used(fused, user, place)

@@ -38,7 +38,7 @@ class _Function(NamedTuple):
 _ROWS = Work(2, 2, sums=2)
 _FUNCTIONS = {
     "linear_softmax_cross_entropy": _Function(linear_softmax_cross_entropy, LOSS, _ROWS),
-    "linear_token_statistics": _Function(linear_token_statistics, Work(1, 0, sums=3), Work(1, 0, sums=3)),
+    "linear_token_statistics": _Function(linear_token_statistics, Work(1, 0, sums=2), Work(1, 0, sums=2)),
     "linear_kl_divergence": _Function(linear_kl_divergence, Work(2, 2, sums=8, heads=2), Work(4, 2, sums=16, heads=2)),
     "linear_loss": _Function(linear_loss, LOSS, _ROWS),
     "linear_rows": _Function(linear_rows, _ROWS, _ROWS),

@@ -87,6 +87,30 @@ def test_kernels_of_a_loop():
     assert [(part.array.shape, part.bytes) for part in found["fusion.3"].read] == [((), 4)]
 
 
+def test_of_what_a_gather_takes_no_more_is_read():
+    """Nor of what is computed for it elementwise; all of what is written out after that."""
+    text = """%taken (p0: f32[8,32], p1: pred[8,32], p2: s32[8,1]) -> (f32[8], f32[8,32]) {
+  %p0 = f32[8,32]{1,0} parameter(0)
+  %p1 = pred[8,32]{1,0} parameter(1)
+  %p2 = s32[8,1]{1,0} parameter(2)
+  %kept = f32[8,32]{1,0} select(%p1, %p0, %p0)
+  %gather = f32[8]{0} gather(%kept, %p2), slice_sizes={1,1}
+  %both = pred[8,32]{1,0} and(%p1, %p1)
+  ROOT %out = (f32[8], pred[8,32]) tuple(%gather, %both)
+}
+
+ENTRY %main (a: f32[8,32], b: pred[8,32], c: s32[8,1]) -> (f32[8], pred[8,32]) {
+  %a = f32[8,32]{1,0} parameter(0)
+  %b = pred[8,32]{1,0} parameter(1)
+  %c = s32[8,1]{1,0} parameter(2)
+  ROOT %r = (f32[8]{0}, pred[8,32]{1,0}) fusion(%a, %b, %c), kind=kLoop, calls=%taken
+}
+"""
+    (kernel,) = kernels(text)
+    assert {part.array.dtype: part.bytes for part in kernel.read} == {"f32": 2 * 8 * 4, "pred": 8 * 32, "s32": 8 * 4}
+    assert [part.bytes for part in kernel.written] == [8 * 4, 8 * 32]
+
+
 def test_a_loop_of_unknown_length_counts_as_the_caller_says():
     unknown = LOOP.replace("direction=LT", "direction=NE")
     assert {kernel.times for kernel in kernels(unknown, unknown_trips=(7,))} == {7}

@@ -1,5 +1,6 @@
 """Rows that do not count: neither multiplied nor held, and without influence under every transformation and mesh."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxent
-from jaxent._engine import row_blocks
+from jaxent._engine import chunking, linear_head, row_blocks
 from jaxent._engine.chunking import Chunking
 
 # Untyped: what is returned depends on `reduction`.
@@ -36,6 +37,18 @@ LOSSES: dict[str, tuple[Loss, Loss]] = {
         lambda h, w, **k: jnp.sum(dense(h @ w, LABELS, reduction="none", **k) ** 2),
     ),
 }
+
+
+LOSSES["mean, first chunk apart"] = LOSSES["mean"]
+
+
+def set_first_chunk_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs."""
+
+    def chunking_of(*args: Any) -> Chunking:
+        return dataclasses.replace(chunking.chunking_of(*args), first_apart=True)
+
+    monkeypatch.setattr(linear_head, "chunking_of", chunking_of)
 
 
 TRANSFORMS: dict[str, Callable[..., Any]] = {
@@ -61,7 +74,9 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_transforms(loss: str, transform: str, rng: np.random.Generator):
+def test_transforms(loss: str, transform: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch):
+    if "apart" in loss:
+        set_first_chunk_apart(monkeypatch)
     h, w = rng.normal(size=(7, 2)), rng.normal(size=(2, 3))
     got, want = (jax.jit(functools.partial(TRANSFORMS[transform], f))(h, w) for f in LOSSES[loss])
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -72,7 +87,7 @@ def test_transforms(loss: str, transform: str, rng: np.random.Generator):
 @pytest.mark.parametrize("kept", [0, 1, 31, 256, 257, 300, 420, 513, 599, 600])
 def test_the_loop_takes_as_many_chunks_as_the_rows_fill(chunk_rows: int, kept: int, rng: np.random.Generator):
     """Every row that counts once, the others never, and little more work than they are."""
-    chunking = Chunking(600, chunk_rows, strided=False)
+    layout = Chunking(600, chunk_rows, strided=False, first_apart=chunk_rows != 512)
     mask = jnp.asarray(rng.permutation(np.arange(600) < kept))
     numbers = jnp.arange(600, dtype=jnp.int32)
 
@@ -82,7 +97,7 @@ def test_the_loop_takes_as_many_chunks_as_the_rows_fill(chunk_rows: int, kept: i
         return (seen.at[rows].add(valid.astype(jnp.int32)), work + len(rows)), (rows, rows.astype(jnp.float32))
 
     start = jnp.zeros(600, jnp.int32), jnp.zeros((), jnp.int32)
-    (seen, work), (integers, floats) = jax.jit(lambda kept: chunking.loop(step, start, numbers, kept))(mask)
+    (seen, work), (integers, floats) = jax.jit(lambda kept: layout.loop(step, start, numbers, kept))(mask)
     np.testing.assert_array_equal(seen, mask)
     np.testing.assert_array_equal(integers, np.where(mask, numbers, -1))
     np.testing.assert_array_equal(floats, np.where(mask, numbers, 0))
@@ -130,9 +145,13 @@ def test_dropped_rows_have_no_influence(call: str, rng: np.random.Generator):
 
 
 @pytest.mark.parametrize("kind", ["explicit", "manual"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_each_device_skips_its_own_rows(reduction: str, kind: str, rng: np.random.Generator):
+@pytest.mark.parametrize(("reduction", "apart"), [("mean", True), ("mean", False), ("none", False)])
+def test_each_device_skips_its_own_rows(
+    reduction: str, apart: bool, kind: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+):
     """One device has no row that counts, the other all; the peers of the vocabulary axis agree."""
+    if apart:
+        set_first_chunk_apart(monkeypatch)
     where = np.arange(16) >= 8
     where[9] = False
     h, w, y = heads(rng, ~where)

@@ -25,7 +25,7 @@ def time(found: Roofline) -> Milliseconds:
 # reads them from the programs at 2048 rows.
 @pytest.mark.parametrize(
     ("name", "milliseconds", "gigabytes"),
-    [("h100", 145.5, 186.3), ("v5e", 682.4, 174.5), ("v5p", 289.8, 174.5), ("v6e", 158.7, 174.5)],
+    [("h100", 144.9, 181.8), ("v5e", 682.4, 174.5), ("v5p", 289.8, 174.5), ("v6e", 158.7, 174.5)],
 )
 def test_as_the_compiled_programs(name: str, milliseconds: float, gigabytes: float):
     found = roofline(DEVICES[name], *LLAMA, 2048, jnp.bfloat16, efficiency=0.8)
@@ -44,7 +44,7 @@ def test_the_kernels_gradient_is_a_small_share_unless_memory_forbids(name: str):
     products = 6 * rows * 4096 * 128256 / device.product_rate(jnp.bfloat16)
     held = rows * 128256 * (4 if device.recomputes_dz else 6)
     assert held <= device.memory_bytes / 16
-    if device.recomputes_dz:  # or as many as its compiler does so for
+    if device.is_tpu:  # or as many as its compiler does best with
         assert rows <= 2048
     else:
         assert traffic / products < 0.0502 or held > 0.99 * device.memory_bytes / 16
@@ -90,8 +90,8 @@ def test_devices_are_known_by_what_jax_calls_them():
 
 
 def test_chunks_of_a_cpu_and_of_an_unknown_device():
-    assert default_chunk_rows(Target(True, None), 512, 32768, jnp.float32) == (1024, 1)
-    assert default_chunk_rows(Target(False, None), 512, 32768, jnp.float32) == (8192, 1)
+    assert default_chunk_rows(Target(True, None), 512, 32768, jnp.float32) == (1024, 1, False)
+    assert default_chunk_rows(Target(False, None), 512, 32768, jnp.float32) == (8192, 1, False)
     assert target_of() == (True, None)
 
 

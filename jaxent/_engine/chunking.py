@@ -51,6 +51,10 @@ class Chunking:
     chunk_rows: int
     groups: int = 1
     strided: bool = True
+    first_apart: bool = False
+    """Whether the first chunk stands before the loop that has no reverse mode: it writes sums, where the others add to
+    them, at the price of a longer program.
+    """
 
     @property
     def chunks(self) -> int:
@@ -130,17 +134,17 @@ class Chunking:
         spare = 0 if part is None else PARTS_WORTH_IT * part
         full = (order.kept + (self.chunk_rows - 1 - spare)) // self.chunk_rows
 
+        def taken(state: Pytree, start: jax.Array | int, size: int) -> Pytree:
+            carry, buffers = state
+            rows, valid = self._window(per_row, order, start, size)
+            carry, out = step(carry, rows, valid)
+            out = _filled(out, valid)
+            return carry, jax.tree.map(lambda b, x: lax.dynamic_update_slice_in_dim(b, x, start, 0), buffers, out)
+
         def run(state: Pytree, first: jax.Array | int, size: int, count: jax.Array) -> Pytree:
             def body(state: Pytree) -> Pytree:
-                i, carry, buffers = state
-                start = first + i * size
-                rows, valid = self._window(per_row, order, start, size)
-                carry, out = step(carry, rows, valid)
-                out = _filled(out, valid)
-                buffers = jax.tree.map(
-                    lambda buffer, x: lax.dynamic_update_slice_in_dim(buffer, x, start, 0), buffers, out
-                )
-                return i + 1, carry, buffers
+                i, *rest = state
+                return i + 1, *taken(tuple(rest), first + i * size, size)
 
             zero = pcast_like(jnp.zeros((), jnp.int32), [count])
             return lax.while_loop(lambda state: state[0] < count, body, (zero, *state))[1:]
@@ -148,7 +152,10 @@ class Chunking:
         rows, valid = self._window(per_row, order, 0, self.chunk_rows)
         shapes = jax.eval_shape(lambda *a: _filled(step(*a)[1], valid), carry, rows, valid)
         state = carry, _fill(shapes, self.chunks * self.chunk_rows)
-        state = run(state, 0, self.chunk_rows, full)
+        apart = int(self.first_apart and bool(jax.tree.leaves(carry)))
+        if apart:
+            state = lax.cond(full > 0, lambda: taken(state, 0, self.chunk_rows), lambda: state)
+        state = run(state, apart * self.chunk_rows, self.chunk_rows, full - apart)
         if part is not None:
             done = full * self.chunk_rows
             state = run(state, done, part, -(-jnp.maximum(order.kept - done, 0) // part))
@@ -297,15 +304,20 @@ def _fill(shapes: Pytree, rows: int | None = None) -> Pytree:
 
 
 class DefaultRows(NamedTuple):
-    """Rows whose logits one device holds at a time unless the caller says, and what their number is a multiple of."""
+    """Rows whose logits one device holds at a time unless the caller says, what their number is a multiple of, and
+    whether the first chunk stands apart: see `Chunking`.
+    """
 
     rows: int
     aligned: int = 1
+    first_apart: bool = False
 
 
 def default_chunk_rows(target: Target, features: int, num_classes: int, dtype: Any) -> DefaultRows:
     if target.device is not None:
-        return DefaultRows(chunk_rows_for(target.device, num_classes, dtype), ROWS_ALIGNED)
+        rows = chunk_rows_for(target.device, num_classes, dtype)
+        # A TPU's compiler writes the gradient of the logits where it computes that of a lone chunk.
+        return DefaultRows(rows, ROWS_ALIGNED, first_apart=not target.device.is_tpu)
     if not target.on_cpu:
         return DefaultRows(max(1, ACCELERATOR_LOGITS // num_classes))
     least, most = (n // num_classes for n in CPU_LOGITS)
@@ -328,7 +340,7 @@ def chunking_of(
         if chunk_rows < 1:
             raise ArgumentValueError(f"`chunk_rows` must be at least 1, got {chunk_rows}")
     if not isinstance(rows, int):  # a symbol of `jax.export`
-        return Chunking(rows, chunk_rows, 1, strided)
+        return Chunking(rows, chunk_rows, 1, strided, default.first_apart)
     if rows == 0:
         return Chunking(0, 0)
     groups = math.gcd(rows, devices)
@@ -338,4 +350,4 @@ def chunking_of(
     even = (chunks for chunks in range(least, least + least // 4 + 1) if rows_each % chunks == 0)
     own = -(-rows_each // next(even, least))
     own = min(rows_each, aligned * -(-own // aligned))
-    return Chunking(rows, groups * own, groups, strided)
+    return Chunking(rows, groups * own, groups, strided, default.first_apart)

@@ -26,6 +26,7 @@ class Device:
     link_bytes_per_second: float
     """What it sends to its neighbours in all, in one direction."""
     source: str
+    is_tpu: bool
     recomputes_dz: bool
     """Whether its compiler computes the gradient of the logits inside the products that need it, and does not write it.
     """
@@ -43,31 +44,40 @@ def _nvidia(
 ) -> Device:
     rates = {"bfloat16": bf16 * 1e12, "float16": bf16 * 1e12, "float32": f32 * 1e12}
     return Device(
-        name, kinds, rates, bf16 / 2 * 1e12, gbytes * 1e9, gib * 2**30, link * 1e9, f"NVIDIA, {source}", False
+        name, kinds, rates, bf16 / 2 * 1e12, gbytes * 1e9, gib * 2**30, link * 1e9, f"NVIDIA, {source}", False, False
     )
 
 
-def _tpu(name: str, kinds: tuple[str, ...], bf16: float, gbytes: float, gib: int, link: float, source: str) -> Device:
+def _tpu(
+    name: str,
+    kinds: tuple[str, ...],
+    bf16: float,
+    gbytes: float,
+    gib: int,
+    link: float,
+    source: str,
+    recomputes_dz: bool = True,
+) -> Device:
     # A product of float32 is six of bfloat16; float16 is not a dtype of the matrix unit and counts as float32.
     rates = {"bfloat16": bf16 * 1e12, "float32": bf16 * 1e12 / 6}
-    return Device(
-        name, kinds, rates, bf16 * 1e12, gbytes * 1e9, gib * 2**30, link * 1e9, f"Google Cloud, {source}", True
-    )
+    source = f"Google Cloud, {source}"
+    return Device(name, kinds, rates, bf16 * 1e12, gbytes * 1e9, gib * 2**30, link * 1e9, source, True, recomputes_dz)
 
 
-# TFLOP/s without sparsity, GB/s, GiB, GB/s of links in one direction. NVIDIA states links in both directions together;
-# of a TPU7x, JAX counts each of a chip's two halves.
+# TFLOP/s without sparsity, GB/s, GiB, GB/s of links in one direction: makers state links in both directions together.
+# JAX counts each half of a TPU7x chip, with half of the page's figures. For a v6e the pages "TPU v6e" and "TPU7x
+# (Ironwood)" state 1638 GB/s, earlier versions of the first 1640 and 1600.
 DEVICES = {
     device.name: device
     for device in (
         _nvidia("a100", ("nvidia a100-sxm4-80gb",), 312, 19.5, 2039, 80, 300, "A100 80GB data sheet (SXM)"),
         _nvidia("h100", ("nvidia h100 80gb",), 989.4, 66.9, 3352, 80, 450, "H100 data sheet (SXM)"),
         _nvidia("h200", ("nvidia h200",), 989.4, 66.9, 4800, 141, 450, "H200 data sheet (SXM)"),
-        _nvidia("b200", ("nvidia b200",), 2250, 75, 7700, 180, 900, "HGX B200 data sheet"),
-        _tpu("v5e", ("tpu v5 lite", "tpu v5e"), 197, 819, 16, 200, "TPU v5e documentation"),
-        _tpu("v5p", ("tpu v5", "tpu v5p"), 459, 2765, 95, 600, "TPU v5p documentation"),
-        _tpu("v6e", ("tpu v6 lite", "tpu v6e"), 918, 1638, 32, 400, "TPU v6e documentation"),
-        _tpu("tpu7x", ("tpu7x",), 1153.5, 3690, 96, 600, "TPU7x documentation"),
+        _nvidia("b200", ("nvidia b200",), 2250, 75, 7700, 180, 900, "HGX B200 data sheet; GB/s unverified"),
+        _tpu("v5e", ("tpu v5 lite", "tpu v5e"), 197, 819, 16, 200, "page TPU v5e"),
+        _tpu("v5p", ("tpu v5", "tpu v5p"), 459, 2765, 95, 600, "page TPU v5p"),
+        _tpu("v6e", ("tpu v6 lite", "tpu v6e"), 918, 1638, 32, 400, "page TPU v6e"),
+        _tpu("tpu7x", ("tpu7x",), 1153.5, 3690, 96, 300, "page TPU7x (Ironwood)", recomputes_dz=False),
     )
 }
 

@@ -35,7 +35,7 @@ def held_bytes(sizes: Sizes, chunk_rows: int, work: Work, device: Device | None)
         )
     )
     held = {"logits": wide * work.heads * chunk}
-    room, on_tpu = 0, device is not None and device.recomputes_dz
+    room, on_tpu = 0, device is not None and device.is_tpu
     if sizes.kernel_dtype.itemsize > narrow:
         held["cast kernel"] = narrow * kernel
     if work.backward:

@@ -53,7 +53,7 @@ class Milliseconds(float):
     passes: float
     """Passes over the logits, and what the products wait for them."""
     kernel_gradient: float
-    """What adding up the kernel's gradient takes beyond the work of its product, with its zeros and its rounding."""
+    """What adding up the kernel's gradient takes beyond the work of its product, with its rounding."""
     collectives: float
     """Sums over devices, if nothing hides them."""
 
@@ -107,13 +107,16 @@ def roofline(
         "logits": work.logits * (narrow * (hidden + kernel) + wide * logits),
         "sums": work.sums * wide * logits,
     }
-    around = 0.0
+    around = spared = 0.0
     if work.backward:
         moved["dz"] = 0 if recomputes else (wide + narrow) * logits
         moved["hidden"] = dz + narrow * (kernel + hidden)
         moved["kernel"] = dz + narrow * hidden + (2 * wide if chunks > 1 else narrow) * kernel
-        around = (2 * wide + narrow) * kernel if chunks > 1 else 0  # zeros before the loop, rounded after it
-    bytes_moved = round(chunks * sum(moved.values()) + around)
+        if chunks > 1:
+            zeros = device is None or device.is_tpu  # else the first chunk writes what the others add to
+            around = ((2 if zeros else 1) * wide + narrow) * kernel  # zeros before the loop, rounded after it
+            spared = 0 if zeros else wide * kernel
+    bytes_moved = round(chunks * sum(moved.values()) + around - spared)
     if device is None:
         return Roofline(None, bytes_moved)
     one = 2 * logits * d / (efficiency * device.product_rate(dtype))
@@ -150,7 +153,7 @@ def dense_roofline(
     recomputed = recomputes_dz(device, num_rows, features)
     narrow = np.dtype(dtype).itemsize
     wide, logits = max(4, narrow), num_rows * num_classes
-    on_tpu = device is not None and device.recomputes_dz
+    on_tpu = device is not None and device.is_tpu
     passed = (6 if on_tpu else 7) * narrow + (0 if narrow == wide else wide if on_tpu else 2 * wide)
     mine = 4 * wide if recomputed else 3 * wide + 3 * narrow  # what `roofline` counts
     more = logits * (passed - mine)
@@ -172,6 +175,6 @@ def chunk_rows_for(device: Device, num_classes: int, dtype: DTypeLike) -> int:
     wide = max(4, narrow)
     enough = wide / 3 * device.product_rate(dtype, exact=False) / device.bytes_per_second / DW_SHARE
     held = num_classes * (wide + (0 if device.recomputes_dz or narrow == wide else narrow))
-    most = TPU_ROWS if device.recomputes_dz else enough
+    most = TPU_ROWS if device.is_tpu else enough
     rows = int(min(enough, most, MEMORY_SHARE * device.memory_bytes / held))
     return max(ROWS_ALIGNED, rows // ROWS_ALIGNED * ROWS_ALIGNED)

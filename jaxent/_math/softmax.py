@@ -102,17 +102,20 @@ def probabilities(z: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Arra
 
 @log_probabilities.defjvp
 def log_probabilities_jvp(classes, primals, tangents):
-    # d log p_k = dz_k - sum_j p_j dz_j, which a constant in dz does not change. Counted from dz at the maximum, nothing
-    # large cancels there: at logits (0, -41), where 1 - p_0 is 1.6e-18, the plain sum rounds to dz_0 and leaves 0. The
-    # zero at a single maximum is written out for reverse mode, which would add and subtract `p - p^2` otherwise.
+    # d log p_k = dz_k - sum_j p_j dz_j, see `_less_mean`.
     (z, row), (dz, _) = primals, tangents
-    top = lax.optimization_barrier(z == row.shift)  # one answer for the three uses
-    ties = jnp.maximum(classes.sum(top.astype(jnp.int32)), 1)
-    at_top = classes.sum(jnp.where(top, dz, 0)) / ties.astype(dz.dtype)
-    # Cast before they are spread over the classes, so that cotangents cross the mesh as one number per row.
-    step = jnp.where(top & (ties == 1), 0, dz - pcast_like(at_top, [z]))
-    mean = classes.sum(probabilities(z, row, classes) * step)
-    return log_probabilities(z, row, classes), step - pcast_like(mean, [z])
+    return log_probabilities(z, row, classes), _less_mean(dz, probabilities(z, row, classes), classes)
+
+
+def _less_mean(x: jax.Array, p: jax.Array, classes: ClassAxis) -> jax.Array:
+    """`x_k - <p, x>`, centred twice.
+
+    At logits (0, -41) and x = (1, 0) the first mean rounds to 1, and the second, of (0, -1), is the missing -1.6e-18.
+    So it is in reverse mode, where `p` and the ones of the sum change places.
+    """
+    # Means are cast before they are spread over the classes, so that cotangents cross the mesh as one number per row.
+    centred = x - pcast_like(classes.sum(p * x), [p])
+    return centred - pcast_like(classes.sum(p * centred), [p])
 
 
 @probabilities.defjvp
@@ -142,7 +145,7 @@ def _log_total_jvp(classes, primals, tangents):
 def entropy(z: jax.Array, classes: ClassAxis) -> jax.Array:
     """`H = log1p(r) + sum_k p_k (m - z_k)`: no term is negative, so that a tiny entropy keeps its digits."""
     row = normalizer(z, classes)
-    return row.log_total + classes.sum(probabilities(z, row, classes) * _gaps(z, row))
+    return row.log_total + _mean_gap(z, row, classes)
 
 
 @entropy.defjvp
@@ -177,17 +180,11 @@ half_variance.defjvp(_half_variance_jvp, symbolic_zeros=True)
 
 
 def _centred(z: jax.Array, step: jax.Array, classes: ClassAxis) -> tuple[jax.Array, jax.Array]:
-    """`p` and `u_k - <p, u>`, the derivative of `log p_k` along `u`.
-
-    Centred twice: at logits (0, -41) and u = (1, 0) the first mean rounds to 1, and the second, of (0, -1), is the
-    missing -1.6e-18. The derivatives with respect to `u` are centred twice as well, forward and reverse. Sums of
-    products, which the CPU back end fuses, cost less than finding a maximum to count from.
-    """
+    """`p` and `u_k - <p, u>`, the derivative of `log p_k` along `u`."""
     shift = shift_of(z, classes)
     total = classes.sum(jnp.exp(z - shift))
     p = probabilities(z, Normalizer(shift, total - 1), classes)
-    centred = step - classes.sum(p * step)
-    return p, centred - classes.sum(p * centred)
+    return p, _less_mean(step, p, classes)
 
 
 def _gaps(z: jax.Array, row: Normalizer) -> jax.Array:
@@ -195,11 +192,16 @@ def _gaps(z: jax.Array, row: Normalizer) -> jax.Array:
     return jnp.where(jnp.isneginf(z), 0, row.shift - z)
 
 
+def _mean_gap(z: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Array:
+    """`sum_k p_k (m - z_k)`, divided by `T` after the sum: then one pass over the logits gives both."""
+    gaps = _gaps(z, row)
+    return classes.sum(jnp.exp(-gaps) * gaps) / row.total
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def _centred_gaps(z: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Array:
     """`(m - z_k) - sum_j p_j (m - z_j)`, which is `-log p_k - H`."""
-    gaps = _gaps(z, row)
-    return gaps - classes.sum(probabilities(z, row, classes) * gaps)
+    return _gaps(z, row) - _mean_gap(z, row, classes)
 
 
 @_centred_gaps.defjvp

@@ -49,6 +49,12 @@ def may_be_split_by_xla(x: jax.Array) -> bool:
     return jax.device_count() > 1 if mesh.empty else automatic_devices(x) > 1
 
 
+def on_one_device(x: jax.Array) -> bool:
+    """Whether the array's type has no mesh, or an automatic one of a single device, where nothing can be split."""
+    mesh = mesh_of(x)
+    return mesh.empty or (mesh.size == 1 and len(auto_axis_names(mesh)) == len(mesh.axis_names))
+
+
 NO_MESH = AbstractMesh((), ())
 
 
