@@ -5,7 +5,7 @@ values are binary fractions for the same reason.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -40,12 +40,33 @@ COMBINED = ("plain", "everything", "probabilities_everything")
 
 
 def options_and_dtypes() -> list:
-    """Every option in every dtype; float16, which differs from bfloat16 only in the cast, in a few outside `slow`."""
+    """Every option in float32; outside `slow`, the other dtypes take the combined options alone."""
     return [
-        pytest.param(option, dtype, marks=[pytest.mark.slow] if dtype == "float16" and option not in COMBINED else [])
+        pytest.param(option, dtype, marks=[] if dtype == "float32" or option in COMBINED else [pytest.mark.slow])
         for option in OPTIONS
         for dtype in DTYPES
     ]
+
+
+def covering(*axes: Iterable[Any]) -> list:
+    """The product of the axes, as rows of a table: each value stands in one that CI runs; the others are `slow`.
+
+    For axes that the code takes apart, such as the function and the dtype: every row compiles a program of its own.
+    """
+    values = [list(axis) for axis in axes]
+    usual = {tuple(i % len(axis) for axis in values) for i in range(max(map(len, values)))}
+    return [
+        pytest.param(
+            *(axis[i] for axis, i in zip(values, at, strict=True)), marks=[] if at in usual else pytest.mark.slow
+        )
+        for at in np.ndindex(*map(len, values))
+    ]
+
+
+def marked(table: Iterable[str], usual: Iterable[str]) -> list:
+    """The names of a table, of which CI runs the usual ones; the others are `slow`."""
+    usual = set(usual)
+    return [pytest.param(name, marks=[] if name in usual else pytest.mark.slow) for name in table]
 
 
 def precision(dtype: Any) -> contextlib.AbstractContextManager:
@@ -129,6 +150,19 @@ OPTIONS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], Arguments]] 
 
 # The options in whose gradient terms cancel, so that its error is measured against the terms.
 CANCELLING = {name for name in OPTIONS if any(part in name for part in ("smoothing", "z_loss", "every", "probabilit"))}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Programs whose mathematics is looked at, or what they send: both are settled before code is emitted
+
+FAST: Any = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+if jax.__version_info__ < (0, 11):  # later there is no such option
+    FAST["xla_cpu_use_fusion_emitters"] = False
+
+
+def run(f: Callable[..., Any], *args: Any) -> Any:
+    """`jit(f)(*args)`, compiled in a hurry."""
+    return jax.jit(f).lower(*args).compile(FAST)(*args)
+
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Scalars and stacks, to try transformations with

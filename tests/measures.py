@@ -50,8 +50,13 @@ def differentiated(measure: Callable[..., Any], operands: int) -> Callable[..., 
     every = tuple(range(operands))
 
     def of(*x: jax.Array) -> Derivatives:
-        derivatives = (d(measure, every)(*x) for d in (jax.grad, jax.jacfwd, jax.hessian))
-        return Derivatives(measure(*x), *derivatives)
+        def columns(*steps: jax.Array) -> Any:
+            return jax.jvp(jax.grad(measure, every), x, steps)
+
+        steps = jnp.split(jnp.eye(sum(v.size for v in x)), operands, axis=1)
+        gradient, columns_of = jax.vmap(columns, out_axes=(None, -1))(*steps)
+        hessian = tuple(tuple(jnp.split(block, operands, axis=1)) for block in columns_of)
+        return Derivatives(measure(*x), gradient, jax.jacfwd(measure, every)(*x), hessian)
 
     return jax.jit(of)
 

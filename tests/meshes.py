@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from cases import FAST, run
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -238,17 +239,6 @@ def with_derivatives(loss: Callable[..., Any], wanted: int) -> Callable[..., Any
 
 def placed(case: str, mesh: jax.sharding.Mesh) -> list[jax.Array]:
     return [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in (arrays()[n] for n in CASES[case].names)]
-
-
-# What XLA sends is settled before code is emitted, which takes most of the time.
-FAST: Any = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-if jax.__version_info__ < (0, 11):  # later there is no such option
-    FAST["xla_cpu_use_fusion_emitters"] = False
-
-
-def run(f: Callable[..., Any], *args: Any) -> Any:
-    """`jit(f)(*args)`, compiled in a hurry."""
-    return jax.jit(f).lower(*args).compile(FAST)(*args)
 
 
 @functools.cache

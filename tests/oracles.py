@@ -193,17 +193,18 @@ def long_row_nll(z: np.ndarray, label: int) -> tuple[float, np.ndarray]:
     return float(value), gradient
 
 
-def assert_close(got: Any, want: Any, *, ulp: float, dtype: Any, size: Any = 0.0) -> None:
+def assert_close(got: Any, want: Any, *, ulp: float, dtype: Any, size: Any = 0.0, where: Any = "") -> None:
     """Equal within `ulp` units of `dtype`'s epsilon, relative to the result (or to `size`, if that is larger).
 
     nan and infinities must agree exactly, and 0 is met only by 0 unless `size` says what cancelled. Below the smallest
     normal number, where some back ends flush to zero, the error is measured against that number (float16: against the
-    smallest number).
+    smallest number). `where` is the row of a table that one test goes through.
     """
     got, want, size = (np.asarray(x, dtype=np.float64) for x in (got, want, size))
-    assert got.shape == want.shape, f"shape {got.shape}, expected {want.shape}"
+    at_row = f"{where}: " if where != "" else ""
+    assert got.shape == want.shape, f"{at_row}shape {got.shape}, expected {want.shape}"
     plain = np.isfinite(want)
-    np.testing.assert_array_equal(np.where(plain, 0, got), np.where(plain, 0, want))
+    np.testing.assert_array_equal(np.where(plain, 0, got), np.where(plain, 0, want), at_row)
     info = ml_dtypes.finfo(dtype)
     eps, least = float(info.eps), float(info.tiny)
     allowed = ulp * eps * np.maximum(np.abs(want), size)
@@ -215,4 +216,6 @@ def assert_close(got: Any, want: Any, *, ulp: float, dtype: Any, size: Any = 0.0
         excess = np.where(error > allowed, error / np.maximum(allowed, 1e-300), 0)
         at = np.unravel_index(np.argmax(np.nan_to_num(excess, nan=np.inf)), error.shape)
         in_ulp = error[at] / (eps * max(abs(want[at]), 1e-300))
-        raise AssertionError(f"entry {at}: got {got[at]!r}, expected {want[at]!r}: {in_ulp:.3g} ulp, allowed {ulp:g}")
+        raise AssertionError(
+            f"{at_row}entry {at}: got {got[at]!r}, expected {want[at]!r}: {in_ulp:.3g} ulp, allowed {ulp:g}"
+        )

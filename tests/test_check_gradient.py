@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from cases import draw_labels, draw_logits, softmax_cross_entropy, softmax_cross_entropy_gradient
+from cases import draw_labels, draw_logits, marked, softmax_cross_entropy, softmax_cross_entropy_gradient
 
 import jaxent
 import jaxent.torch_compat as nn
@@ -348,8 +348,15 @@ COVERED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], bool]] = {
 }
 
 
+# Of each kind one; `OTHERS` has more, of first order.
+KINDS = (
+    *("fisher_vector_product", "renyi_divergence", "mutual_information", "softmax_cross_entropy"),
+    *("linear_softmax_cross_entropy", "twin kl_div"),
+)
+
+
 @pytest.mark.grid
-@pytest.mark.parametrize("name", COVERED)
+@pytest.mark.parametrize("name", marked(COVERED, KINDS))
 def test_what_else_can_be_checked(name: str):
     """Curvature, norms, statistics, measures and PyTorch's losses, and what is due of second order."""
     function, args, second_order = COVERED[name]

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from cases import draw_logits, draw_probabilities, softmax_cross_entropy, softmax_cross_entropy_gradient
+from cases import covering, draw_logits, draw_probabilities, softmax_cross_entropy, softmax_cross_entropy_gradient
 from jax.experimental import checkify
 
 import jaxent
@@ -32,8 +32,9 @@ def options(rng: np.random.Generator) -> dict[str, dict[str, Any]]:
     }
 
 
-@pytest.mark.parametrize("name", ["labels", "rows", "all", "probabilities", "sparse"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("name", "reduction"), covering(["labels", "rows", "all", "probabilities", "sparse"], ["mean", "none"])
+)
 def test_several_axes_are_one_flat_axis(name: str, reduction: str, rng: np.random.Generator):
     z, given = draw_logits(rng, (5, COUNT)), options(rng)[name]
     given = {k: v.astype(np.float32) if getattr(v, "dtype", None) == np.float64 else v for k, v in given.items()}

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import FAST, covering, run
 from collectives import collectives, large_in_loops
 from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import CASES, CLASSES, FAST, ROWS, Case, arrays, linear_softmax_cross_entropy, run, summed, with_derivatives
+from meshes import CASES, CLASSES, ROWS, Case, arrays, linear_softmax_cross_entropy, summed, with_derivatives
 from test_sharding import assert_same
 
 import jaxent
@@ -109,8 +110,14 @@ def extents_of_a_kernel(layout: Layout) -> set[tuple[int, ...]]:
     return {(FEATURES, classes), (own, classes)}
 
 
-@pytest.mark.parametrize("case", LINEAR)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("layout", "case"),
+    [
+        pytest.param(layout, case, marks=() if case == "linear" or i == j % len(LAYOUTS) else pytest.mark.slow)
+        for i, layout in enumerate(LAYOUTS)
+        for j, case in enumerate(LINEAR)
+    ],
+)
 def test_explicit_meshes(layout: str, case: str):
     on = LAYOUTS[layout]
     args = placed(on, on.make(AxisType.Explicit), LINEAR[case].names)
@@ -136,16 +143,16 @@ def gathered_in_shard_map(case: str, layout: Layout, mesh: jax.sharding.Mesh) ->
     return jax.shard_map(part, mesh=mesh, in_specs=tuple(layout.spec(name) for name in call.names), out_specs=out)
 
 
-@pytest.mark.parametrize("case", [name for name in LINEAR if name != "own"])
-@pytest.mark.parametrize("layout", MANUAL)
+@pytest.mark.parametrize(("case", "layout"), covering([name for name in LINEAR if name != "own"], MANUAL))
 def test_gathered_inside_shard_map(layout: str, case: str):
     on = LAYOUTS[layout]
     mesh = on.make(AxisType.Auto)
     check(case, on, gathered_in_shard_map(case, on, mesh), placed(on, mesh, LINEAR[case].names))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["linear_ggn_vector_product", "linear_fisher_vector_product"])
+@pytest.mark.parametrize(
+    ("layout", "name"), covering(LAYOUTS, ["linear_ggn_vector_product", "linear_fisher_vector_product"])
+)
 def test_curvature(name: str, layout: str):
     on, function = LAYOUTS[layout], getattr(jaxent, name)
 

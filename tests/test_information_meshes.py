@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import covering, run
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -40,37 +41,34 @@ ROWS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(("name", "kind"), covering(ROWS, KINDS))
 def test_rows(name: str, kind: str, rng: np.random.Generator):
     p, q = rng.dirichlet(np.ones(8), size=(2, 4)).astype(np.float32)
-    f = jax.jit(gradient(ROWS[name]))
-    want = f(p, q)
+    f = gradient(ROWS[name])
+    want = run(f, p, q)
     mesh = mesh_of(kind)
     with jax.set_mesh(mesh):
-        got = f(split(mesh, p, "rows", "classes"), split(mesh, q, "rows", "classes"))
+        got = run(f, split(mesh, p, "rows", "classes"), split(mesh, q, "rows", "classes"))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    "measure",
-    [jaxent.mutual_information, jaxent.conditional_entropy, jaxent.normalized_mutual_information],
+    ("measure", "kind"),
+    covering([jaxent.mutual_information, jaxent.conditional_entropy, jaxent.normalized_mutual_information], KINDS),
 )
 def test_tables(measure: Callable[..., jax.Array], kind: str, rng: np.random.Generator):
     p = rng.dirichlet(np.ones(32)).astype(np.float32).reshape(4, 8)
-    f = jax.jit(gradient(measure))
-    want = f(p)
+    f = gradient(measure)
+    want = run(f, p)
     mesh = mesh_of(kind)
     with jax.set_mesh(mesh):
-        got = f(split(mesh, p, "rows", "classes"))
+        got = run(f, split(mesh, p, "rows", "classes"))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("kind", "weighted"), covering(KINDS, [False, True]))
 def test_labels(weighted: bool, kind: str, rng: np.random.Generator):
     x, y = rng.integers(0, 3, size=(2, 8, 4))
     w = rng.random((8, 4)).astype(np.float32) if weighted else None

@@ -13,7 +13,16 @@ import ml_dtypes
 import numpy as np
 import oracles_linear
 import pytest
-from cases import COMBINED, OPTIONS, REDUCTIONS, draw_labels, draw_probabilities, precision, softmax_cross_entropy
+from cases import (
+    COMBINED,
+    OPTIONS,
+    REDUCTIONS,
+    covering,
+    draw_labels,
+    draw_probabilities,
+    precision,
+    softmax_cross_entropy,
+)
 from oracles import assert_close
 
 import jaxent
@@ -92,11 +101,14 @@ def check(arguments: dict[str, Any], *, ulp: float = 8, cotangent: Any = 1.0) ->
         assert_close(got, want.gradients[name], ulp=allowed, dtype=given, size=np.nan_to_num(want.sizes[name]))
 
 
-# What the options do to a row does not depend on what was done to its logits.
+# The row losses are those of `test_losses.py`, for every option; here their arguments go through a head, in chunks.
+USUAL = {(option, "shaped") for option in (*COMBINED, "ignore_a_class", "denominator")} | {("plain", "bare")}
+
+
 @pytest.mark.parametrize(
     ("option", "head"),
     [
-        pytest.param(option, head, marks=() if head == "shaped" or option in COMBINED else pytest.mark.slow)
+        pytest.param(option, head, marks=() if (option, head) in USUAL else pytest.mark.slow)
         for option in OPTIONS
         for head in HEADS
     ],
@@ -105,8 +117,7 @@ def test_every_option(option: str, head: str, rng: np.random.Generator):
     check({**draw_head(rng, 13, 5, head), **draw_options(rng, option, (13, 5)), "chunk_rows": 3})
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS[1:])
-@pytest.mark.parametrize("option", ["plain", "everything", "probabilities_everything"])
+@pytest.mark.parametrize(("option", "reduction"), covering(COMBINED, REDUCTIONS[1:]))
 def test_every_reduction(option: str, reduction: str, rng: np.random.Generator):
     cotangent = np.arange(1, 14) / 8 if reduction == "none" else 0.5
     arguments = {**draw_head(rng, 13, 5, "shaped"), **draw_options(rng, option, (13, 5))}
@@ -115,7 +126,7 @@ def test_every_reduction(option: str, reduction: str, rng: np.random.Generator):
 
 @pytest.mark.parametrize(
     ("reduction", "chunk_rows"),
-    [*(("mean", rows) for rows in (None, 1, 5, 6, 12, 20)), *(("none", rows) for rows in (None, 5, 6))],
+    [*(("mean", rows) for rows in (None, 1, 5, 20)), *(("none", rows) for rows in (None, 5))],
 )
 def test_every_chunk_size(chunk_rows: int | None, reduction: str, rng: np.random.Generator):
     arguments = {**draw_head(rng, 12, 5, "shaped"), **draw_options(rng, "everything", (12, 5))}
@@ -124,7 +135,7 @@ def test_every_chunk_size(chunk_rows: int | None, reduction: str, rng: np.random
 
 @pytest.mark.parametrize(
     ("rows", "count"),
-    [*((13, count) for count in (1, 2, 37, 257, 1000)), *((rows, count) for rows in (1, 0) for count in (1, 257))],
+    [(13, 1), (13, 2), (13, 37), (13, 1000), (1, 257), (0, 1)],
 )
 def test_every_size(rows: int, count: int, rng: np.random.Generator):
     # A pairwise float32 sum over n terms of one sign is off by at most log2(n) / 2 ulp.
@@ -132,14 +143,13 @@ def test_every_size(rows: int, count: int, rng: np.random.Generator):
     check({**draw_head(rng, rows, count), "targets": draw_labels(rng, (rows,), count), "chunk_rows": 4}, ulp=ulp)
 
 
-@pytest.mark.parametrize("count", [1, 37, 257])
+@pytest.mark.parametrize("count", [1, 257])
 def test_probabilities_of_every_size(count: int, rng: np.random.Generator):
     targets = draw_probabilities(rng, (13, count))
     check({**draw_head(rng, 13, count, "shaped"), "targets": targets, "chunk_rows": 4, "label_smoothing": 0.25})
 
 
-@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float64])
-@pytest.mark.parametrize("option", ["plain", "everything", "probabilities_everything"])
+@pytest.mark.parametrize(("option", "dtype"), covering(COMBINED, [np.float16, ml_dtypes.bfloat16, np.float64]))
 def test_every_dtype(option: str, dtype: Any, rng: np.random.Generator):
     with precision(dtype):
         arguments = {**draw_head(rng, 13, 5, "shaped", dtype), **draw_options(rng, option, (13, 5)), "chunk_rows": 3}
@@ -148,18 +158,18 @@ def test_every_dtype(option: str, dtype: Any, rng: np.random.Generator):
         assert value.dtype == (np.float64 if dtype == np.float64 else np.float32)
 
 
-@pytest.mark.parametrize(
-    ("hidden", "kernel", "bias"),
-    [
-        (ml_dtypes.bfloat16, np.float32, np.float32),
-        (np.float32, ml_dtypes.bfloat16, ml_dtypes.bfloat16),
-        (ml_dtypes.bfloat16, ml_dtypes.bfloat16, np.float32),
-        (ml_dtypes.bfloat16, np.float16, np.float32),
-        (np.float64, np.float32, ml_dtypes.bfloat16),
-    ],
-)
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_mixed_dtypes(hidden: Any, kernel: Any, bias: Any, reduction: str, rng: np.random.Generator):
+MIXED = [
+    (ml_dtypes.bfloat16, np.float32, np.float32),
+    (np.float32, ml_dtypes.bfloat16, ml_dtypes.bfloat16),
+    (ml_dtypes.bfloat16, ml_dtypes.bfloat16, np.float32),
+    (ml_dtypes.bfloat16, np.float16, np.float32),
+    (np.float64, np.float32, ml_dtypes.bfloat16),
+]
+
+
+@pytest.mark.parametrize(("dtypes", "reduction"), covering(MIXED, ["mean", "none"]))
+def test_mixed_dtypes(dtypes: tuple[Any, Any, Any], reduction: str, rng: np.random.Generator):
+    hidden, kernel, bias = dtypes
     with precision(hidden):
         head = draw_head(rng, 13, 5, "shaped")
         for name, dtype in (("hidden", hidden), ("kernel", kernel), ("bias", bias)):
@@ -183,12 +193,8 @@ def test_float64_gradients_have_float64_accuracy(x64: None, rng: np.random.Gener
 
 
 @pytest.mark.parametrize(
-    ("option", "batch"),
-    [
-        *((o, batch) for o in COMBINED[1:] for batch in ((), (7,), (2, 3, 4), (3, 1), (0, 2))),
-        ("plain", (2, 3, 4)),
-        ("denominator", (2, 3, 4)),
-    ],
+    ("batch", "option"),
+    [*covering([(), (7,), (2, 3, 4), (3, 1), (0, 2)], COMBINED[1:]), ((2, 3, 4), "denominator")],
 )
 def test_equal_to_the_dense_loss(option: str, batch: tuple[int, ...], rng: np.random.Generator):
     hidden, kernel, bias = draw_grid(rng, (*batch, FEATURES)), draw_grid(rng, (FEATURES, 5)), draw_grid(rng, (5,))
@@ -271,15 +277,13 @@ def dropping(how: str, rows: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
     return {"targets": np.where(rows, -100, labels)}
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("garbage", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("how", ["where", "weights", "ignore_index"])
-def test_dropped_rows_are_deleted_whatever_they_hold(
-    how: str, garbage: float, reduction: str, rng: np.random.Generator
-):
+@pytest.mark.parametrize(
+    ("how", "reduction"), [("weights", "mean"), ("weights", "none"), ("where", "none"), ("ignore_index", "mean")]
+)
+def test_dropped_rows_are_deleted_whatever_they_hold(how: str, reduction: str, rng: np.random.Generator):
     head = draw_head(rng, 13, 5, "shaped")
     labels, dropped = draw_labels(rng, (13,), 5), np.arange(13) % 3 == 0
-    head["hidden"][dropped, 1] = garbage
+    head["hidden"][dropped, 1] = np.resize([np.nan, np.inf, -np.inf], dropped.sum())
     arguments = {**head, **dropping(how, dropped, labels), "chunk_rows": 3, "reduction": reduction}
     kept = {**head, "hidden": head["hidden"][~dropped], "targets": labels[~dropped], "reduction": reduction}
     want = oracle(**kept)
@@ -294,8 +298,7 @@ def test_dropped_rows_are_deleted_whatever_they_hold(
         assert_close(gradients[name], want.gradients[name], ulp=8, dtype=np.float32, size=want.sizes[name])
 
 
-@pytest.mark.parametrize("how", ["where", "weights", "ignore_index"])
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize(("how", "reduction"), covering(["where", "weights", "ignore_index"], ["mean", "sum"]))
 def test_all_rows_dropped(how: str, reduction: str, rng: np.random.Generator):
     head = draw_head(rng, 7, 5, "shaped")
     head["hidden"][:] = np.nan
@@ -306,19 +309,19 @@ def test_all_rows_dropped(how: str, reduction: str, rng: np.random.Generator):
         np.testing.assert_array_equal(got, 0)
 
 
-@pytest.mark.parametrize("label", [-1, 5, 2**31 - 1, -(2**31)])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_a_label_out_of_range_is_nan(label: int, reduction: str, rng: np.random.Generator):
+def test_a_label_out_of_range_is_nan(reduction: str, rng: np.random.Generator):
     head, targets = draw_head(rng, 7, 5, "shaped"), draw_labels(rng, (7,), 5)
-    targets[2] = label
-    arguments = {**head, "targets": targets, "chunk_rows": 3, "reduction": reduction}
-    value, gradients = value_and_gradients(arguments)
     row = np.arange(7) == 2
-    np.testing.assert_array_equal(np.isnan(value), row if reduction == "none" else True)
-    for name in ("kernel", "bias", "temperature"):
-        assert np.all(np.isnan(gradients[name])), name
-    # A mean divides every row's gradient with respect to a sum of weights, which is nan only with class weights.
-    np.testing.assert_array_equal(np.isnan(gradients["hidden"]), np.broadcast_to(row[:, None], (7, FEATURES)))
+    for label in (-1, 5, 2**31 - 1, -(2**31)):
+        targets[2] = label
+        arguments = {**head, "targets": targets, "chunk_rows": 3, "reduction": reduction}
+        value, gradients = value_and_gradients(arguments)
+        np.testing.assert_array_equal(np.isnan(value), row if reduction == "none" else True, str(label))
+        for name in ("kernel", "bias", "temperature"):
+            assert np.all(np.isnan(gradients[name])), (label, name)
+        # A mean divides every row's gradient with respect to a sum of weights, which is nan only with class weights.
+        np.testing.assert_array_equal(np.isnan(gradients["hidden"]), np.broadcast_to(row[:, None], (7, FEATURES)))
 
 
 @pytest.mark.parametrize("hidden", [np.nan, np.inf])
@@ -344,7 +347,7 @@ def test_an_infinite_bias_deletes_a_class(rng: np.random.Generator):
     assert_close(gradients["kernel"], by_kernel, ulp=8, dtype=np.float32, size=size)
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint32])
+@pytest.mark.parametrize("dtype", [np.int8, np.uint32])
 def test_labels_of_any_integer_dtype(dtype: Any, rng: np.random.Generator):
     targets = (draw_labels(rng, (13,), 120)).astype(dtype)
     check({**draw_head(rng, 13, 1000), "targets": targets, "chunk_rows": 4}, ulp=12)

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import oracles_linear
 import pytest
+from cases import covering
 
 import jaxent
 
@@ -90,8 +91,7 @@ PRODUCTS = {
 }
 
 
-@pytest.mark.parametrize("rows", [256, 131, 13])
-@pytest.mark.parametrize("what", PRODUCTS)
+@pytest.mark.parametrize(("what", "rows"), covering(PRODUCTS, [131, 256, 13]))
 def test_matrix_products(what: str, rows: int):
     transform, products = PRODUCTS[what]
     features, classes = 16, 257
@@ -230,9 +230,7 @@ def test_moves_are_found():
     assert len(moves(text(lambda w: w.T), 96, 1000)) == 1
 
 
-@pytest.mark.parametrize("rows", [1024, 1021])
-@pytest.mark.parametrize("classes", [1500, 1511])
-@pytest.mark.parametrize("wanted", [(0,), (0, 1)])
+@pytest.mark.parametrize(("wanted", "classes", "rows"), covering([(0, 1), (0,)], [1511, 1500], [1021, 1024]))
 def test_the_kernel_is_never_copied(wanted: tuple[int, ...], classes: int, rows: int):
     def program(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> Any:
         def loss(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -271,7 +269,7 @@ def relative_error(got: Any, want: Any) -> float:
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("chunk_rows", [16, 4])
+@pytest.mark.parametrize("chunk_rows", [16, pytest.param(4, marks=pytest.mark.slow)])
 def test_bf16_over_many_chunks_is_no_worse_than_dense(chunk_rows: int, rng: np.random.Generator):
     rows, features, classes = 1024, 64, 500
     hidden = rng.normal(size=(rows, features)).astype(BF16)

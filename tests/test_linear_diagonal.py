@@ -6,7 +6,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import COMBINED, OPTIONS, draw_labels, precision
+from cases import COMBINED, OPTIONS, covering, draw_labels, precision, run
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
@@ -57,8 +57,7 @@ def test_it_is_the_diagonal_of_the_hessian(option: str, rng: np.random.Generator
         np.testing.assert_allclose(a, want, rtol=1e-11, atol=1e-16)
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("soft_cap", [None, 2.0])
+@pytest.mark.parametrize(("soft_cap", "reduction"), covering([2.0, None], ["sum", "mean"]))
 def test_it_is_the_diagonal_of_the_dense_matrix(soft_cap: float | None, reduction: Any, rng: np.random.Generator):
     hidden, kernel, bias = (rng.normal(size=s) for s in ((ROWS, FEATURES), (FEATURES, COUNT), (COUNT,)))
     labels = np.array([0, -100, 1, 2, 3])
@@ -88,8 +87,7 @@ def test_tiny_diagonals_keep_their_digits(gap: float):
     np.testing.assert_allclose(got.hidden[0], variance, rtol=4e-6)
 
 
-@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
-@pytest.mark.parametrize("batch", [(2, 3), (), (0,)])
+@pytest.mark.parametrize(("batch", "dtype"), covering([(2, 3), (), (0,)], [ml_dtypes.bfloat16, np.float16, np.float32]))
 def test_dtypes_and_batches(batch: tuple[int, ...], dtype: Any, rng: np.random.Generator):
     with precision(dtype):
         hidden, kernel = ((rng.integers(-8, 9, s) / 8).astype(dtype) for s in ((*batch, FEATURES), (FEATURES, COUNT)))
@@ -131,11 +129,11 @@ def test_meshes(kind: str, rng: np.random.Generator):
         split = jax.shard_map(
             lambda *a: tuple(diagonal(*a, vocab_axis="vocab")), mesh=mesh, in_specs=specs, out_specs=specs
         )
-        got = jax.jit(split)(*arguments)
+        got = run(split, *arguments)
     else:
         with jax.set_mesh(mesh):
             placed = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(arguments, specs, strict=True)]
-            got = jax.jit(diagonal)(*placed)
+            got = run(diagonal, *placed)
         if kind == "explicit":
             assert jax.typeof(got.kernel).sharding.spec == P(None, "vocab")
     for a, b in zip(got, want, strict=True):

@@ -1,6 +1,7 @@
 """The user's own functions of rows: options of `linear_loss`, results of `linear_rows`, and one pass that tells all."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import ml_dtypes
 import mpmath
 import numpy as np
 import pytest
+from cases import covering, run
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_linear_costs import counted
@@ -34,8 +36,7 @@ def draw(rng: np.random.Generator, rows: int = 13) -> tuple[np.ndarray, np.ndarr
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("reduction", ["mean", "sum", "none", "sum_and_weight"])
+@pytest.mark.parametrize(("reduction", "devices"), covering(["mean", "sum", "none", "sum_and_weight"], [1, 8]))
 def test_options_of_a_row_loss(reduction: str, devices: int, rng: np.random.Generator, monkeypatch: Any):
     monkeypatch.setattr(jax, "device_count", lambda: devices)
     hidden, kernel, labels = draw(rng)
@@ -51,7 +52,7 @@ def test_options_of_a_row_loss(reduction: str, devices: int, rng: np.random.Gene
 
     for by in [(0, 1), (0, 1, 2)]:
         own, built_in = (
-            jax.jit(jax.value_and_grad(functools.partial(total, f), argnums=by))(hidden, kernel, weights)
+            run(jax.value_and_grad(functools.partial(total, f), argnums=by), hidden, kernel, weights)
             for f in (functools.partial(linear_loss, nll), linear)
         )
         for got, want in zip(jax.tree.leaves(own), jax.tree.leaves(built_in), strict=True):
@@ -174,8 +175,14 @@ def test_the_best_of_a_masked_vocabulary(rng: np.random.Generator):
 # Statistics from the pass of the loss
 
 
-@pytest.mark.parametrize("kind", ["one device", "auto", "explicit", "manual"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(
+    ("kind", "reduction"),
+    [
+        *(("one device", "mean"), ("auto", "none"), ("explicit", "mean"), ("manual", "none")),
+        *(pytest.param(kind, "mean", marks=pytest.mark.slow) for kind in ("auto", "manual")),
+        *(pytest.param(kind, "none", marks=pytest.mark.slow) for kind in ("one device", "explicit")),
+    ],
+)
 def test_one_pass_tells_everything(kind: str, reduction: str, rng: np.random.Generator):
     hidden, kernel, labels = rng.normal(size=(8, 4)), rng.normal(size=(4, 8)), rng.integers(0, 8, 8)
     hidden, kernel, labels = hidden.astype(np.float32), kernel.astype(np.float32), labels.astype(np.int32)
@@ -253,16 +260,16 @@ def test_masked_log_probabilities_leave_the_kernel_alone(devices: int, rng: np.r
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("cap", [0.5, 30.0, 1e3, 1e4, 1e8])
-def test_every_derivative_of_a_soft_cap_keeps_its_digits(cap: float):
+def test_every_derivative_of_a_soft_cap_keeps_its_digits():
     def loss(hidden: jax.Array, cap: jax.Array) -> jax.Array:
         return linear_loss(lambda logits: logits[:, 0], hidden[None], jnp.ones((1, 1)), soft_cap=cap, reduction="sum")
 
-    for x in (1e-2, 0.3, 1.0, 1.5, 7.0):
+    derivatives = jax.jit(lambda *a: (jax.grad(loss, argnums=(0, 1))(*a), jax.hessian(loss, argnums=(0, 1))(*a)))
+    for cap, x in itertools.product((0.5, 30.0, 1e3, 1e4, 1e8), (1e-2, 0.3, 1.0, 1.5, 7.0)):
         x, cap = (float(np.float32(number)) for number in (x, cap))
-        arguments = jnp.array([x]), jnp.array(cap)
-        (by_x,), by_cap = jax.grad(loss, argnums=(0, 1))(*arguments)
-        (((by_xx,),), (mixed,)), (_, by_cap_twice) = jax.hessian(loss, argnums=(0, 1))(*arguments)
+        first, second = derivatives(jnp.array([x]), jnp.array(cap))
+        (by_x,), by_cap = first
+        (((by_xx,),), (mixed,)), (_, by_cap_twice) = second
         with mpmath.workdps(60):
             u = mpmath.mpf(x) / cap
             squared_sech = mpmath.sech(u) ** 2

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import both, norm2, stacked
+from cases import both, norm2, run, stacked
 from jax.test_util import check_grads
 
 import jaxent
@@ -126,13 +126,20 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
 
 # The rule of the sum, and the rule for rows; the other losses pass through one of them.
 CORE = ("mean", "none")
-ALWAYS = ("value_and_grad", "jvp", "jvp of grad", "vmap of grad")
-# What these run is part of another: of "hessian", "hessian, reverse", "value_and_grad", "vmap of grad" and "scan".
-PARTS = ("jacfwd", "jacrev", "linearize", "vmap of hidden", "map")
+ALWAYS = ("jvp", "jvp of grad", "vmap of grad")
+# What these run is part of another.
+PARTS = {
+    "hessian": ("jacfwd", "jacrev", "hessian, reverse"),
+    "jvp": ("linearize", "jvp, one argument"),
+    "vmap of all": ("vmap of hidden", "vmap of kernel", "vmap of labels"),
+    "grad of jvp of grad": ("grad of jvp",),
+    "scan": ("map",),
+}
 
 
 def grid() -> list[Any]:
-    usual = {(loss, t) for loss in LOSSES for t in TRANSFORMS if t in ALWAYS or (loss in CORE and t not in PARTS)}
+    parts = {name for names in PARTS.values() for name in names}
+    usual = {(loss, t) for loss in LOSSES for t in TRANSFORMS if t in ALWAYS or (loss in CORE and t not in parts)}
     return [
         pytest.param(loss, transform, marks=() if (loss, transform) in usual else pytest.mark.slow)
         for loss in LOSSES
@@ -155,7 +162,7 @@ def assert_equal(got: Any, want: Any) -> None:
 @pytest.mark.parametrize(("loss", "transform"), grid())
 def test_transform(loss: str, transform: str, rng: np.random.Generator):
     arguments = draw(rng)
-    got, want = (jax.jit(functools.partial(TRANSFORMS[transform], f))(*arguments) for f in LOSSES[loss])
+    got, want = (run(functools.partial(TRANSFORMS[transform], f), *arguments) for f in LOSSES[loss])
     assert_equal(got, want)
 
 

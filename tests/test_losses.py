@@ -1,5 +1,6 @@
 """Values of the losses on logits, against the oracles and against the formulas of the design."""
 
+import functools
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from cases import (
     DTYPES,
     OPTIONS,
     REDUCTIONS,
+    covering,
     draw_labels,
     draw_logits,
     nll_loss,
@@ -28,29 +30,31 @@ from jaxent import WeightedSum
 pytestmark = pytest.mark.usefixtures("one_device")
 
 
+@functools.cache
+def all_reductions(static: tuple[tuple[str, Any], ...], reductions: tuple[str, ...]) -> Any:
+    return jax.jit(
+        lambda z, traced: {r: softmax_cross_entropy(z, **traced, **dict(static), reduction=r) for r in reductions}
+    )
+
+
 def losses_under(logits: Any, arguments: dict[str, Any]) -> dict[str, Any]:
     """Every reduction that the arguments allow, in one program."""
     reductions = ("mean",) if "denominator" in arguments else REDUCTIONS
     static = {k: arguments[k] for k in ("ignore_index", "axis", "label_smoothing", "z_loss") if k in arguments}
     traced = {k: v for k, v in arguments.items() if k not in static}
-
-    @jax.jit
-    def all_of_them(z, traced):
-        return {r: softmax_cross_entropy(z, **traced, **static, reduction=r) for r in reductions}
-
-    return all_of_them(logits, traced)
+    return all_reductions(tuple(static.items()), reductions)(logits, traced)
 
 
-def check_losses(logits: np.ndarray, arguments: dict[str, Any], *, ulp: float, dtype: Any) -> None:
+def check_losses(logits: np.ndarray, arguments: dict[str, Any], *, ulp: float, dtype: Any, where: Any = "") -> None:
     oracle: Any = oracles.softmax_cross_entropy
     want = oracle(logits, **arguments)
     for reduction, got in losses_under(logits, arguments).items():
         expected = want.reduced(reduction)
         if isinstance(got, WeightedSum):
-            assert_close(got.weight, expected[1], ulp=ulp, dtype=dtype)
+            assert_close(got.weight, expected[1], ulp=ulp, dtype=dtype, where=where)
             got, expected = got.total, expected[0]
         assert got.dtype == dtype
-        assert_close(got, expected, ulp=ulp, dtype=dtype)
+        assert_close(got, expected, ulp=ulp, dtype=dtype, where=where)
 
 
 @pytest.mark.parametrize(("option", "dtype"), options_and_dtypes())
@@ -60,15 +64,15 @@ def test_every_option_and_reduction(option: str, dtype: str, rng: np.random.Gene
         check_losses(draw_logits(rng, (7, 5), kind), OPTIONS[option](rng, (7, 5)), ulp=ulp, dtype=result)
 
 
-@pytest.mark.parametrize(
-    ("shape", "axis"),
-    [
-        *(((0, 5), -1), ((2, 0, 3), -1), ((3, 1), -1), ((1, 1), -1), ((7,), -1), ((5,), 0), ((6, 2), -1)),
-        *(((2, 3, 5), -1), ((1, 5, 1), -2), ((5, 3), 0), ((2, 5, 3, 4), 1)),
-    ],
-)
-@pytest.mark.parametrize("option", ["everything", "probabilities_everything"])
-def test_shapes(option: str, shape: tuple[int, ...], axis: int, rng: np.random.Generator):
+SHAPES = [
+    *(((0, 5), -1), ((2, 0, 3), -1), ((3, 1), -1), ((1, 1), -1), ((7,), -1), ((5,), 0), ((6, 2), -1)),
+    *(((2, 3, 5), -1), ((1, 5, 1), -2), ((5, 3), 0), ((2, 5, 3, 4), 1)),
+]
+
+
+@pytest.mark.parametrize(("of", "option"), covering(SHAPES, ["everything", "probabilities_everything"]))
+def test_shapes(of: tuple[tuple[int, ...], int], option: str, rng: np.random.Generator):
+    shape, axis = of
     last = (*np.delete(shape, axis), shape[axis])
     arguments = OPTIONS[option](rng, last)
     if np.issubdtype(arguments["targets"].dtype, np.floating):
@@ -77,8 +81,10 @@ def test_shapes(option: str, shape: tuple[int, ...], axis: int, rng: np.random.G
 
 
 # The row sum changes its form at 256, 4096 and 2**15 classes; 4099, 32771 and 65537 are prime.
-@pytest.mark.parametrize("count", [1, 2, 10, 255, 256, 257, 1000, 2049, 4096, 4099, 32768, 32769, 50257, 65537])
-@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize(
+    ("count", "rows"),
+    covering([1, 2, 10, 255, 256, 257, 1000, 2049, 4096, 4099, 32768, 32769, 50257, 65537], [5, 1]),
+)
 def test_class_counts(count: int, rows: int, rng: np.random.Generator):
     z, labels = draw_logits(rng, (rows, count)), draw_labels(rng, (rows,), count)
     z[-1, labels[-1]] = 12.0  # the label holds the maximum
@@ -102,17 +108,17 @@ def ulp_of_long_rows(count: int) -> float:
 
 
 @pytest.mark.parametrize("count", [1, 2, 10, 1000, 4096, 4099, 4106, 32768, 32771, 50257, 65537])
-@pytest.mark.parametrize("maximum", [True, False])
-def test_class_counts_without_a_gradient(count: int, maximum: bool, rng: np.random.Generator):
+def test_class_counts_without_a_gradient(count: int, rng: np.random.Generator):
     labels = np.unique(np.clip([0, 255, 256, count // 2 - 1, count // 2, count - 257, count - 1], 0, count - 1))
     labels = np.repeat(labels, 4)  # more rows than a block has above 2**15 classes, and no multiple of it
+    losses = jax.jit(lambda z: softmax_cross_entropy(z, labels, reduction="none"))
     z = draw_logits(rng, (len(labels), count))
-    if maximum:
-        z[np.arange(len(labels)), labels] = 40.0  # a loss of 1e-15 or so
-    got = jax.jit(lambda z: softmax_cross_entropy(z, labels, reduction="none"))(z)
-    want = [oracles.long_row_nll(z[n], label)[0] for n, label in enumerate(labels)]
-    # At 40 the difference of two logits is rounded by up to 2e-6, and the loss with it.
-    assert_close(got, want, ulp=ulp_of_long_rows(count) + 16 * maximum, dtype=np.float32)
+    for maximum in (False, True):
+        if maximum:
+            z[np.arange(len(labels)), labels] = 40.0  # a loss of 1e-15 or so
+        want = [oracles.long_row_nll(z[n], label)[0] for n, label in enumerate(labels)]
+        # At 40 the difference of two logits is rounded by up to 2e-6, and the loss with it.
+        assert_close(losses(z), want, ulp=ulp_of_long_rows(count) + 16 * maximum, dtype=np.float32, where=maximum)
 
 
 @pytest.mark.parametrize("count", [4, 4096])
@@ -154,12 +160,13 @@ def test_every_option_at_many_sizes(option: str, count: int, dtype: str, rng: np
 # Shifts and magnitudes
 
 
-@pytest.mark.parametrize("shift", [-50.0, 1e4, -1e4, 1e30, -1e30])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_common_shift_changes_nothing(shift: float, dtype: Any, rng: np.random.Generator):
+def test_a_common_shift_changes_nothing(dtype: Any, rng: np.random.Generator):
+    rows = draw_logits(rng, (6, 5), dtype)
     with precision(dtype):
-        z = (draw_logits(rng, (6, 5), dtype) + dtype(shift)).astype(dtype)
-        check_losses(z, {"targets": draw_labels(rng, (6,), 5)}, ulp=4, dtype=dtype)
+        for shift in (-50.0, 1e4, -1e4, 1e30, -1e30):
+            z = (rows + dtype(shift)).astype(dtype)
+            check_losses(z, {"targets": draw_labels(rng, (6,), 5)}, ulp=4, dtype=dtype, where=shift)
 
 
 def test_logits_near_ten_thousand():
@@ -185,15 +192,15 @@ def test_fractions_that_are_not_binary():
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"])
-@pytest.mark.parametrize("count", [100, 300])
-@pytest.mark.parametrize("host", [True, False])
-def test_labels_of_every_width(dtype: str, count: int, host: bool, rng: np.random.Generator):
-    z = draw_logits(rng, (4, count))
-    largest = int(min(count - 1, np.iinfo(dtype).max))
-    labels = np.array([0, 1, largest - 1, largest], dtype)
-    given = labels if host else jnp.asarray(labels.astype(jax.dtypes.canonicalize_dtype(dtype)))
-    got = softmax_cross_entropy(z, given, reduction="none")
-    assert_close(got, [oracles.long_row_nll(z[n], int(labels[n]))[0] for n in range(4)], ulp=8, dtype=np.float32)
+def test_labels_of_every_width(dtype: str, rng: np.random.Generator):
+    for count in (100, 300):
+        z = draw_logits(rng, (4, count))
+        largest = int(min(count - 1, np.iinfo(dtype).max))
+        labels = np.array([0, 1, largest - 1, largest], dtype)
+        want = [oracles.long_row_nll(z[n], int(labels[n]))[0] for n in range(4)]
+        for given in (labels, jnp.asarray(labels.astype(jax.dtypes.canonicalize_dtype(dtype)))):
+            got = softmax_cross_entropy(z, given, reduction="none")
+            assert_close(got, want, ulp=8, dtype=np.float32, where=(count, type(given)))
 
 
 @pytest.mark.parametrize(
@@ -434,8 +441,10 @@ def test_a_weighted_sum_is_summed_over_devices(rng: np.random.Generator):
 # nll_loss and sigmoid_cross_entropy
 
 
-@pytest.mark.parametrize("axis", [-1, 0])
-@pytest.mark.parametrize("option", ["plain", "where", "weights", "class_weights", "ignore_-100", "ignore_a_class"])
+@pytest.mark.parametrize(
+    ("option", "axis"),
+    covering(["plain", "where", "weights", "class_weights", "ignore_-100", "ignore_a_class"], [-1, 0]),
+)
 def test_nll_loss(option: str, axis: int, rng: np.random.Generator):
     log_p = draw_logits(rng, (7, 5)) - np.float32(8)
     arguments = OPTIONS[option](rng, (7, 5))
@@ -457,24 +466,26 @@ def test_nll_loss(option: str, axis: int, rng: np.random.Generator):
 SIGMOID_LOGITS = [-1e30, -1e4, -104.0, -86.0, -20.0, -1.0, -0.0625, 0.0, 1e-8, 0.5, 3.0, 20.0, 86.0, 1e4, 1e30]
 
 
-@pytest.mark.parametrize("target", [0.0, 0.25, 1.0])
-@pytest.mark.parametrize("pos_weight", [None, 2.5, 0.0])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_sigmoid_cross_entropy(target: float, pos_weight: float | None, dtype: Any):
+@pytest.mark.parametrize(("pos_weight", "dtype"), covering([None, 2.5, 0.0], [np.float32, np.float64]))
+def test_sigmoid_cross_entropy(pos_weight: float | None, dtype: Any):
+    scale = 1.0 if pos_weight is None else pos_weight
     with precision(dtype):
         z = np.array(SIGMOID_LOGITS, dtype)
-        t = np.full_like(z, target)
-        scale = 1.0 if pos_weight is None else pos_weight
-        want = np.array([oracles.sigmoid_cross_entropy(v, target, scale) for v in z])
 
-        def loss(z: Any) -> Any:
-            return sigmoid_cross_entropy(z, t, pos_weight=pos_weight, reduction="sum")
+        @jax.jit
+        def ways(t: Any) -> Any:
+            def loss(z: Any) -> Any:
+                return sigmoid_cross_entropy(z, t, pos_weight=pos_weight, reduction="sum")
 
-        got = sigmoid_cross_entropy(z, t, pos_weight=pos_weight, reduction="none")
-        assert_close(got, want[:, 0], ulp=3, dtype=dtype)
-        # The two terms of the derivative cancel near its zero.
-        assert_close(jax.grad(loss)(z), want[:, 1], ulp=4, dtype=dtype, size=0 if target != 0.25 else 1.0)
-        assert_close(jax.jacfwd(loss)(z), want[:, 1], ulp=4, dtype=dtype, size=0 if target != 0.25 else 1.0)
+            losses = sigmoid_cross_entropy(z, t, pos_weight=pos_weight, reduction="none")
+            return losses, jax.grad(loss)(z), jax.jacfwd(loss)(z)
+
+        for target in (0.0, 0.25, 1.0):
+            want = np.array([oracles.sigmoid_cross_entropy(v, target, scale) for v in z])
+            losses, *slopes = ways(np.full_like(z, target))
+            assert_close(losses, want[:, 0], ulp=3, dtype=dtype, where=target)
+            for slope in slopes:  # its two terms cancel near its zero
+                assert_close(slope, want[:, 1], ulp=4, dtype=dtype, size=0 if target != 0.25 else 1.0, where=target)
 
 
 def test_sigmoid_reductions_and_weights(rng: np.random.Generator):
@@ -537,6 +548,18 @@ def test_ties_go_to_the_first_class():
     np.testing.assert_array_equal(got.top_classes, [[1, 2, 4, 0]])
 
 
+@functools.cache
+def derivatives_of_a_row(derivative: Any) -> Any:
+    """Of the log-normaliser, the entropy, and the log-probability of each label."""
+    return jax.jit(
+        lambda z: (
+            derivative(lambda z: token_statistics(z).log_normalizer)(z),
+            derivative(lambda z: token_statistics(z).entropy)(z),
+            jax.vmap(lambda y: derivative(lambda z: token_statistics(z, y).log_prob)(z))(jnp.arange(z.size)),
+        )
+    )
+
+
 @pytest.mark.grid
 @pytest.mark.parametrize(
     "z",
@@ -550,15 +573,13 @@ def test_statistics_and_derivatives_of_a_row(z: list[float]):
     want = oracles.row_statistics(row)
     assert_close(token_statistics(row).entropy, want["entropy"], ulp=4, dtype=np.float32)
     for derivative in (jax.grad, jax.jacfwd):
-        normalizer = derivative(lambda z: token_statistics(z).log_normalizer)(row)
+        normalizer, entropy, log_probs = derivatives_of_a_row(derivative)(row)
         assert_close(normalizer, want["p"], ulp=4, dtype=np.float32)
         # The entry of the maximum is (its probability) * (a difference): the two largest terms cancel.
-        slope = derivative(lambda z: token_statistics(z).entropy)(row)
-        assert_close(slope, want["entropy_gradient"], ulp=8, dtype=np.float32)
-        for label in range(len(row)):
-            got = derivative(lambda z, y=label: token_statistics(z, np.array(y)).log_prob)(row)
+        assert_close(entropy, want["entropy_gradient"], ulp=8, dtype=np.float32)
+        for label, slope in enumerate(log_probs):
             nll = oracles.softmax_cross_entropy(row[None], np.array([label]))
-            assert_close(got, -nll.gradient[0], ulp=4, dtype=np.float32)
+            assert_close(slope, -nll.gradient[0], ulp=4, dtype=np.float32)
 
 
 def test_statistics_at_the_edges():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import covering
 from jax.nn import log_softmax
 from oracles import assert_close
 
@@ -167,8 +168,7 @@ def exact_rows(name: str, z: np.ndarray, names: dict[str, Any]) -> tuple[np.ndar
     return ce, gradient
 
 
-@pytest.mark.parametrize("jitted", [False, True])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(("name", "jitted"), covering(RECIPES, [True, False]))
 def test_values_and_gradients_of_easy_and_impossible_examples(name: str, jitted: bool):
     """The options of a line are traced too."""
     recipe, z = RECIPES[name], FAR

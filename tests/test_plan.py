@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_device")
 N, D, V = 512, 48, 4096
 ALL_ON = {"label_smoothing": 0.1, "z_loss": 1e-4, "soft_cap": 30.0, "temperature": 2.0, "weights": True}
 LOSS, STATISTICS, DIVERGENCE = "linear_softmax_cross_entropy", "linear_token_statistics", "linear_kl_divergence"
+CHUNKS = [("float32", 128), ("bfloat16", N), ("bfloat16", 128), ("float32", N)]
 CELLS = [
     (function, reduction, dtype, chunk_rows, options)
     for function, reduction, options in [
@@ -30,8 +31,14 @@ CELLS = [
         (DIVERGENCE, "none", {"temperature": 2.0}),
         (DIVERGENCE, "mean", {"divergence": "jensen_shannon", "weights": True}),
     ]
-    for dtype, chunk_rows in [("float32", 128), ("bfloat16", N), ("bfloat16", 128), ("float32", N)]
+    for dtype, chunk_rows in CHUNKS
 ]
+
+
+def cells() -> list[Any]:
+    """The plain loss in every dtype and chunk; every other call in one of them, the rest are `slow`."""
+    usual = {i for i in range(len(CELLS)) if i < len(CHUNKS) or i % len(CHUNKS) == i // len(CHUNKS) % len(CHUNKS)}
+    return [pytest.param(*cell, marks=() if i in usual else pytest.mark.slow) for i, cell in enumerate(CELLS)]
 
 
 def allocated(function: str, reduction: str, dtype: str, chunk_rows: int, options: dict[str, Any]) -> int:
@@ -72,7 +79,7 @@ def allocated(function: str, reduction: str, dtype: str, chunk_rows: int, option
     return memory.temp_size_in_bytes
 
 
-@pytest.mark.parametrize(("function", "reduction", "dtype", "chunk_rows", "options"), CELLS)
+@pytest.mark.parametrize(("function", "reduction", "dtype", "chunk_rows", "options"), cells())
 def test_temporaries_are_those_that_xla_allocates(
     function: str, reduction: Any, dtype: str, chunk_rows: int, options: dict[str, Any]
 ):

@@ -124,8 +124,8 @@ def fusible_row_sums(jaxpr: Any) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_no_row_sum_of_a_second_derivative_is_fused_with_its_use(name: str, reverse: bool) -> None:
     f = FUNCTIONS[name]
 

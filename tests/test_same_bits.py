@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import covering
 
 from jaxent import (
     linear_softmax_cross_entropy,
@@ -68,16 +69,14 @@ def _check_rows(f: RowFunction, x: np.ndarray, labels: np.ndarray, rng: np.rando
     np.testing.assert_array_equal(np.asarray(f(hostile, changed))[kept], as_they_are[kept])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize(("name", "shape"), covering(DENSE, ["wide", "few", "many"]))
 def test_of_logits(name: str, shape: str, rng: np.random.Generator) -> None:
     rows, classes = SHAPES[shape]
     z = rng.normal(size=(rows, classes)).astype(np.float32) * 3
     _check_rows(DENSE[name], z, rng.integers(1, classes, size=rows), rng)
 
 
-@pytest.mark.parametrize("shape", ["few", "many"])
-@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize(("name", "shape"), covering(LINEAR, ["few", "many"]))
 def test_of_hidden_states(name: str, shape: str, rng: np.random.Generator) -> None:
     rows, classes = SHAPES[shape]
     hidden = rng.normal(size=(rows, FEATURES)).astype(np.float32)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import COMBINED, OPTIONS, draw_labels, precision
+from cases import COMBINED, OPTIONS, covering, draw_labels, precision, run
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
@@ -29,7 +29,7 @@ def by_vmap(hidden: Any, kernel: Any, bias: Any, per_row: dict[str, Any], **shar
         return linear_softmax_cross_entropy(hidden, kernel, bias=bias, **per_row, **shared, reduction="sum")
 
     gradient = jax.vmap(jax.grad(loss, argnums=(0, 1, 2)), in_axes=(0, None, None, 0))
-    gradients = jax.jit(gradient)(hidden, kernel, bias, per_row)
+    gradients = run(gradient, hidden, kernel, bias, per_row)
     return [np.linalg.norm(np.reshape(g, (len(hidden), -1)), axis=-1) for g in gradients]
 
 
@@ -40,9 +40,9 @@ def projected(d: np.ndarray, kernel: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("option", COMBINED)
-@pytest.mark.parametrize(("tokens", "features"), [(5, 3), (2, 6)])
-def test_norms_are_those_of_vmap_grad(tokens: int, features: int, option: str, rng: np.random.Generator):
+@pytest.mark.parametrize(("option", "sizes"), covering(COMBINED, [(5, 3), (2, 6)]))
+def test_norms_are_those_of_vmap_grad(option: str, sizes: tuple[int, int], rng: np.random.Generator):
+    tokens, features = sizes
     shape = 3, tokens, COUNT
     hidden, kernel, bias = (rng.normal(size=s) for s in ((3, tokens, features), (features, COUNT), (COUNT,)))
     arguments = OPTIONS[option](rng, shape)
@@ -84,8 +84,10 @@ def test_large_gradients_meet_small_hidden_states(size: float):
     np.testing.assert_allclose(other.kernel, np.sqrt(2) * np.exp(-46.0) * size, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float64])
-@pytest.mark.parametrize("shape", [(2, 3), (0, 3), (2, 1, 0), (3,), (1, 1)])
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    covering([(2, 3), (0, 3), (2, 1, 0), (3,), (1, 1)], [ml_dtypes.bfloat16, np.float16, np.float64]),
+)
 def test_dtypes_and_batches(shape: tuple[int, ...], dtype: Any, rng: np.random.Generator):
     with precision(dtype):
         hidden, kernel = ((rng.integers(-8, 9, s) / 8).astype(dtype) for s in ((*shape, 5), (5, COUNT)))
@@ -164,11 +166,11 @@ def test_meshes(kind: str, rng: np.random.Generator):
     want = norms(*arguments)
     if kind == "manual":
         split = jax.shard_map(lambda *a: norms(*a, vocab_axis="vocab"), mesh=mesh, in_specs=specs, out_specs=P("data"))
-        got = jax.jit(split)(*arguments)
+        got = run(split, *arguments)
     else:
         with jax.set_mesh(mesh):
             placed = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(arguments, specs, strict=True)]
-            got = jax.jit(norms)(*placed)
+            got = run(norms, *placed)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import run
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -52,8 +53,7 @@ def formula(z: Any, chosen: Any, shares: Any, c: Any = 1.0, e: float = 0.0, zeta
 OPTIONS = [{}, {"label_smoothing": 0.2}, {"class_weights": True, "z_loss": 0.1, "label_smoothing": 0.2}]
 
 
-@pytest.mark.parametrize("k", [K, 11])
-@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "smoothed", "all"])
+@pytest.mark.parametrize(("k", "options"), [(K, OPTIONS[0]), (11, OPTIONS[1]), (K, OPTIONS[2]), (11, OPTIONS[2])])
 def test_loss_and_gradient_are_those_of_the_formula(options: dict[str, Any], k: int, rng: np.random.Generator):
     x = problem(rng, k=k)
     named = {k: x["c"] if k == "class_weights" else v for k, v in options.items()}
@@ -189,10 +189,10 @@ def test_over_devices(kind: str, rng: np.random.Generator):
         return jax.lax.psum(loss(*args, vocab_axis="vocab", reduction="sum_and_weight"), "data").mean()
 
     spread = jax.shard_map(part, mesh=mesh, in_specs=specs, out_specs=P()) if kind == "manual" else loss
-    want = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 4)))(*args)
+    want = run(jax.value_and_grad(loss, (0, 1, 2, 4)), *args)
     with jax.set_mesh(mesh):
         split = [jax.device_put(x, jax.NamedSharding(mesh, spec)) for x, spec in zip(args, specs, strict=True)]
-        got = jax.jit(jax.value_and_grad(spread, (0, 1, 2, 4)))(*split)
+        got = run(jax.value_and_grad(spread, (0, 1, 2, 4)), *split)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import covering
 from jax.experimental import checkify
 
 # Untyped: options come in dictionaries, and some calls are wrong on purpose.
@@ -59,8 +60,9 @@ def test_the_inner_argument_beside_one_at_the_edge() -> None:
     assert {("jax.grad", "args[1]"), ("jax.jvp", "args[1]"), ("central differences", "args[1]")} <= compared
 
 
-@pytest.mark.parametrize("rule", ["custom_jvp", "custom_vjp"])
-@pytest.mark.parametrize("x", [[0.0, 1.0, 2.0], [1.0, 2.0, 0.0], [0.5, 0.0, 0.0, 0.0]], ids=str)
+@pytest.mark.parametrize(
+    ("x", "rule"), covering([[0.0, 1.0, 2.0], [1.0, 2.0, 0.0], [0.5, 0.0, 0.0, 0.0]], ["custom_jvp", "custom_vjp"])
+)
 def test_a_wrong_rule_beside_an_entry_at_the_edge(x: list[float], rule: str) -> None:
     loss = lambda x: jnp.sum(x * jnp.sqrt(x))  # noqa: E731
     # At 0 the usual rule is 0 * inf; the right one is written out.
@@ -87,8 +89,12 @@ def test_a_wrong_rule_of_two_arguments_at_the_edge() -> None:
     assert report.worst.argument == "args[1]"
 
 
-@pytest.mark.parametrize("x", [[NAN, 1.0, 2.0], [NAN, NAN], [1.0, NAN, 0.5]], ids=str)
-@pytest.mark.parametrize("gradient", [lambda x: 2.5 * x**2, lambda x: 0 * x, lambda x: -3 * x**2])
+@pytest.mark.parametrize(
+    ("x", "gradient"),
+    covering(
+        [[NAN, 1.0, 2.0], [NAN, NAN], [1.0, NAN, 0.5]], [lambda x: 2.5 * x**2, lambda x: 0 * x, lambda x: -3 * x**2]
+    ),
+)
 def test_a_wrong_rule_beside_nan_is_not_ok(x: list[float], gradient: Call) -> None:
     report = check_gradient(with_gradient(lambda x: jnp.sum(x**3), gradient), jnp.array(x))
     assert not report.ok, str(report)
@@ -117,8 +123,10 @@ def test_no_entries_at_all() -> None:
 # check_gradient concludes in words
 
 
-@pytest.mark.parametrize("rule", ["custom_vjp", "custom_jvp"])
-@pytest.mark.parametrize("gradient", [lambda x: 2.9 * x**2, lambda x: -3 * x**2, lambda x: 0 * x])
+@pytest.mark.parametrize(
+    ("gradient", "rule"),
+    covering([lambda x: 2.9 * x**2, lambda x: -3 * x**2, lambda x: 0 * x], ["custom_vjp", "custom_jvp"]),
+)
 def test_a_wrong_derivative_rule_is_called_so(rule: str, gradient: Call) -> None:
     report = check_gradient(with_gradient(lambda x: jnp.sum(x**3), gradient, rule), jnp.array([0.5, 1.0, -2.0]))
     assert not report.ok

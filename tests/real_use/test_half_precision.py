@@ -77,8 +77,15 @@ LOSSES: dict[str, Call] = {
 }
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        # bfloat16 has float32's range: what is tested is that its gradients are rounded once.
+        pytest.param(name, dtype, marks=pytest.mark.slow if dtype == jnp.bfloat16 and name != "denominator" else ())
+        for dtype in (jnp.float16, jnp.bfloat16)
+        for name in LOSSES
+    ],
+)
 def test_small_probabilities_under_a_loss_scale(name: str, dtype: Any) -> None:
     h, w = jnp.asarray(H, dtype), jnp.asarray(W, dtype)
     dz = ref.softmax(ref.wide(h) @ ref.wide(w)) - ref.onehot(Y, CLASSES)
@@ -129,7 +136,7 @@ def test_hessian_products_under_a_loss_scale() -> None:
     assert error(got, want) < 1e-2
 
 
-@pytest.mark.parametrize("rows", [8192, 32768])
+@pytest.mark.parametrize("rows", [8192, pytest.param(32768, marks=pytest.mark.slow)])
 def test_a_mean_over_many_rows(rows: int) -> None:
     """Dense code is 2e-4 off."""
     rng = np.random.default_rng(1)
@@ -175,61 +182,59 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import jaxent
-dtype, kind, name = sys.argv[1:]
-axis_type = AxisType.Explicit if kind == "explicit" else AxisType.Auto
-mesh = jax.make_mesh((2, 4), ("data", "vocab"), axis_types=(axis_type,) * 2)
+
 rng = np.random.default_rng(0)
-h, w = rng.normal(size=(16, 8)).astype(dtype), rng.normal(size=(8, 32)).astype(dtype)
-y = rng.integers(0, 32, 16).astype(np.int32)
+hidden, kernel, y = rng.normal(size=(16, 8)), rng.normal(size=(8, 32)), rng.integers(0, 32, 16).astype(np.int32)
 specs = P("data"), P(None, "vocab"), P("data")
-axis = {"vocab_axis": "vocab"} if kind == "manual" else {}
 
-def f(h, w, y):
-    if name == "none":
-        total = jaxent.linear_softmax_cross_entropy(h, w, y, reduction="none", **axis).sum()
-    elif name == "statistics":
-        total = -jaxent.linear_token_statistics(h, w, y, **axis).log_prob.sum()
-    elif name == "divergence":
-        total = jaxent.linear_kl_divergence(h, w, h, 2 * w, reduction="none", **axis).sum()
-    elif name == "dense":
-        total = jaxent.softmax_cross_entropy(h @ w, y, reduction="none").sum()
-    else:
-        total = jaxent.linear_softmax_cross_entropy(h, w, y, reduction="sum", **axis)
-    return jax.lax.psum(total, "data") if kind == "manual" else total
+def check(dtype, kind, name):
+    h, w = hidden.astype(dtype), kernel.astype(dtype)
+    axis_type = AxisType.Explicit if kind == "explicit" else AxisType.Auto
+    mesh = jax.make_mesh((2, 4), ("data", "vocab"), axis_types=(axis_type,) * 2)
+    axis = {"vocab_axis": "vocab"} if kind == "manual" else {}
 
-def plain(h, w):
-    log_q = jax.nn.log_softmax(h @ w)
-    if name == "divergence":
-        log_p, log_q = log_q, jax.nn.log_softmax(2 * (h @ w))
-        return (jnp.exp(log_p) * (log_p - log_q)).sum()
-    return -jnp.take_along_axis(log_q, y[:, None], axis=1).sum()
+    def f(h, w, y):
+        if name == "none":
+            total = jaxent.linear_softmax_cross_entropy(h, w, y, reduction="none", **axis).sum()
+        elif name == "statistics":
+            total = -jaxent.linear_token_statistics(h, w, y, **axis).log_prob.sum()
+        elif name == "divergence":
+            total = jaxent.linear_kl_divergence(h, w, h, 2 * w, reduction="none", **axis).sum()
+        else:
+            total = jaxent.linear_softmax_cross_entropy(h, w, y, reduction="sum", **axis)
+        return jax.lax.psum(total, "data") if kind == "manual" else total
 
-with jax.set_mesh(mesh):
-    args = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip((h, w, y), specs)]
-    g = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P()) if kind == "manual" else f
-    got = jax.jit(jax.value_and_grad(g, (0, 1)))(*args)
-want = jax.value_and_grad(plain, (0, 1))(h.astype(np.float32), w.astype(np.float32))
-for g, x in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
-    g, x = np.asarray(g).astype(np.float64), np.asarray(x, np.float64)
-    error = np.linalg.norm(g - x) / np.linalg.norm(x)
-    assert error < 0.03, error
-print("right")
+    def plain(h, w):
+        log_q = jax.nn.log_softmax(h @ w)
+        if name == "divergence":
+            log_p, log_q = log_q, jax.nn.log_softmax(2 * (h @ w))
+            return (jnp.exp(log_p) * (log_p - log_q)).sum()
+        return -jnp.take_along_axis(log_q, y[:, None], axis=1).sum()
+
+    with jax.set_mesh(mesh):
+        args = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip((h, w, y), specs)]
+        g = jax.shard_map(f, mesh=mesh, in_specs=specs, out_specs=P()) if kind == "manual" else f
+        got = jax.jit(jax.value_and_grad(g, (0, 1)))(*args)
+    want = jax.jit(jax.value_and_grad(plain, (0, 1)))(h.astype(np.float32), w.astype(np.float32))
+    for g, x in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        g, x = np.asarray(g).astype(np.float64), np.asarray(x, np.float64)
+        error = np.linalg.norm(g - x) / np.linalg.norm(x)
+        assert error < 0.03, error
+
+for case in sys.argv[1:]:
+    print(case, end=" ", flush=True)
+    check(*case.split(","))
+    print("right", flush=True)
 """
 MESHES = [
-    ("bfloat16", "explicit", "none"),
-    ("bfloat16", "explicit", "statistics"),
-    ("bfloat16", "explicit", "divergence"),
-    ("bfloat16", "explicit", "sum"),
-    ("float16", "explicit", "none"),
-    ("bfloat16", "automatic", "none"),
-    ("bfloat16", "manual", "none"),
+    *("bfloat16,explicit,none", "bfloat16,explicit,statistics", "bfloat16,explicit,divergence"),
+    *("bfloat16,explicit,sum", "float16,explicit,none", "bfloat16,automatic,none", "bfloat16,manual,none"),
 ]
 
 
-@pytest.mark.parametrize(("dtype", "kind", "name"), MESHES)
-def test_half_precision_on_a_mesh(dtype: str, kind: str, name: str) -> None:
+def test_half_precision_on_a_mesh() -> None:
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", ON_A_MESH, dtype, kind, name]
+    command = [sys.executable, "-c", ON_A_MESH, *MESHES]
     run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    assert run.returncode == 0, f"exit code {run.returncode}: {run.stderr[-600:]}"
-    assert run.stdout.strip() == "right"
+    assert run.returncode == 0, f"exit code {run.returncode} after {run.stdout}: {run.stderr[-600:]}"
+    assert run.stdout.split("\n")[:-1] == [f"{case} right" for case in MESHES]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference as ref
+from cases import covering
 
 Z = np.array([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]], np.float32)
 Y = np.array([2, 0], np.int32)
@@ -68,8 +69,7 @@ DIVIDED: dict[str, tuple[Call, Any]] = {
 }
 
 
-@pytest.mark.parametrize("number", BIG, ids=repr)
-@pytest.mark.parametrize("name", DIVIDED)
+@pytest.mark.parametrize(("name", "number"), covering(DIVIDED, BIG), ids=repr)
 def test_denominator(name: str, number: Any) -> None:
     f, total = DIVIDED[name]
     close(f(denominator=number), total / float(number))
@@ -179,8 +179,7 @@ WEIGHTED: dict[str, tuple[Call, Call]] = {
 }
 
 
-@pytest.mark.parametrize("w", HEAVY, ids=str)
-@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize(("name", "w"), covering(WEIGHTED, HEAVY), ids=str)
 def test_weights(name: str, w: Any) -> None:
     f, want = WEIGHTED[name]
     close(f(w), want(w))
@@ -233,8 +232,7 @@ BY_CLASS: dict[str, tuple[Call, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["int64", "list"])
-@pytest.mark.parametrize("name", BY_CLASS)
+@pytest.mark.parametrize(("name", "kind"), covering(BY_CLASS, ["int64", "list"]))
 def test_class_weights(name: str, kind: str) -> None:
     f, want = BY_CLASS[name]
     close(f(CLASS if kind == "int64" else CLASS.tolist()), want)
@@ -301,8 +299,7 @@ IN_BASE: dict[str, tuple[Call, tuple[np.ndarray, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("base", [2**32 + 2, 2**40, 2**64, np.int64(2**31)], ids=repr)
-@pytest.mark.parametrize("name", IN_BASE)
+@pytest.mark.parametrize(("name", "base"), covering(IN_BASE, [2**32 + 2, 2**40, 2**64, np.int64(2**31)]), ids=repr)
 def test_large_base(name: str, base: Any) -> None:
     f, args = IN_BASE[name]
     close(f(*args, base=base), ref.wide(f(*args)) / np.log(float(base)), rtol=1e-6)
@@ -312,8 +309,7 @@ def test_the_entropy_of_the_issue() -> None:
     close(jaxent.entropy(P, base=2**32 + 2), 1.5 / 32)
 
 
-@pytest.mark.parametrize("base", [0, 1.0, -2, float("nan"), np.int64(1)], ids=repr)
-@pytest.mark.parametrize("name", IN_BASE)
+@pytest.mark.parametrize(("name", "base"), covering(IN_BASE, [0, 1.0, -2, float("nan"), np.int64(1)]), ids=repr)
 def test_a_bad_base_raises_inside_jit_too(name: str, base: Any) -> None:
     f, args = IN_BASE[name]
     for transform in (lambda g: g, jax.jit):
@@ -342,8 +338,9 @@ def test_distribution_of_many_weights() -> None:
     close(jaxent.empirical_distribution(labels, 2, weights=np.ones(labels.size, np.float32)), [0.75, 0.25], rtol=1e-6)
 
 
-@pytest.mark.parametrize("order", ["large first", "large last", "large between"])
-@pytest.mark.parametrize("mode", ["eager", "jit", "vmap"])
+@pytest.mark.parametrize(
+    ("mode", "order"), covering(["eager", "jit", "vmap"], ["large first", "large last", "large between"])
+)
 def test_distribution_of_uneven_weights(order: str, mode: str) -> None:
     small = np.full(4096, 0.5, np.float32)
     at = {"large first": 0, "large last": 4096, "large between": 2000}[order]

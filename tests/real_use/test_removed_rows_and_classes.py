@@ -14,6 +14,7 @@ import mpmath
 import numpy as np
 import pytest
 import reference as ref
+from cases import covering
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -68,46 +69,54 @@ DROPPED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("how", DROPPED)
-@pytest.mark.parametrize("field", FIELDS)
-def test_masked_statistics_have_the_gradient_of_the_kept_rows(field: str, how: str) -> None:
+def test_masked_statistics_have_the_gradient_of_the_kept_rows(how: str) -> None:
     options = DROPPED[how]
 
-    def dense(z: jax.Array) -> jax.Array:
-        return jnp.where(KEPT, getattr(jaxent.token_statistics(z, **options), field), 0).sum()
+    def masked(statistics: Any) -> list[jax.Array]:
+        return [jnp.where(KEPT, getattr(statistics, field), 0).sum() for field in FIELDS]
 
-    def linear(h: jax.Array, w: jax.Array) -> jax.Array:
-        return jnp.where(KEPT, getattr(jaxent.linear_token_statistics(h, w, **options), field), 0).sum()
+    def dense(z: jax.Array) -> list[jax.Array]:
+        return masked(jaxent.token_statistics(z, **options))
 
-    close(jax.value_and_grad(dense)(Z), jax.value_and_grad(lambda z: plain_statistic(field, z, Y))(jnp.asarray(Z)))
-    wanted = jax.value_and_grad(lambda h, w: plain_statistic(field, h @ w, Y), (0, 1))(H, W)
-    close(jax.jit(jax.value_and_grad(linear, (0, 1)))(H, W), wanted)
+    def linear(h: jax.Array, w: jax.Array) -> list[jax.Array]:
+        return masked(jaxent.linear_token_statistics(h, w, **options))
+
+    def plain(z: jax.Array) -> list[jax.Array]:
+        return [plain_statistic(field, z, Y) for field in FIELDS]
+
+    for f, wanted, args in ((dense, plain, (Z,)), (linear, lambda h, w: plain(h @ w), (H, W))):
+        of = tuple(range(len(args)))
+        got, want = (jax.jit(lambda *x, f=f: (f(*x), jax.jacrev(f, of)(*x)))(*args) for f in (f, wanted))  # noqa: B023
+        close(got, want)
 
 
 @pytest.mark.parametrize("name", ["token_statistics", "linear_token_statistics"])
-@pytest.mark.parametrize("bad", [np.nan, INF, -INF])
-def test_statistics_of_dropped_rows_are_0_whatever_they_hold(name: str, bad: float) -> None:
+def test_statistics_of_dropped_rows_are_0_whatever_they_hold(name: str) -> None:
     options = {"labels": Y, "where": np.array([1, 1, 0, 1, 1, 1], bool), "top_k": 2}
     on = KEPT & options["where"]
-    args = (Z, jnp.eye(8)) if name.startswith("linear") else (Z,)
-    args = (np.where(on[:, None], args[0], bad).astype(np.float32), *args[1:])
+    head = (jnp.eye(8),) if name.startswith("linear") else ()
 
-    def f(*args: Any) -> Any:
-        return getattr(jaxent, name)(*args, **options)
+    @jax.jit
+    def statistics_and_gradient(z: Any) -> Any:
+        f = lambda z: getattr(jaxent, name)(z, *head, **options)  # noqa: E731
+        return f(z), jax.grad(lambda z: sum(getattr(f(z), field).sum() for field in FIELDS))(z)
 
-    stats = f(*args)
-    for field in (*FIELDS, "top_log_probs"):
-        assert np.all(np.asarray(getattr(stats, field))[~on] == 0)
-        assert np.all(np.isfinite(getattr(stats, field)))
-    for field in ("argmax", "rank", "top_classes"):
-        assert np.all(np.asarray(getattr(stats, field))[~on] == -1)
-        assert np.all(np.asarray(getattr(stats, field))[on] >= 0)
-    gradient = jax.grad(lambda x, *rest: sum(getattr(f(x, *rest), field).sum() for field in FIELDS))(*args)
-    assert np.all(np.asarray(gradient)[~on] == 0)
-    assert np.all(np.isfinite(gradient))
+    for bad in (np.nan, INF, -INF):
+        stats, gradient = statistics_and_gradient(np.where(on[:, None], Z, bad).astype(np.float32))
+        for field in (*FIELDS, "top_log_probs"):
+            assert np.all(np.asarray(getattr(stats, field))[~on] == 0), (bad, field)
+            assert np.all(np.isfinite(getattr(stats, field))), (bad, field)
+        for field in ("argmax", "rank", "top_classes"):
+            assert np.all(np.asarray(getattr(stats, field))[~on] == -1), (bad, field)
+            assert np.all(np.asarray(getattr(stats, field))[on] >= 0), (bad, field)
+        assert np.all(np.asarray(gradient)[~on] == 0), bad
+        assert np.all(np.isfinite(gradient)), bad
 
 
-@pytest.mark.parametrize("transform", ["jvp", "jacfwd", "vmap", "hessian", "zero cotangent"])
-@pytest.mark.parametrize("name", ["token_statistics", "linear_token_statistics"])
+@pytest.mark.parametrize(
+    ("transform", "name"),
+    covering(["jvp", "jacfwd", "hessian", "vmap", "zero cotangent"], ["token_statistics", "linear_token_statistics"]),
+)
 def test_dropped_rows_under_transformations(name: str, transform: str) -> None:
     rest = (jnp.eye(8),) if name.startswith("linear") else ()
 
@@ -200,8 +209,7 @@ def on_and_off(vector: Any, at: int = 1, rtol: float = 1e-5) -> np.ndarray:
     return np.delete(vector, at, axis=-1)
 
 
-@pytest.mark.parametrize("mode", ["grad", "jit grad", "jacfwd", "vmap"])
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(("mode", "route"), covering(["grad", "jit grad", "jacfwd", "vmap"], ROUTES))
 def test_gradient_through_the_softmax_of_a_teacher(route: str, mode: str) -> None:
     def f(a: jax.Array) -> jax.Array:
         return ROUTES[route](ZM, jax.nn.softmax(a))
@@ -234,8 +242,7 @@ def test_derivatives_with_respect_to_targets(route: str) -> None:
     close(np.delete(on_and_off(mixed), 1, 0), ref.softmax(ZM[ON])[:, None] - np.eye(2))
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("given", ["label", "probabilities"])
+@pytest.mark.parametrize(("route", "given"), covering(ROUTES, ["label", "probabilities"]))
 def test_derivatives_with_respect_to_class_weights(route: str, given: str) -> None:
     targets = np.int32(2) if given == "label" else TARGETS
     share = np.array([0, 1]) if given == "label" else TARGETS[ON]
@@ -340,8 +347,7 @@ def plain_nll(h: Any, w: Any, b: Any, cap: Any = CAP, t: Any = T) -> jax.Array:
     return -jnp.mean(jnp.take_along_axis(log_p, LABELS[:, None], axis=-1))
 
 
-@pytest.mark.parametrize("chunk", [None, 4])
-@pytest.mark.parametrize("cap", [None, CAP])
+@pytest.mark.parametrize(("cap", "chunk"), covering([CAP, None], [4, None]))
 def test_padded_classes_under_cap_and_temperature(cap: float | None, chunk: int | None) -> None:
     """All derivatives are those of the six classes that are there."""
     of = (0, 1, 2, 3) if cap is None else (0, 1, 2, 3, 4)
@@ -477,9 +483,10 @@ def test_smoothing_of_0_as_in_the_issue() -> None:
     close(jax.grad(lambda e: jaxent.softmax_cross_entropy(Z2, Y2, label_smoothing=e))(0.0), 1 / 3)
 
 
-@pytest.mark.parametrize("option", ["label_smoothing", "z_loss"])
-@pytest.mark.parametrize("mode", ["alone", "jit", "jvp", "jacfwd", "beside logits", "vmap"])
-@pytest.mark.parametrize("route", OFF_ROUTES)
+@pytest.mark.parametrize(
+    ("mode", "route", "option"),
+    covering(["alone", "jit", "jvp", "jacfwd", "beside logits", "vmap"], OFF_ROUTES, ["label_smoothing", "z_loss"]),
+)
 def test_slope_of_an_option_at_0(route: str, mode: str, option: str) -> None:
     def f(x: Any, z: Any = Z2) -> jax.Array:
         return OFF_ROUTES[route](z, Y2, **{option: x})
@@ -575,40 +582,49 @@ def sech2(x: float) -> float:
     return float(1 / mpmath.cosh(x) ** 2)
 
 
-@pytest.mark.parametrize("caps", [-30.0, -8.0, 2.0, 8.0, 12.0, 20.0, 40.0])
-def test_slope_of_a_soft_cap_does_not_saturate(caps: float) -> None:
-    s = 3.0
-    h, w = jnp.array([[caps * s]]), jnp.array([[1.0, 0.0]])
-    z = np.array([[s * np.tanh(caps), 0.0]])
-    residual = (ref.softmax(z) - [[0, 1]])[0, 0]
+def test_slope_of_a_soft_cap_does_not_saturate() -> None:
+    s, w, y = 3.0, jnp.array([[1.0, 0.0]]), jnp.array([1])
 
-    def f(h: Any, w: Any, b: Any) -> jax.Array:
-        return jaxent.linear_softmax_cross_entropy(h, w, jnp.array([1]), bias=b, soft_cap=s)
+    @jax.jit
+    def slopes(h: jax.Array) -> Any:
+        def f(h: Any, w: Any, b: Any) -> jax.Array:
+            return jaxent.linear_softmax_cross_entropy(h, w, y, bias=b, soft_cap=s)
 
-    gh, gw, gb = jax.grad(f, (0, 1, 2))(h, w, jnp.zeros(2))
-    want = residual * sech2(caps)
-    close((gh[0, 0], gw[0, 0], gb[0]), (want, want * caps * s, want), rtol=2e-5, atol=0)
-    close(jax.jvp(lambda h: f(h, w, jnp.zeros(2)), (h,), (jnp.ones((1, 1)),))[1], want, rtol=2e-5, atol=0)
-    by_row = jax.grad(lambda h: jaxent.linear_token_statistics(h, w, jnp.array([1]), soft_cap=s).log_prob[0])(h)
-    close(by_row, [[-want]], rtol=2e-5, atol=0)
-    norms = jaxent.linear_gradient_norms(h, w, jnp.array([1]), soft_cap=s)
-    close(norms.hidden[0], abs(want), rtol=2e-5, atol=0)
-    teacher = jax.grad(lambda h: jaxent.linear_kl_divergence(h, 0 * w, h, w, soft_cap_q=s))(h)
-    close(teacher, [[(ref.softmax(z)[0, 0] - 0.5) * sech2(caps)]], rtol=2e-5, atol=0)
+        return (
+            jax.grad(f, (0, 1, 2))(h, w, jnp.zeros(2)),
+            jax.jvp(lambda h: f(h, w, jnp.zeros(2)), (h,), (jnp.ones((1, 1)),))[1],
+            jax.grad(lambda h: jaxent.linear_token_statistics(h, w, y, soft_cap=s).log_prob[0])(h),
+            jaxent.linear_gradient_norms(h, w, y, soft_cap=s).hidden[0],
+            jax.grad(lambda h: jaxent.linear_kl_divergence(h, 0 * w, h, w, soft_cap_q=s))(h),
+        )
+
+    for caps in (-30.0, -8.0, 2.0, 8.0, 12.0, 20.0, 40.0):
+        z = np.array([[s * np.tanh(caps), 0.0]])
+        want = (ref.softmax(z) - [[0, 1]])[0, 0] * sech2(caps)
+        (gh, gw, gb), forward, by_row, norm, teacher = slopes(jnp.array([[caps * s]]))
+        close((gh[0, 0], gw[0, 0], gb[0]), (want, want * caps * s, want), rtol=2e-5, atol=0)
+        close(forward, want, rtol=2e-5, atol=0)
+        close(by_row, [[-want]], rtol=2e-5, atol=0)
+        close(norm, abs(want), rtol=2e-5, atol=0)
+        close(teacher, [[(ref.softmax(z)[0, 0] - 0.5) * sech2(caps)]], rtol=2e-5, atol=0)
 
 
-@pytest.mark.parametrize("caps", [8.0, 15.0])
-def test_curvature_of_a_soft_cap_does_not_saturate(caps: float) -> None:
-    s = 2.0
-    h, w, y = jnp.array([[caps * s]]), jnp.array([[1.0, 0.0]]), jnp.array([1])
-    p = ref.softmax(np.array([s * np.tanh(caps), 0.0]))[0]
-    f = lambda h: jaxent.linear_softmax_cross_entropy(h, w, y, soft_cap=s)  # noqa: E731
-    want = p * (1 - p) * sech2(caps) ** 2 - p * 2 * np.tanh(caps) * sech2(caps) / s
-    close(jax.hessian(f)(h)[0, 0, 0, 0], want, rtol=2e-5, atol=0)
-    got = jaxent.linear_ggn_vector_product(h, w, (jnp.ones((1, 1)), None), soft_cap=s)[0]
-    close(got, [[p * (1 - p) * sech2(caps) ** 2]], rtol=1e-4, atol=0)
-    by_cap = jax.grad(lambda s: jaxent.linear_softmax_cross_entropy(h, w, y, soft_cap=s))(s)
-    close(by_cap, p * float(mpmath.tanh(caps) - caps * mpmath.sech(caps) ** 2))
+def test_curvature_of_a_soft_cap_does_not_saturate() -> None:
+    s, w, y = 2.0, jnp.array([[1.0, 0.0]]), jnp.array([1])
+
+    @jax.jit
+    def curvature(h: jax.Array) -> Any:
+        f = lambda h, s: jaxent.linear_softmax_cross_entropy(h, w, y, soft_cap=s)  # noqa: E731
+        product = jaxent.linear_ggn_vector_product(h, w, (jnp.ones((1, 1)), None), soft_cap=s)[0]
+        return jax.hessian(f)(h, s)[0, 0, 0, 0], product, jax.grad(f, 1)(h, s)
+
+    for caps in (8.0, 15.0):
+        p = ref.softmax(np.array([s * np.tanh(caps), 0.0]))[0]
+        hessian, product, by_cap = curvature(jnp.array([[caps * s]]))
+        want = p * (1 - p) * sech2(caps) ** 2 - p * 2 * np.tanh(caps) * sech2(caps) / s
+        close(hessian, want, rtol=2e-5, atol=0)
+        close(product, [[p * (1 - p) * sech2(caps) ** 2]], rtol=1e-4, atol=0)
+        close(by_cap, p * float(mpmath.tanh(caps) - caps * mpmath.sech(caps) ** 2))
 
 
 @pytest.mark.usefixtures("x64")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference as ref
+from cases import covering
 from jax.experimental import checkify
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -41,11 +42,12 @@ def quotient_slope(losses: Any, w: Any) -> np.ndarray:
     return losses / w.sum() - (losses * w).sum() / w.sum() ** 2
 
 
-@pytest.mark.parametrize("transform", [jax.grad, jax.jacfwd, jax.jacrev, lambda f: jax.jit(jax.grad(f))])
-@pytest.mark.parametrize("w", [[1.0, 0.0], [0.0, 1.0], [0.5, 0.25], [0.0, 3.0]], ids=str)
-def test_risk_by_weights(w: list[float], transform: Call) -> None:
+def test_risk_by_weights() -> None:
     losses = jnp.array([1.0, 2.0])
-    close(transform(lambda w: risk(losses, w))(jnp.array(w)), quotient_slope(losses, w))
+    ways = jax.jit(lambda w: [d(lambda w: risk(losses, w))(w) for d in (jax.grad, jax.jacfwd, jax.jacrev)])
+    for w in ([1.0, 0.0], [0.0, 1.0], [0.5, 0.25], [0.0, 3.0]):
+        for slope in ways(jnp.array(w)):
+            close(slope, quotient_slope(losses, w))
 
 
 def test_the_gradient_of_the_issue() -> None:
@@ -129,22 +131,26 @@ LOSSES: dict[str, tuple[Call, np.ndarray]] = {
 }
 
 
-@pytest.mark.parametrize("mode", ["eager", "jit"])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize(("name", "mode"), covering(LOSSES, ["jit", "eager"]))
 def test_signed_weights(name: str, mode: str) -> None:
     """Advantages and unlikelihood: a negative weight turns the sign of its row."""
     f, rows = LOSSES[name]
-    run: Call = (lambda g: g) if mode == "eager" else jax.jit
-    w = ref.wide(SIGNED)
-    close(run(lambda w: f(w, reduction="mean"))(SIGNED), (w * rows).sum() / w.sum(), rtol=3e-5)
-    close(run(lambda w: f(w, denominator=DIVISOR))(SIGNED), (w * rows).sum() / DIVISOR)
-    close(run(lambda w: f(w, reduction="sum"))(SIGNED), (w * rows).sum())
-    if name != "linear_loss":
-        close(run(lambda w: f(w, reduction="none"))(SIGNED), w * rows)
-        pair = run(lambda w: f(w, reduction="sum_and_weight"))(SIGNED)
+
+    def everything(w: Any) -> Any:
+        reduced = {r: f(w, reduction=r) for r in ("mean", "sum", "none", "sum_and_weight")}
+        return reduced, jax.value_and_grad(lambda w: f(w, denominator=DIVISOR))(w)
+
+    run = everything if mode == "eager" else jax.jit(everything)
+    for signed in (SIGNED, -np.abs(SIGNED)):
+        w = ref.wide(signed)
+        reduced, (divided, slope) = run(signed)
+        close(reduced["mean"], (w * rows).sum() / w.sum(), rtol=3e-5)
+        close(reduced["sum"], (w * rows).sum())
+        close(reduced["none"], w * rows)
+        pair = reduced["sum_and_weight"]
         close((pair.total, pair.weight), ((w * rows).sum(), w.sum()))
-    close(run(jax.grad(lambda w: f(w, denominator=DIVISOR)))(SIGNED), rows / DIVISOR)
-    close(run(lambda w: f(w, denominator=DIVISOR))(-np.abs(SIGNED)), -(np.abs(w) * rows).sum() / DIVISOR)
+        close(divided, (w * rows).sum() / DIVISOR)
+        close(slope, rows / DIVISOR)
 
 
 @pytest.mark.parametrize("mode", ["grad", "jit", "jacfwd", "vmap", "closed form"])
@@ -225,23 +231,29 @@ def test_diagnose_mentions_negative_weights() -> None:
 BAD = [2.0, 255.0, -1.0, 1.5, -0.25, np.nan, np.inf]
 
 
-@pytest.mark.parametrize("bad", BAD, ids=str)
 @pytest.mark.parametrize("options", [{}, {"pos_weight": 2.0}, {"weights": np.full(4, 0.5, np.float32)}], ids=str)
-def test_a_binary_target_out_of_range_is_nan(bad: float, options: dict[str, Any]) -> None:
-    z, t = jnp.array([0.5, -1.0, 2.0, 0.0]), jnp.array([0.0, bad, 1.0, 0.25])
-    f = lambda z, **o: jaxent.sigmoid_cross_entropy(z, t, **options, **o)  # noqa: E731
-    assert np.isnan(f(z))
-    assert np.isnan(f(z, reduction="sum"))
-    rows = f(z, reduction="none")
-    want = ref.sigmoid_nll(z, jnp.where(jnp.arange(4) == 1, 0, t), options.get("pos_weight", 1.0))
-    want *= options.get("weights", 1.0)
-    want[1] = np.nan
-    close(rows, want)
-    gradient = jax.jit(jax.grad(lambda z: f(z, reduction="sum")))(z)
-    assert np.array_equal(np.isnan(gradient), [False, True, False, False])
+def test_a_binary_target_out_of_range_is_nan(options: dict[str, Any]) -> None:
     dropped = {"where": np.array([1, 0, 1, 1], bool)}
-    close(f(z, reduction="sum", **dropped), np.nansum(want))
-    close(np.asarray(jax.grad(lambda z: f(z, reduction="sum", **dropped))(z))[1], 0)
+
+    @jax.jit
+    def everything(z: jax.Array, t: jax.Array) -> Any:
+        f = lambda z, **o: jaxent.sigmoid_cross_entropy(z, t, **options, **o)  # noqa: E731
+        total, kept = (jax.value_and_grad(lambda z, o=o: f(z, reduction="sum", **o))(z) for o in ({}, dropped))
+        return f(z), f(z, reduction="none"), total, kept
+
+    z = jnp.array([0.5, -1.0, 2.0, 0.0])
+    for bad in BAD:
+        t = np.array([0.0, bad, 1.0, 0.25], np.float32)
+        mean, rows, (total, gradient), (kept, slope) = everything(z, t)
+        assert np.isnan(mean), bad
+        assert np.isnan(total), bad
+        want = ref.sigmoid_nll(z, np.where(np.arange(4) == 1, 0, t), options.get("pos_weight", 1.0))
+        want *= options.get("weights", 1.0)
+        want[1] = np.nan
+        close(rows, want)
+        assert np.array_equal(np.isnan(gradient), [False, True, False, False]), bad
+        close(kept, np.nansum(want))
+        close(slope[1], 0)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int32, np.int64])
