@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from cases import FAST
 from cli_text import SMALL, write_text
 
 from jaxent.cli import main
@@ -21,6 +22,21 @@ if "JAX_COMPILATION_CACHE_DIR" in os.environ:
     # Heuristic: reading a program back costs about what compiling it does when that takes 0.1 s.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--hurried",
+        action="store_true",
+        help="let XLA emit code without optimising it: most tests take half the time; not for those marked `compiled`",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Before JAX starts a back end, which reads the flags once."""
+    if config.getoption("--hurried"):
+        flags = (f"--{name}={str(value).lower()}" for name, value in FAST.items())
+        os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

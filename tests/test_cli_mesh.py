@@ -57,7 +57,7 @@ def test_eight_devices_reach_the_losses_of_one(
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_stopped_run_resumes_on_its_mesh(
     signum: signal.Signals,
     command: list[str],

@@ -14,6 +14,7 @@ from jaxent._engine.devices import Target
 from jaxent._engine.products import operand
 from jaxent._engine.streaming import Head, MatrixProducts
 
+pytestmark = pytest.mark.compiled
 PRODUCTS = MatrixProducts(jax.lax.Precision.HIGHEST)
 
 

@@ -583,6 +583,7 @@ def test_products_on_meshes(name: str, kind: str, rng: np.random.Generator):
 
 
 @pytest.mark.grid
+@pytest.mark.compiled
 @pytest.mark.parametrize("of", ["ggn", "fisher"])
 def test_costs_of_the_streamed_products(of: str):
     features, classes, chunk = 16, 4096, 128

@@ -147,6 +147,7 @@ def test_norms_with_the_classes_split(rng: np.random.Generator):
 
 
 @pytest.mark.grid
+@pytest.mark.compiled
 def test_the_memory_of_norms_does_not_grow_with_the_rows():
     def temporaries(rows: int) -> int:
         arguments = like(rows, 16), like(16, 4096), like(rows, dtype=np.int32)

@@ -22,6 +22,7 @@ from cases import (
     draw_labels,
     draw_logits,
     draw_probabilities,
+    marked,
     options_and_dtypes,
     precision,
     sigmoid_cross_entropy,
@@ -49,7 +50,7 @@ def test_gradient_of_every_option(option: str, dtype: str, rng: np.random.Genera
         z, arguments = draw_logits(rng, SHAPE, kind), OPTIONS[option](rng, SHAPE)
         want = oracle(z, arguments)
         every = kind == np.float32 and option in COMBINED
-        reductions = ("mean",) if "denominator" in arguments else REDUCTIONS if every else ("mean", "none")
+        reductions = REDUCTIONS if every else ("mean",)
 
         def total(z: Any, reduction: str) -> jax.Array:
             value = softmax_cross_entropy(z, **arguments, reduction=reduction)
@@ -109,7 +110,7 @@ def test_hessian_of_every_option(option: str, dtype: Any, rng: np.random.Generat
 
 
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("option", [o if o in COMBINED else pytest.param(o, marks=pytest.mark.slow) for o in OPTIONS])
+@pytest.mark.parametrize("option", marked(OPTIONS, ["everything"]))
 def test_finite_differences_of_every_option(option: str, rng: np.random.Generator):
     z, arguments = draw_logits(rng, SHAPE, np.float64) / 4, OPTIONS[option](rng, SHAPE)
     check_grads(jax.jit(lambda z: softmax_cross_entropy(z, **arguments)), (z,), order=2, modes=("fwd", "rev"))
@@ -117,7 +118,7 @@ def test_finite_differences_of_every_option(option: str, rng: np.random.Generato
 
 @pytest.mark.grid
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("by_label", [True, False])
+@pytest.mark.parametrize("by_label", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_finite_differences_by_every_argument(by_label: bool, rng: np.random.Generator):
     z = draw_logits(rng, SHAPE, np.float64) / 4
     labels = draw_labels(rng, SHAPE[:1], SHAPE[1])
@@ -139,7 +140,7 @@ def test_finite_differences_by_every_argument(by_label: bool, rng: np.random.Gen
     )
 
 
-@pytest.mark.grid
+@pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_finite_differences_of_the_other_losses(rng: np.random.Generator):
     z = draw_logits(rng, SHAPE, np.float64) / 4

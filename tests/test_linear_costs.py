@@ -24,6 +24,7 @@ linear_softmax_cross_entropy: Any = jaxent.linear_softmax_cross_entropy
 linear_kl_divergence: Any = jaxent.linear_kl_divergence
 
 BF16 = ml_dtypes.bfloat16
+pytestmark = pytest.mark.compiled
 
 
 def like(*shape: int, dtype: Any = np.float32) -> jax.ShapeDtypeStruct:

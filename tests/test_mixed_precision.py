@@ -94,6 +94,7 @@ def test_operands_of_all_products(f: Any, dtype: Any, transform: Any, rng: np.ra
     assert {e.outvars[0].aval.dtype for e in products} == {np.dtype(np.float32)}
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("f", [mean, per_row, statistics])
 def test_the_program_casts_the_kernel_once(f: Any, rng: np.random.Generator):
     hidden, kernel, labels = data(rng, 64)

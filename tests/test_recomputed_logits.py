@@ -9,6 +9,7 @@ import jaxent
 
 
 @pytest.mark.grid
+@pytest.mark.compiled
 def test_a_constant_temperature_under_jit(rng: np.random.Generator):
     """As a constant, 1 / 0.75 became a product in one use: the maximum was left out of a sum but not counted."""
     heads = [jnp.asarray(rng.integers(-8, 9, shape) / 8, jnp.float32) for shape in ((8, 3), (3, 5), (8, 4), (4, 5))]

@@ -17,7 +17,7 @@ from jaxent import (
     token_statistics,
 )
 
-pytestmark = pytest.mark.usefixtures("one_device")
+pytestmark = [pytest.mark.compiled, pytest.mark.usefixtures("one_device")]
 
 FEATURES = 16
 # Above 2**15 classes the value is computed in blocks of rows, here of 13.

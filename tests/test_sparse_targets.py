@@ -157,6 +157,7 @@ def test_from_hidden_states(reduction: str, rng: np.random.Generator):
 
 
 @pytest.mark.grid
+@pytest.mark.compiled
 def test_temporaries_do_not_grow_with_the_number_of_classes_named():
     def temporaries(k: int) -> int:
         like = [((256, 8192), jnp.float32), ((256, k), jnp.int32), ((256, k), jnp.float32)]

@@ -30,6 +30,7 @@ jaxent: Any = importlib.import_module("jaxent")
 nn: Any = importlib.import_module("jaxent.torch_compat")
 Call = Callable[..., Any]
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.compiled
 ROWS, CLASSES, FEATURES, DIRECTIONS = 100, 10, 4, 40  # 40,000 elements
 assert DIRECTIONS * ROWS * CLASSES > 2**15
 RNG = np.random.default_rng(0)
