@@ -109,6 +109,7 @@ def test_hessian_of_every_option(option: str, dtype: Any, rng: np.random.Generat
             assert_close(got, expected, ulp=8, dtype=dtype, size=size)
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("option", marked(OPTIONS, ["everything"]))
 def test_finite_differences_of_every_option(option: str, rng: np.random.Generator):
