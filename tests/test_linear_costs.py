@@ -243,6 +243,20 @@ def test_the_kernel_is_never_copied(wanted: tuple[int, ...], classes: int, rows:
     assert moves(text, 96, classes) == []
 
 
+def test_no_logits_are_copied_where_several_are_worked_on_in_blocks():
+    rows, features, classes = 64, 16, 8192
+    head = like(rows, features), like(features, classes)
+
+    def both(h: Any, w: Any, dh: Any, dw: Any) -> Any:
+        gradients = jax.grad(linear_kl_divergence, (0, 1, 2, 3))(h, w, dh, dw)
+        return gradients, jaxent.linear_ggn_vector_product(h, w, (dh, dw))
+
+    found = moves(hlo(both, *head, *head), rows, classes)
+    assert [
+        move for move in found if not move.startswith("ENTRY")
+    ] == []  # the logits that both work on are copied once
+
+
 @pytest.mark.parametrize("wanted", [(0,), (0, 1)])
 def test_an_embedding_is_not_copied_in_every_chunk(wanted: tuple[int, ...]):
     def program(hidden: jax.Array, embedding: jax.Array, labels: jax.Array) -> Any:

@@ -48,9 +48,19 @@ def by_row_blocks(
     sums = jax.tree.map(lambda x: pcast_like(jnp.zeros(x.shape, x.dtype), [x]), sums)
     out = jax.tree.map(lambda x: pcast_like(jnp.zeros((count, *x.shape[1:]), x.dtype), [x]), out)
 
-    def body(i: jax.Array, state: Pytree) -> Pytree:
-        sums, own, out = state
-        more, others, part = f(cut(logits if own is None else own, i), cut(rows, i))
-        return jax.tree.map(jnp.add, sums, more), None if own is None else put(own, others, i), put(out, part, i)
+    own = None if others is None else logits
+    # Several arrays are written a block late, after which all of them are read. Else XLA would read one array's block
+    # after that of another was overwritten: from a copy of all of it, in every step.
+    late = cut(logits, first) if own is not None and len(logits) > 1 else None
 
-    return lax.fori_loop(0, blocks, body, (sums, None if others is None else logits, out))
+    def body(i: jax.Array, state: Pytree) -> Pytree:
+        sums, own, late, out = state
+        if late is not None:
+            own = put(own, late, jnp.maximum(i - 1, 0))
+        more, others, part = f(cut(logits if own is None else own, i), cut(rows, i))
+        if late is None:
+            own, others = None if own is None else put(own, others, i), None
+        return jax.tree.map(jnp.add, sums, more), own, others, put(out, part, i)
+
+    sums, own, late, out = lax.fori_loop(0, blocks, body, (sums, own, late, out))
+    return sums, own if late is None else put(own, late, first + (blocks - 1)), out
