@@ -95,7 +95,16 @@ def with_rates(device: Device | None, dtype: DTypeLike, flops_per_second: float,
     if device is not None:
         return dataclasses.replace(device, flops_per_second=rates, bytes_per_second=bytes_per_second)
     return Device(
-        "", (), rates, flops_per_second, bytes_per_second, 0, bytes_per_second, "measured", recomputes_dz=False
+        name="",
+        kinds=(),
+        flops_per_second=rates,
+        default_float32_flops_per_second=flops_per_second,
+        bytes_per_second=bytes_per_second,
+        memory_bytes=0,
+        link_bytes_per_second=bytes_per_second,
+        source="measured",
+        is_tpu=False,
+        recomputes_dz=False,
     )
 
 
