@@ -60,6 +60,9 @@ def empirical_distribution(
         variables = tuple(arrays.integer(f"labels[{i}]", y) for i, y in enumerate(labels))
         for i, y in enumerate(variables):
             arrays.check_shape(f"labels[{i}]", y, variables[0].shape, "that of `labels[0]`")
+    elif isinstance(labels, tuple) and any(np.ndim(y) for y in labels):
+        expected = f"be a tuple of {len(labels)} counts, one for each array of `labels`"
+        raise arrays.dtype_error("num_classes", expected, num_classes)
     else:
         sample: Any = labels
         counts, variables = (_class_count(num_classes),), (arrays.integer("labels", sample),)

@@ -47,18 +47,18 @@ Per = Literal["row", "sequence"]
 
 @exportable
 class GradientNorms(NamedTuple):
-    """The Euclidean norms of the gradients of each row's loss, `(*batch,)` each, or of each sequence's."""
+    """Euclidean norms of the gradients of each row's loss, or of each sequence's: `(*batch,)` each."""
 
     residual: jax.Array
-    """By the logits, after soft cap and temperature: `|p - y|` without options, the EL2N score."""
+    """With respect to the logits, after soft cap and temperature: `|p - y|` without options, the EL2N score."""
     hidden: jax.Array
-    """By the row's hidden state."""
+    """With respect to the row's hidden state."""
     kernel: jax.Array
-    """By the kernel, the Frobenius norm."""
+    """With respect to the kernel: the Frobenius norm."""
     bias: jax.Array
-    """By the bias, whether there is one or not: by the logits before soft cap and temperature."""
+    """With respect to the logits before soft cap and temperature, which is that of a bias, if there is one."""
     survived: jax.Array
-    """What of the gradient by those logits survives the product with the kernel: its part in the kernel's row space."""
+    """That of the part of `bias`'s gradient in the kernel's row space; the rest does not reach the hidden state."""
 
 
 @public

@@ -112,6 +112,11 @@ def test_the_table_inside_transformations(rng: np.random.Generator):
 
 
 BAD = {
+    "one count": (
+        ((np.array([0, 1]), np.array([1, 0])), 2),
+        TypeError,
+        "`num_classes` must be a tuple of 2 counts, one for each array of `labels`",
+    ),
     "array": ((np.array([0, 1]), (2, 2)), TypeError, "`labels` must be a tuple of 2 arrays, as `num_classes` says"),
     "one array of two": (
         ((np.array([0]),), (2, 2)),

@@ -578,3 +578,12 @@ def test_errors_name_function_and_argument(call: Callable[[], Any], error: type[
     with pytest.raises(error, match=message) as caught:
         call()
     assert str(caught.value).startswith("jaxent.torch_compat.")
+
+
+def test_what_people_from_pytorch_try_first():
+    with pytest.raises(AttributeError, match=r"has no attribute 'Linear': .*layers are those of flax or equinox"):
+        nn.Linear(3, 4)
+    assert not hasattr(nn, "MSELoss")
+    assert not hasattr(nn, "__wrapped__")
+    with pytest.raises(ValueError, match=r"torch_compat\.cross_entropy: `target` must .* class indices are integers"):
+        nn.cross_entropy(np.zeros((2, 3), np.float32), np.array([0.0, 1.0]))

@@ -15,7 +15,7 @@ What differs:
 2. More is accepted: labels of any integer type, inputs of several types, `ignore_index=None` for no ignored rows,
    derivatives of any order and with respect to every argument, weights included.
 3. Sums are float32 or wider whatever the inputs, and a loss keeps its relative accuracy however small it is.
-4. Derivatives at nan and infinite inputs are those of the table "At the edges" in the README: an ignored row has
+4. Derivatives at nan and infinite inputs are those of the table "At the edges" in docs/exactness.md: an ignored row has
    derivative 0 whatever it holds, and in `kl_div`, where PyTorch's is nan, so has a target of 0.
 5. Errors are `TypeError` or `ValueError`; deprecated arguments give a `DeprecationWarning`.
 """
@@ -56,6 +56,15 @@ __all__ = [
     "nll_loss",
     "softmax",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    message = f"module {__name__!r} has no attribute {name!r}"
+    if not name.startswith("_"):
+        message += (
+            ": it has PyTorch's classification losses only (layers are those of flax or equinox, optimizers optax's)"
+        )
+    raise AttributeError(message, name=name)
 
 
 def _static(default: Any) -> Any:

@@ -134,7 +134,8 @@ def check_target(target: Any, shape: tuple[int, ...], axis: int) -> jax.Array:
     if jnp.issubdtype(target.dtype, jnp.integer):
         return check_class_indices(target, shape, axis)
     target = arrays.floating("target", target)
-    arrays.check_shape("target", target, shape, f"class probabilities are shaped like the logits{_where(shape, axis)}")
+    note = f"class probabilities are shaped like the logits, and class indices are integers{_where(shape, axis)}"
+    arrays.check_shape("target", target, shape, note)
     return target
 
 
