@@ -61,10 +61,10 @@ def run_case(case: Case, limits: Limits, effort: Effort) -> dict[str, Any]:
 
 
 def planned_ms(case: Case, own: Limits) -> float | None:
-    """What `plan` says of a linear loss at the rates of the products alone and of copies."""
+    """What `plan` says of a linear loss at the rates of the products alone and of a pass over memory."""
     if case.suite != "linear":
         return None
-    product_rate, byte_rate = own.product_flops_per_second[case.dtype], own.copy_bytes_per_second
+    product_rate, byte_rate = own.product_flops_per_second[case.dtype], own.pass_bytes_per_second
     shape = case.rows_kept, case.hidden, case.classes
     return plan(*shape, dtype=case.dtype, flops_per_second=product_rate, bytes_per_second=byte_rate).milliseconds
 

@@ -106,6 +106,8 @@ class Limits:
 
     copy_bytes_per_second: float
     """Read plus written, into fresh memory, as a gradient is."""
+    pass_bytes_per_second: float
+    """Read plus written, where it was read from, as in a pass over logits."""
     product_flops_per_second: dict[str, float]
     """By dtype, float32 in float32 accuracy."""
 
@@ -120,9 +122,10 @@ class Limits:
     def reached(self, case: Case, seconds: float) -> "Limits":
         """With the rates that a contender showed to be possible: what nobody beats is a limit."""
         rate = max(self.product_flops_per_second[case.dtype], case.flops() / seconds)
-        return Limits(
-            max(self.copy_bytes_per_second, case.bytes_moved() / seconds),
-            self.product_flops_per_second | {case.dtype: rate},
+        return dataclasses.replace(
+            self,
+            copy_bytes_per_second=max(self.copy_bytes_per_second, case.bytes_moved() / seconds),
+            product_flops_per_second=self.product_flops_per_second | {case.dtype: rate},
         )
 
     def seconds(self, case: Case) -> float:
@@ -139,9 +142,9 @@ class Limits:
         return case.flops() / self.product_flops_per_second[case.dtype]
 
 
-def _copy(size: int, effort: Effort) -> Contender:
+def _copy(size: int, effort: Effort, *, in_place: bool) -> Contender:
     x = jnp.zeros(size // 4, jnp.float32)
-    return compiled("copy", lambda x: x + 1, x, effort=effort)
+    return compiled("pass" if in_place else "copy", lambda x: x + 1, x, effort=effort, donate=in_place)
 
 
 def _product(rows: int, contracted: int, columns: int, dtype: str, effort: Effort) -> Contender:
@@ -153,14 +156,14 @@ def measure_limits(dtypes: set[str], effort: Effort) -> Limits:
     scale = 1 if effort is FULL else 4
     kind = "cpu" if jax.default_backend() == "cpu" else "accelerator"
     size, shapes = COPY_BYTES[kind] // scale, PRODUCT_SIZES[kind]
-    copy = _copy(size, effort)
+    copies = [_copy(size, effort, in_place=in_place) for in_place in (False, True)]
     with jax.default_matmul_precision("highest"):  # of float32; it says nothing about narrower types
         products = {
             dtype: {2 * n * d * v // scale: _product(n // scale, d, v, dtype, effort) for n, d, v in shapes}
             for dtype in dtypes
         }
-    contenders = [copy, *(c for by_flops in products.values() for c in by_flops.values())]
+    contenders = [*copies, *(c for by_flops in products.values() for c in by_flops.values())]
     best = {name: min(samples) / 1e3 for name, samples in measure(contenders, effort).items()}
     rates = {d: max(flops / best[c.name] for flops, c in by.items()) for d, by in products.items()}
     jax.clear_caches()
-    return Limits(2 * size / best["copy"], rates)
+    return Limits(2 * size / best["copy"], 2 * size / best["pass"], rates)

@@ -136,7 +136,7 @@ def _log_softmax_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
 def _of_kept_rows(losses: jax.Array, labels: jax.Array) -> jax.Array:
     """The mean over the rows that count, as dense code has it."""
     kept = labels != IGNORED
-    return jnp.sum(jnp.where(kept, losses, 0)) / jnp.sum(kept)
+    return jnp.sum(jnp.where(kept, losses, 0)) / jnp.sum(kept, dtype=losses.dtype)
 
 
 def _optax(name: str, case: Case, inputs: Inputs, effort: Effort) -> Contender | None:

@@ -158,7 +158,8 @@ def header(record: dict[str, Any]) -> str:
     lines = [
         f"{where['device']}, {where['cores']} cores, {where['backend']} x {where['devices']}, Python {where['python']}",
         ", ".join(f"{name} {number}" for name, number in record["versions"].items()),
-        f"copy {1e-9 * limits['copy_bytes_per_second']:,.1f} GB/s (read + written), products {rates}",
+        f"copy {1e-9 * limits['copy_bytes_per_second']:,.1f} GB/s (read + written), in place "
+        f"{1e-9 * limits['pass_bytes_per_second']:,.1f}, products {rates}",
         "threads: " + ", ".join(f"{name} {count}" for name, count in record["threads"].items()),
     ]
     if record["absent"]:

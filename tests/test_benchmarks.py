@@ -173,7 +173,7 @@ def test_compare_reports_changes_beyond_the_noise(record):
 
 
 def test_limits_bind_where_they_should():
-    device = limits.Limits(copy_bytes_per_second=1e10, product_flops_per_second={"float32": 1e11})
+    device = limits.Limits(1e10, 4e10, {"float32": 1e11})
     dense = cases.Case("dense", 1000, 1000, "value and gradient")
     linear = cases.Case("linear", 1000, 1000, "value and gradient", hidden=100)
     assert device.binding(dense) == "bytes moved"
