@@ -94,8 +94,8 @@ def dense(name: str, case: Case, inputs: Inputs, effort: Effort) -> Contender | 
 def fused(name: str, case: Case, inputs: Inputs, effort: Effort) -> Contender | None:
     """`linear_cross_entropy` at the rows a chunk that are fastest here: halved while that helps."""
     torch = importlib.import_module("torch")
-    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        return None
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions") or case.rows <= LEAST_CHUNK:
+        return None  # so few rows are one chunk, as of dense code
 
     def with_chunk(rows: int | None) -> tuple[float, Contender]:
         options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows)

@@ -249,6 +249,26 @@ def test_growth_is_the_exponent(record):
     assert lines[1].split()[-2:] == ["N^1.50", "N^0.00"]
 
 
+def test_what_plan_says_is_compared_with_what_was_measured():
+    found = (("a", 3.0, 4.0), ("b", 5.0, 4.0), ("c", None, 1.0), ("d", 4.0, 4.0))
+    read = {"cases": [{"name": n, "planned_ms": p, "rows": [{"median_ms": m}]} for n, p, m in found]}
+    assert report.planned(read) == "`plan` by measured time: median 1.00, least 0.75 (a), most 1.25 (b)"
+    assert report.planned({"cases": read["cases"][2:3]}) == ""
+    linear = cases.Case("linear", 64, 128, cases.GRADIENT, 32, use="RL", kept=0.5)
+    planned = command.planned_ms(linear, limits.Limits(1e9, 1e10, {"float32": 1e9}))
+    work, passes = 6 * 32 * 32 * 128 / 1e9, 12 * 32 * 128 / 1e10
+    assert planned == pytest.approx(1e3 * (work + passes), rel=1e-3)
+    assert command.planned_ms(cases.Case("dense", 64, 128, "value"), limits.Limits(1e9, 1e10, {})) is None
+
+
+def test_rows_that_do_not_count_are_those_that_a_case_says():
+    case = cases.Case("linear", 40, 16, cases.GRADIENT, 4, use="fine-tuning", kept=0.3)
+    labels = case.data()[2]
+    assert np.sum(labels != cases.IGNORED) == case.rows_kept == 12
+    assert case.flops() == 6 * 12 * 4 * 16
+    assert "30% of the rows kept (fine-tuning)" in case.name
+
+
 @pytest.mark.grid
 def test_findings_name_who_is_faster(record):
     changed = copy.deepcopy(record)
