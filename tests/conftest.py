@@ -39,6 +39,13 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *flags))
 
 
+# What readers and users run, as they run it.
+AS_USERS_RUN = (
+    *("test_accuracy", "test_benchmarks", "test_cli_", "test_distributed", "test_docs", "test_docstrings"),
+    *("test_examples", "test_fits_in", "test_readme"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as `grid` what the README's command leaves out: most rows of each table, and the cases of `real_use`.
 
@@ -47,6 +54,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     tables: dict[str, list[pytest.Item]] = {}
     for item in items:
+        if item.path.name.startswith(AS_USERS_RUN):
+            item.add_marker(pytest.mark.compiled)
         marks = {mark.name for mark in item.iter_markers()}
         if "real_use" in item.path.parts:
             item.add_marker(pytest.mark.grid)

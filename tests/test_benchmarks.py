@@ -17,7 +17,6 @@ from benchmarks import cases, collectives, harness, limits, pictures, readme, re
 from benchmarks.compare import compare
 from benchmarks.inputs import Inputs
 
-pytestmark = pytest.mark.compiled
 EFFORT = harness.Effort(rounds=3, seconds=0.0, most_seconds=1.0, sample_seconds=1e-4, compiles=1)
 SMALL = (
     cases.Case("dense", 33, 10, "value"),
