@@ -14,7 +14,7 @@ CASES = {case.name: case for case in accuracy_cases.cases()}
 
 
 @pytest.mark.parametrize("size", [1e-36, 1e-20, 1e-3, 1.0, 1e3])
-def test_what_is_due_is_the_definition(size):
+def test_expected_values_are_the_definition(size):
     case = accuracy_cases.sized(size)
     with mpmath.workdps(60):
         z = [mpmath.mpf(float(x)) for x in case.logits[0]]
@@ -34,7 +34,7 @@ def test_what_is_due_is_the_definition(size):
         np.testing.assert_allclose(np.ravel(due[quantity][0]).astype(float), [float(x) for x in numbers], rtol=1e-14)
 
 
-def test_edges_are_due_as_documented():
+def test_edges_are_as_documented():
     for name in ("a row of nan that `where` drops", "a row of nan that is ignored"):
         value, gradient = (CASES[name].due()[q][0] for q in ("value", "gradient"))
         assert np.isfinite(value)

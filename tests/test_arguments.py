@@ -95,7 +95,7 @@ def test_a_number_that_float32_cannot_hold_is_refused(argument: str):
             run(RANGE[argument])
 
 
-def test_64_bit_types_hold_it(x64: None):
+def test_64_bit_types_hold_larger_weights(x64: None):
     got = api.softmax_cross_entropy(Z.astype(np.float64), Y, weights=TOO_LARGE)
     np.testing.assert_allclose(got, (ROWS * TOO_LARGE).sum() / TOO_LARGE.sum(), rtol=1e-12)
 
@@ -118,7 +118,7 @@ def test_a_scalar_that_float32_makes_zero_or_infinite_is_refused(argument: str, 
 
 
 @pytest.mark.parametrize("number", [True, np.bool_(True), jnp.array(True)])
-def test_a_flag_is_no_number(number: Any):
+def test_a_flag_is_not_a_number(number: Any):
     with pytest.raises(TypeError, match=r"jaxent\.softmax_cross_entropy: `denominator` must have a floating dtype"):
         api.softmax_cross_entropy(Z, Y, denominator=number)
     with pytest.raises(TypeError, match=r"jaxent\.softmax_cross_entropy: `axis` must be an int"):
@@ -283,12 +283,12 @@ def test_float8_is_refused(name: str, dtype: Any):
 
 
 @pytest.mark.parametrize("axis", [(), ("a", 0), ["a"], 3])
-def test_a_vocabulary_axis_that_is_no_name(axis: Any):
+def test_a_vocabulary_axis_that_is_not_a_name(axis: Any):
     with pytest.raises(TypeError, match=r"jaxent\.softmax_cross_entropy: `vocab_axis` must be the name of a mesh axis"):
         api.softmax_cross_entropy(Z, Y, vocab_axis=axis)
 
 
-def test_the_axis_of_a_vmap_is_no_mesh_axis():
+def test_the_axis_of_a_vmap_is_not_a_mesh_axis():
     parts = np.stack(np.split(W, 2, axis=1))
     with pytest.raises(ValueError, match=r"jaxent\.linear_loss: `vocab_axis` must .*axis_name of a jax\.vmap"):
         jax.vmap(lambda w: api.linear_loss(lambda z: z[:, 0], H, w, vocab_axis="v"), axis_name="v")(parts)

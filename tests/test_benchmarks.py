@@ -100,7 +100,7 @@ def test_disagreement_is_refused_before_any_time_is_taken():
             harness.agreeing([ours, contender("bad", *bad)], tolerance)
 
 
-def test_who_runs_out_of_memory_is_named_and_not_timed():
+def test_contenders_that_run_out_of_memory_are_named_and_not_timed():
     def results():
         raise MemoryError("4 GiB\nand a trace")
 

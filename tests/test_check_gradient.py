@@ -204,7 +204,7 @@ def test_nothing_compared_is_not_ok():
 
 
 @pytest.mark.parametrize("loss", [lambda x: jnp.sum(x) * jnp.nan, lambda x: jnp.sum(jnp.log(-jnp.abs(x) - 1))])
-def test_a_loss_of_nan_vouches_for_no_gradient(loss: Callable[[Any], Any]):
+def test_a_nan_loss_supports_no_gradient(loss: Callable[[Any], Any]):
     report = check_gradient(loss, np.array([1.0, 2.0], np.float32))
     assert not report.ok
     assert "NOTHING COMPARED" in str(report)
@@ -257,7 +257,7 @@ def test_distributions_at_the_edge_of_the_simplex():
 
 
 @pytest.mark.parametrize("forward", [True, False])
-def test_a_wrong_rule_is_concluded_in_words(forward: bool):
+def test_the_report_names_a_wrong_rule(forward: bool):
     x = np.array([1.0, 0.5], np.float32)
     if forward:
         wrong = with_gradient(cubes, lambda x: 2.9 * x**2)
@@ -357,7 +357,7 @@ KINDS = (
 
 @pytest.mark.grid
 @pytest.mark.parametrize("name", marked(COVERED, KINDS))
-def test_what_else_can_be_checked(name: str):
+def test_check_gradient_takes_every_kind_of_function(name: str):
     """Curvature, norms, statistics, measures and PyTorch's losses, and what is due of second order."""
     function, args, second_order = COVERED[name]
     report = check_gradient(function, *args, tolerance=64, second_order=second_order)

@@ -117,7 +117,7 @@ def test_every_loss_is_there():
 
 @pytest.mark.grid
 @pytest.mark.parametrize("option", ["everything", "probabilities, everything"])
-def test_an_option_out_of_everything(option: str):
+def test_all_options_together(option: str):
     (case,) = (c for c in cases.cases() if (c.loss, c.option) == ("softmax_cross_entropy", option))
     products = Products(None, 23, 23)
     results = check.run([case], ["bfloat16", "float32"], products)
@@ -175,7 +175,7 @@ def test_row_sums_are_right_here():
 
 @pytest.mark.grid
 @pytest.mark.parametrize("error", [3.06, float("inf")])
-def test_wrong_row_sums_are_told(error: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_wrong_row_sums_are_reported(error: float, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     """The losses may all be in bounds: the user's own code is not."""
     monkeypatch.setattr(check, "measure_row_sums", lambda: RowSums(error))
     assert main(FAST) == 1
@@ -252,7 +252,7 @@ def test_errors_in_one_line(arguments: list[str], message: str, tmp_path: Path, 
     assert err.count("\n") == 1
 
 
-def test_a_dtype_that_there_is_not(capsys: pytest.CaptureFixture[str]):
+def test_an_unknown_dtype(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="2"):
         main(["check", "--dtype", "float8"])
     assert "argument --dtype: invalid choice: 'float8'" in capsys.readouterr().err

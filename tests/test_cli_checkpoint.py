@@ -30,7 +30,7 @@ def content(stored: Checkpoint) -> list[bytes]:
     return [*(x.tobytes() for x in arrays), *stored.tokenizer.pieces, json.dumps(rest).encode()]
 
 
-def test_flipped_bits_are_told_or_change_nothing(trained: Path, tmp_path: Path):
+def test_flipped_bits_are_reported_or_harmless(trained: Path, tmp_path: Path):
     """In the headers of the archive, where no check sum lies over them, as elsewhere."""
     whole, chance = (trained / NAME).read_bytes(), random.Random(0)
     expected = content(Checkpoint.load(trained))
@@ -109,7 +109,7 @@ def array(name: str, value: Callable[[np.ndarray], np.ndarray]) -> Callable[[dic
         head(format="jaxent-train-99"),
     ],
 )
-def test_what_is_no_checkpoint(
+def test_invalid_checkpoints(
     change: Callable[[dict[str, Any]], None], trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     rewritten(trained, change, tmp_path)
@@ -148,7 +148,7 @@ def test_compressed_and_endless_files(trained: Path, tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.parametrize("damage", ["settings", "not JSON", "list", "fifo", "no numbers"])
-def test_a_report_that_is_none_is_written_again(
+def test_a_damaged_report_is_rewritten(
     damage: str, text: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     out = tmp_path / "o"
@@ -179,7 +179,7 @@ def test_the_clean_up_takes_only_its_own(tmp_path: Path):
         assert sorted(p.name for p in tmp_path.iterdir()) == sorted(foreign)
 
 
-def test_folders_that_were_made_in_vain_go(tmp_path: Path):
+def test_unused_folders_are_removed(tmp_path: Path):
     with exclusive_directory(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b").is_dir()
     assert list(tmp_path.iterdir()) == []

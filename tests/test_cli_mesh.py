@@ -99,7 +99,7 @@ def test_a_stopped_run_resumes_on_its_mesh(
         ),
     ],
 )
-def test_meshes_that_cannot_be(
+def test_impossible_meshes(
     options: list[str], message: str, command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     fails([*command, *options, "--out", str(tmp_path / "o")], message, capsys)
@@ -107,7 +107,7 @@ def test_meshes_that_cannot_be(
 
 
 @pytest.mark.parametrize("mesh", ["", "data", "data=0", "data=-1", "data=2,data=2", "rows=2", "data=x"])
-def test_meshes_that_cannot_be_read(mesh: str, capsys: pytest.CaptureFixture[str]):
+def test_malformed_meshes(mesh: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         main(["train", "--mesh", mesh])
     assert f"argument --mesh: must be like data=4,vocab=2, got {mesh}" in capsys.readouterr().err

@@ -39,7 +39,7 @@ def tiny(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("MPLBACKEND", "garbage", "cannot import matplotlib: "),
     ],
 )
-def test_an_environment_that_cannot_be(variable: str, value: str, message: str, text: Path, tmp_path: Path):
+def test_an_invalid_environment(variable: str, value: str, message: str, text: Path, tmp_path: Path):
     """At the start: nothing has been read or written."""
     code, out, err = run("train", text, *TINY, "--out", tmp_path / "o", env=environment(**{variable: value}))
     assert (code, out, err.count("\n")) == (2, "", 1)
@@ -49,7 +49,7 @@ def test_an_environment_that_cannot_be(variable: str, value: str, message: str, 
 
 
 @pytest.mark.grid
-def test_check_and_module_runs_tell_it_too():
+def test_check_and_python_m_report_it_too():
     for command in (["-m", "jaxent", "check"], ["-m", "jaxent.cli", "tokens", "x"]):
         found = subprocess.run(
             [sys.executable, *command], capture_output=True, text=True, env=environment(JAX_PLATFORMS="garbage")
@@ -138,7 +138,7 @@ def test_progress_off_a_terminal(text: Path, tmp_path: Path):
 
 
 @pytest.mark.grid
-def test_outputs_of_a_run_are_no_input(text: Path, tmp_path: Path):
+def test_outputs_of_a_run_are_not_input(text: Path, tmp_path: Path):
     """`jaxent train .` twice is one run, wherever it writes, its log included."""
     for file in text.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -224,7 +224,7 @@ LARGE = "1" + 30 * "0"
     "option", ["steps", "batch-rows", "width", "vocab-size", "seed", "max-bytes", "checkpoint-every"]
 )
 @pytest.mark.parametrize("value", [LARGE, "10**30", "1e3", "-1", "", "9" * 6000, "٣x"])
-def test_numbers_that_cannot_be(option: str, value: str, capsys: pytest.CaptureFixture[str]):
+def test_invalid_numbers(option: str, value: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="2"):
         main(["train", f"--{option}={value}"])
     out, err = capsys.readouterr()
@@ -234,7 +234,7 @@ def test_numbers_that_cannot_be(option: str, value: str, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("value", ["abc", "nan", "inf", "-1", "0", "1e999"])
-def test_rates_that_cannot_be(value: str, capsys: pytest.CaptureFixture[str]):
+def test_invalid_learning_rates(value: str, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit, match="2"):
         main(["train", f"--learning-rate={value}"])
     assert capsys.readouterr().err.startswith("jaxent: argument --learning-rate: must be a positive number, got ")

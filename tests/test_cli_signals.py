@@ -162,7 +162,9 @@ def test_only_the_command_takes_signals():
         ([""], ["python"], False),
     ],
 )
-def test_what_the_command_is(argv: list[str], original: list[str], expected: bool, monkeypatch: pytest.MonkeyPatch):
+def test_which_process_is_the_command(
+    argv: list[str], original: list[str], expected: bool, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(sys, "orig_argv", original)
     assert _command.is_command() is expected

@@ -94,7 +94,7 @@ def test_a_file_named_twice_counts_once(tmp_path: Path):
     assert found == [Document((tmp_path / "a").as_posix(), b"x")]
 
 
-def test_a_folder_may_hold_what_is_not_text(tmp_path: Path):
+def test_a_folder_may_hold_other_files(tmp_path: Path):
     """Pipes, devices, links that lead nowhere and binary files are passed over; named, a binary file is an error."""
     write(tmp_path, a=b"some text", b=b"PNG\0", c=b"other text")
     os.mkfifo(tmp_path / "pipe")

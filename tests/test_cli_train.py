@@ -73,7 +73,7 @@ def test_json_and_quiet(text: Path, trained: Path, capsys: pytest.CaptureFixture
     assert (trained / NAME).read_bytes() == before
 
 
-def test_resume_without_a_checkpoint_begins(text: Path, trained: Path, tmp_path: Path):
+def test_resume_without_a_checkpoint_starts_afresh(text: Path, trained: Path, tmp_path: Path):
     assert main(["train", str(text), *SMALL, "--out", str(tmp_path / "o"), "--resume", "--quiet"]) == 0
     assert (tmp_path / "o" / NAME).read_bytes() == (trained / NAME).read_bytes()
 

@@ -150,7 +150,7 @@ def test_products_as_the_compilers_write_them(line: str, flops: int, kind: str |
     assert [str(p) for p in kernel.products] == ([kind] if kind else [])
 
 
-def test_of_branches_the_dearest_counts():
+def test_the_most_expensive_branch_counts():
     text = """%cheap (p: f32[8]) -> f32[8] {
   ROOT %p = f32[8]{0} parameter(0)
 }

@@ -29,7 +29,7 @@ def test_devices_by_the_names_that_jax_gives_them(kind: str, name: str):
 @pytest.mark.parametrize(
     "kind", ["cpu", "", "NVIDIA H100 PCIe", "NVIDIA A100-SXM4-40GB", "TPU v4", "AMD Instinct MI300X"]
 )
-def test_what_is_not_in_the_table_is_not_guessed(kind: str):
+def test_unknown_devices_are_not_guessed(kind: str):
     assert device_named(kind) is None
 
 

@@ -147,7 +147,7 @@ def test_a_mistake_is_found(name: str):
 
 
 @pytest.mark.parametrize("name", FINE)
-def test_what_is_no_mistake(name: str):
+def test_valid_inputs_have_no_finding(name: str):
     logits, targets, options = FINE[name]
     assert diagnose(logits, targets, **options) == []
 
@@ -323,7 +323,7 @@ def test_a_mistake_of_another_loss_is_found(name: str):
 
 
 @pytest.mark.parametrize("name", OTHERS_FINE)
-def test_what_is_no_mistake_of_another_loss(name: str):
+def test_valid_inputs_of_other_losses_have_no_finding(name: str):
     loss, args, options = OTHERS_FINE[name]
     assert diagnose(*args, loss=loss, **options) == []
     if name in CHECKED:

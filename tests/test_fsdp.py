@@ -287,7 +287,7 @@ def test_a_gather_in_a_loop_is_seen(loop: str):
 # What is refused
 
 
-def test_features_of_hidden_states_are_whole():
+def test_features_of_hidden_states_must_be_whole():
     on = LAYOUTS["fsdp"]
     mesh = on.make(AxisType.Explicit)
     h, w, y = placed(on, mesh, ("h", "w", "labels"))

@@ -120,7 +120,7 @@ def test_finite_differences_of_every_option(option: str, rng: np.random.Generato
 @pytest.mark.grid
 @pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("by_label", [pytest.param(True, marks=pytest.mark.slow), False])
-def test_finite_differences_by_every_argument(by_label: bool, rng: np.random.Generator):
+def test_finite_differences_with_respect_to_every_argument(by_label: bool, rng: np.random.Generator):
     z = draw_logits(rng, SHAPE, np.float64) / 4
     labels = draw_labels(rng, SHAPE[:1], SHAPE[1])
     targets = draw_probabilities(rng, SHAPE).astype(np.float64) + 0.25
@@ -176,7 +176,7 @@ def test_the_gradient_of_other_axes(rng: np.random.Generator):
     np.testing.assert_allclose(got, auto, rtol=1e-6)
 
 
-def test_the_derivative_by_weights_and_class_weights_is_the_loss(rng: np.random.Generator):
+def test_the_derivative_with_respect_to_weights_and_class_weights_is_the_loss(rng: np.random.Generator):
     z, labels = draw_logits(rng, (4, 3)), np.array([0, 2, 2, -100])
     losses = softmax_cross_entropy(z, labels, reduction="none")
 

@@ -119,7 +119,7 @@ def test_self_information_edges():
 
 
 @pytest.mark.parametrize("name", FEW)
-def test_no_plausible_number_for_what_is_no_probability(name: str):
+def test_invalid_probabilities_give_nan(name: str):
     case = CASES[name]
     good = f32([0.25, 0.25, 0.5])
     for bad, at in itertools.product((-0.25, -1e-30, NAN), range(case.operands)):
@@ -254,7 +254,7 @@ MASKED = {**{n: CASES[n] for n in FEW}, **LOGITS}
 
 
 @pytest.mark.parametrize("name", [n for n in MASKED if n not in ("js_1/8(p, q)", "renyi_0.25(p, q)")])
-def test_a_row_without_classes_is_nothing(name: str):
+def test_a_row_without_classes_is_zero(name: str):
     case = MASKED[name]
     mask = np.array([[True, True, False], [False, False, False]])
     vectors = [f32([[0.25, 0.75, NAN], [0.5, NAN, -1]]), f32([[0.5, 0.5, INF], [NAN, 1, 0]])][: case.operands]

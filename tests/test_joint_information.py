@@ -238,13 +238,13 @@ def test_second_and_third_derivatives_of_tiny_probabilities(name: str):
 
 
 @pytest.mark.parametrize("name", [*PAIRS, "pointwise_mutual_information"])
-def test_no_plausible_number_for_what_is_no_joint_distribution(name: str):
+def test_invalid_joint_distributions_give_nan(name: str):
     measure = PAIRS[name][0] if name in PAIRS else info.pointwise_mutual_information
     for bad in (-0.25, np.nan):
         assert np.isnan(np.ravel(measure(f32([[bad, 0.5], [0.25, 0.5]])))[0])
 
 
-def test_counts_are_no_probabilities():
+def test_counts_are_not_probabilities():
     counts = np.array([[50, 10], [20, 40]])
     for measure in (info.mutual_information, info.normalized_mutual_information, info.pointwise_mutual_information):
         with pytest.raises(TypeError, match=r"floating dtype .*`counts / counts.sum\(\)`\), got int64\[2,2\]"):

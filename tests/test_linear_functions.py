@@ -59,7 +59,7 @@ def test_options_of_a_row_loss(reduction: str, devices: int, rng: np.random.Gene
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_what_goes_with_a_row_loss(rng: np.random.Generator):
+def test_auxiliary_results_of_a_row_loss(rng: np.random.Generator):
     hidden, kernel, labels = draw(rng, 12)
     where = np.arange(12) != 5
 
@@ -157,7 +157,7 @@ def test_log_probabilities_over_a_kept_set(dtype: Any, rng: np.random.Generator)
     assert counted(jax.grad(lambda h, w: jnp.sum(rows(h, w)), argnums=(0, 1)), hidden, kernel) < 4.01 * 16 * 3 * 7
 
 
-def test_the_best_of_a_masked_vocabulary(rng: np.random.Generator):
+def test_top_k_of_a_masked_vocabulary(rng: np.random.Generator):
     hidden, kernel, _ = draw(rng)
     allowed = rng.random((13, 7)) < 0.6
     allowed[:, :2] = True
@@ -183,7 +183,7 @@ def test_the_best_of_a_masked_vocabulary(rng: np.random.Generator):
         *(pytest.param(kind, "none", marks=pytest.mark.slow) for kind in ("one device", "explicit")),
     ],
 )
-def test_one_pass_tells_everything(kind: str, reduction: str, rng: np.random.Generator):
+def test_one_pass_computes_the_loss_and_its_statistics(kind: str, reduction: str, rng: np.random.Generator):
     hidden, kernel, labels = rng.normal(size=(8, 4)), rng.normal(size=(4, 8)), rng.integers(0, 8, 8)
     hidden, kernel, labels = hidden.astype(np.float32), kernel.astype(np.float32), labels.astype(np.int32)
     labels[3] = -100

@@ -184,7 +184,7 @@ def test_finite_differences(loss: str, rng: np.random.Generator):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
-def test_finite_differences_by_the_other_arguments(rng: np.random.Generator):
+def test_finite_differences_with_respect_to_the_other_arguments(rng: np.random.Generator):
     h, w, y = draw(rng)
     others = {
         "bias": rng.normal(size=CLASSES),

@@ -177,7 +177,7 @@ def test_logits_near_ten_thousand():
     assert_close(got, np.log(1 + np.exp(1.0) + np.exp(2.0)), ulp=2, dtype=np.float32)
 
 
-def test_fractions_that_are_not_binary():
+def test_options_that_are_not_binary_fractions():
     # 0.1 is rounded to float32 before it is used.
     z = np.array([[0.5, -1.5, 2.0]], np.float32)
     targets = np.array([1])

@@ -350,7 +350,7 @@ PRECISIONS = [(False, "bfloat16"), (True, "float32"), (True, "float64")]
 @pytest.mark.grid
 @pytest.mark.parametrize("start", [EmpiricalRisk, WeightedSum])
 @pytest.mark.parametrize(("wide", "dtype"), PRECISIONS)
-def test_nothing_starts_a_scan(start: Any, wide: bool, dtype: str, rng: np.random.Generator):
+def test_an_empty_sum_starts_a_scan(start: Any, wide: bool, dtype: str, rng: np.random.Generator):
     w, x, y, _ = batch(rng, 32)
     with jax.enable_x64(wide):
 
@@ -375,7 +375,7 @@ def test_nothing_starts_a_scan(start: Any, wide: bool, dtype: str, rng: np.rando
     )
 
 
-def test_nothing_starts_other_loops():
+def test_an_empty_sum_starts_other_loops():
     part = WeightedSum(jnp.float32(6.0), jnp.float32(3.0))
 
     def step(i: jax.Array, summed: WeightedSum) -> WeightedSum:
@@ -390,7 +390,7 @@ def test_nothing_starts_other_loops():
 
 @pytest.mark.grid
 @pytest.mark.parametrize("start", [EmpiricalRisk, WeightedSum])
-def test_nothing_starts_a_scan_on_every_device(start: Any, rng: np.random.Generator):
+def test_an_empty_sum_starts_a_scan_on_every_device(start: Any, rng: np.random.Generator):
     w, x, y, keep = batch(rng)
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 

@@ -81,7 +81,7 @@ def test_ignored_labels_and_sparse_targets():
 
 
 @pytest.mark.parametrize("targets", [np.array([2]), np.array([-1]), f32([[np.nan, 1]])])
-def test_no_plausible_number_for_what_is_no_target(targets: Any):
+def test_invalid_targets_give_nan(targets: Any):
     assert jnp.isnan(brier_score(f32([[0.5, 0.5]]), targets))
     assert jnp.isnan(brier_score(f32([[-0.5, 1.5]]), np.array([0])))
 

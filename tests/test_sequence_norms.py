@@ -241,7 +241,7 @@ def test_what_survives_is_the_part_in_the_row_space(name: str, rng: np.random.Ge
     assert np.all(np.asarray(got.survived) <= np.asarray(got.bias) * (1 + 1e-6))
 
 
-def test_what_is_not_asked_for_is_not_computed():
+def test_unused_results_are_not_computed():
     def lapack_calls(fields: slice) -> int:
         arguments = like(32, 16), like(16, 64), like(32, dtype=np.int32)
         program = jax.jit(lambda *a: linear_gradient_norms(*a, chunk_rows=8)[fields])

@@ -80,7 +80,7 @@ def test_bytes_of_a_step(shape: str, kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_gradient_by_the_kernel_crosses_once_unless_xla_decides(kind: str):
+def test_the_kernel_gradient_crosses_once_unless_xla_decides(kind: str):
     data, vocab = MESHES["2x4"]
     found = collectives(step_on("2x4", kind, CHUNK))
     assert foreign(found, data, vocab) == []

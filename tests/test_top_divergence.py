@@ -68,7 +68,7 @@ def test_derivatives(tail: str, divergence: str, rng: np.random.Generator):
     jax.test_util.check_grads(f, args, order=2, modes=("fwd", "rev"), rtol=1e-5)
 
 
-def test_a_tail_that_holds_next_to_nothing():
+def test_a_tail_of_tiny_probability():
     """`1 - sum q` of float32 has no digit here, on either side."""
     z = jnp.array([[0.0, -1.0, -30.0, -31.0, -32.0]])
     log_p, chosen = jax.lax.top_k(jax.nn.log_softmax(jnp.array([[0.0, -40.0, -50.0, -60.0, -70.0]])), 1)

@@ -356,7 +356,7 @@ def test_a_class_is_its_function_with_the_options_kept(names: tuple[str, str]):
         criterion.reduction = "mean"
 
 
-def test_derivatives_by_the_weight_of_a_class():
+def test_derivatives_with_respect_to_class_weights_of_a_criterion():
     z, labels = np.log(PROBABILITIES), np.array([1, 2])
     criterion = nn.CrossEntropyLoss(weight=jnp.array([1.0, 2.0, 3.0]))
     nll = -np.log([0.5, 0.375])

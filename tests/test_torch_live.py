@@ -342,7 +342,7 @@ def test_chunks_are_those_of_pytorch():
         assert twin.LinearCrossEntropyOptions(chunking_method=method).chunk_rows(rows, features, classes) == want
 
 
-def test_tensors_go_in():
+def test_tensors_are_accepted():
     z, t = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]]), torch.tensor([[0.5, 0.25, 0.25], [0.0, 0.5, 0.5]])
     y, w = torch.tensor([2, 0]), torch.tensor([0.5, 2.0, 1.0])
     calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [

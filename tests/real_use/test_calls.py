@@ -250,7 +250,7 @@ TWINS: dict[str, Call] = {
 
 @pytest.mark.parametrize("index", [None, "7", 7.0, True], ids=repr)
 @pytest.mark.parametrize("name", TWINS)
-def test_an_ignore_index_that_is_no_int(name: str, index: Any) -> None:
+def test_an_ignore_index_that_is_not_an_int(name: str, index: Any) -> None:
     """None may mean that no row is ignored, as in the other losses."""
     try:
         got = TWINS[name](ignore_index=index)
@@ -285,7 +285,7 @@ def test_chunk_rows_of_another_type(rows: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "half precision", 7, None])
-def test_a_dtype_that_is_none(dtype: Any) -> None:
+def test_invalid_dtypes(dtype: Any) -> None:
     for f, name in (
         (lambda: jaxent.plan(8, 8, 8, dtype=dtype), "plan"),
         (lambda: nn.softmax(Z, 1, dtype=dtype), "torch_compat.softmax"),

@@ -127,7 +127,7 @@ def test_no_entries_at_all() -> None:
     ("gradient", "rule"),
     covering([lambda x: 2.9 * x**2, lambda x: -3 * x**2, lambda x: 0 * x], ["custom_vjp", "custom_jvp"]),
 )
-def test_a_wrong_derivative_rule_is_called_so(rule: str, gradient: Call) -> None:
+def test_a_wrong_derivative_rule_is_reported(rule: str, gradient: Call) -> None:
     report = check_gradient(with_gradient(lambda x: jnp.sum(x**3), gradient, rule), jnp.array([0.5, 1.0, -2.0]))
     assert not report.ok
     assert re.search(r"(?i)derivative rule", str(report)), str(report)
@@ -234,7 +234,7 @@ def test_checked_linear_twin() -> None:
 
 
 @pytest.mark.parametrize("name", ["nll_loss", "torch nll_loss", "NLLLoss"])
-def test_checked_nll_finds_what_is_no_log_probability(name: str) -> None:
+def test_checked_nll_loss_finds_inputs_that_are_not_log_probabilities(name: str) -> None:
     loss: Call = {"nll_loss": jaxent.nll_loss, "torch nll_loss": nn.nll_loss, "NLLLoss": nn.NLLLoss()}[name]
     labels = np.array([0, 1, 2, 3], np.int32)
     assert error(loss, jax.nn.log_softmax(Z3), labels) is None

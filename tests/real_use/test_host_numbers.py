@@ -191,7 +191,7 @@ def test_weights_inside_jit(name: str) -> None:
     close(jax.jit(lambda: f(HEAVY[1]))(), want(HEAVY[1]))
 
 
-def test_heavy_weights_are_no_finding() -> None:
+def test_heavy_weights_raise_no_finding() -> None:
     assert jaxent.diagnose(Z, Y, weights=np.array([2**31, 2**32]), class_weights=np.array([2**31, 1, 2**33])) == []
 
 

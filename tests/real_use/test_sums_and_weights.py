@@ -42,7 +42,7 @@ def quotient_slope(losses: Any, w: Any) -> np.ndarray:
     return losses / w.sum() - (losses * w).sum() / w.sum() ** 2
 
 
-def test_risk_by_weights() -> None:
+def test_risk_with_respect_to_weights() -> None:
     losses = jnp.array([1.0, 2.0])
     ways = jax.jit(lambda w: [d(lambda w: risk(losses, w))(w) for d in (jax.grad, jax.jacfwd, jax.jacrev)])
     for w in ([1.0, 0.0], [0.0, 1.0], [0.5, 0.25], [0.0, 3.0]):
@@ -54,7 +54,7 @@ def test_the_gradient_of_the_issue() -> None:
     close(jax.grad(lambda w: risk(jnp.array([1.0, 2.0]), w))(jnp.array([1.0, 0.0])), [0, 1])
 
 
-def test_parts_of_a_risk_by_weights() -> None:
+def test_parts_of_a_risk_with_respect_to_weights() -> None:
     losses, w = jnp.array([1.0, 2.0, 4.0]), jnp.array([1.0, 0.0, 0.0])
     update = lambda w: jaxent.EmpiricalRisk().update(losses, w)  # noqa: E731
     close(jax.grad(lambda w: update(w).total)(w), losses)
@@ -66,7 +66,7 @@ def test_parts_of_a_risk_by_weights() -> None:
     close(jax.grad(lambda x: risk(x, w))(losses), [1, 0, 0])
 
 
-def test_second_derivatives_of_a_risk_by_weights() -> None:
+def test_second_derivatives_of_a_risk_with_respect_to_weights() -> None:
     losses, w = np.array([1.0, 2.0]), np.array([1.0, 0.0])
     got = jax.hessian(lambda w: risk(jnp.asarray(losses, jnp.float32), w))(jnp.asarray(w, jnp.float32))
     total = (losses * w).sum()
@@ -80,7 +80,7 @@ def test_a_silenced_nan_has_no_slope() -> None:
         close(got[0], 0)
 
 
-def test_risk_by_weights_through_a_scan_and_over_devices() -> None:
+def test_risk_with_respect_to_weights_through_a_scan_and_over_devices() -> None:
     losses, w = jnp.array([[1.0, 2.0], [4.0, 3.0]]), jnp.array([[1.0, 0.0], [0.0, 2.0]])
     want = quotient_slope(losses, w)
 
@@ -270,7 +270,7 @@ def test_weight_0_silences_a_bad_target() -> None:
     close(gradient, [-1 / (1 + np.exp(0.5)), 0])
 
 
-def test_the_ends_are_targets() -> None:
+def test_0_and_1_are_valid_targets() -> None:
     z, t = jnp.array([0.5, 1.0, -2.0]), jnp.array([0.0, 1.0, 0.5])
     close(jaxent.sigmoid_cross_entropy(z, t, reduction="none"), ref.sigmoid_nll(z, t))
     close(jaxent.sigmoid_cross_entropy(z, t > 0.25, reduction="none"), ref.sigmoid_nll(z, t > 0.25))
