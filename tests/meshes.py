@@ -206,7 +206,7 @@ SHARDABLE = tuple(name for name, case in CASES.items() if case.takes_vocab_axis)
 
 
 def program(case: str, mesh: jax.sharding.Mesh | None = None, *, manual: bool = False) -> Callable[..., Any]:
-    """Value with per-row results, gradient by what is wanted, and the Hessian product in the direction of it."""
+    """Value with per-row results, gradient with respect to `wanted`, and the Hessian product along it."""
     call = CASES[case]
 
     def loss(*args: Any) -> Any:

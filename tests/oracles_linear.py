@@ -24,7 +24,7 @@ def log_normalizer(z: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """`z = cap(h W + b) / T`, and the way back from a gradient by `z`."""
+    """`z = cap(h W + b) / T`, and the way back from a gradient with respect to `z`."""
 
     hidden: np.ndarray
     kernel: np.ndarray
@@ -45,7 +45,7 @@ class Head:
         return z / self.temperature
 
     def gradients(self, dz: np.ndarray, size: np.ndarray) -> tuple[Arrays, Arrays]:
-        """The gradients by everything the logits come from, and their sizes, where `dz` has the size `size`."""
+        """The gradients with respect to all that the logits come from, and their sizes; `size` is that of `dz`."""
         raw, z, steps = self.raw, self.logits, []
         for d in (dz, size):
             d_raw = d / self.temperature

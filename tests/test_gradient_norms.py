@@ -27,7 +27,7 @@ ROWS, FEATURES, COUNT = 7, 3, 4
 
 
 def by_vmap(hidden: Any, kernel: Any, bias: Any, per_row: dict[str, Any], **shared: Any) -> list[np.ndarray]:
-    """The norms by hidden state, kernel and bias of the gradients that `vmap(grad)` holds."""
+    """The norms of the gradients that `vmap(grad)` holds: hidden state, kernel, bias."""
 
     def loss(hidden: Any, kernel: Any, bias: Any, per_row: Any) -> Any:
         one = {k: v[None] for k, v in per_row.items()}

@@ -1,4 +1,4 @@
-"""Losses from hidden states: values and gradients by every argument against float64, and against the dense losses.
+"""Losses from hidden states: values and all gradients against float64, and against the dense losses.
 
 Hidden states, kernels and biases are multiples of 1/8 and small, so that their products are exact in every dtype:
 what is left is the rounding of the row loss and of the two backward products, a few ulp of the sum of absolute terms.
@@ -63,8 +63,8 @@ def draw_options(rng: np.random.Generator, option: str, shape: tuple[int, ...]) 
 
 
 def value_and_gradients(arguments: dict[str, Any], cotangent: Any = 1.0) -> tuple[Any, dict[str, Any]]:
-    """The value and the gradients by every floating array among the arguments, from a program that those of the same
-    shapes and options share.
+    """The value and the gradients with respect to all floating arrays; arguments of the same shapes and options share a
+    program.
     """
     static = {k: v for k, v in arguments.items() if k in STATIC}
     arrays = {k: v for k, v in arguments.items() if k not in STATIC and v is not None}
@@ -95,7 +95,7 @@ def check(arguments: dict[str, Any], *, ulp: float = 8, cotangent: Any = 1.0) ->
     assert_close(value, want.value, ulp=ulp, dtype=value.dtype)
     for name, got in gradients.items():
         given = np.asarray(arguments[name]).dtype
-        assert got.dtype == given, f"the gradient by {name} is {got.dtype}, its argument {given}"
+        assert got.dtype == given, f"the gradient with respect to {name} is {got.dtype}, its argument {given}"
         # Operands of half precision: the logits' gradient is rounded to their dtype, and the result once more.
         allowed = 1.25 if given in (ml_dtypes.bfloat16, np.float16) else ulp
         assert_close(got, want.gradients[name], ulp=allowed, dtype=given, size=np.nan_to_num(want.sizes[name]))

@@ -23,7 +23,7 @@ COUNT = 4
 
 
 def by_vmap(hidden: Any, kernel: Any, bias: Any, per_row: dict[str, Any], **shared: Any) -> list[np.ndarray]:
-    """The norms by the hidden states, kernel and bias of each sequence's gradient, which `vmap(grad)` holds."""
+    """The norms of each sequence's gradients, which `vmap(grad)` holds: hidden states, kernel, bias."""
 
     def loss(hidden: Any, kernel: Any, bias: Any, per_row: Any) -> Any:
         return linear_softmax_cross_entropy(hidden, kernel, bias=bias, **per_row, **shared, reduction="sum")

@@ -136,7 +136,7 @@ def test_the_gradient_over_two_vocabulary_axes():
 
 @pytest.mark.parametrize("axes", [("a",), AXES])
 def test_a_row_loss_with_collectives_of_its_own(axes: tuple[str, ...]):
-    """Rows are split as well: gradients by everything, and a Hessian product."""
+    """Rows are split as well: gradients with respect to everything, and a Hessian product."""
     h, y = np.concatenate([H, H[::-1]]), np.concatenate([Y, Y[::-1]])
 
     def loss(h: Any, w: Any, t: Any, y: Any, axes: Any = None, **options: Any) -> Any:
