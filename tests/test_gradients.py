@@ -334,7 +334,7 @@ def test_the_hessian_of_a_tiny_entropy(z: list[float]):
         ]
         want = np.array(want, dtype=np.float64)
     for hessian in (jax.hessian, lambda f: jax.jacrev(jax.jacrev(f))):
-        assert_close(hessian(entropy_with_logits)(jnp.array(z)), want, ulp=4, dtype=np.float32)
+        assert_close(jax.jit(hessian(entropy_with_logits))(jnp.array(z)), want, ulp=4, dtype=np.float32)
 
 
 @pytest.mark.grid

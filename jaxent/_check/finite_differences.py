@@ -49,11 +49,13 @@ class Float64Reference:
     notes: list[str]
 
 
-def evaluate(problems: Sequence[FlatArguments]) -> list[Float64Reference]:
+def evaluate(
+    problems: Sequence[FlatArguments], compiler_options: dict[str, Any] | None = None
+) -> list[Float64Reference]:
     """In float64, or, if a function cannot take it, in float32; all in one program, which compiles faster than many."""
     try:
         with jax.enable_x64(True):
-            return _evaluate([_Points(flat, np.dtype(np.float64)) for flat in problems])
+            return _evaluate([_Points(flat, np.dtype(np.float64)) for flat in problems], compiler_options)
     except (TypeError, ValueError) as error:
         note = f"not callable in float64, compared with differences in float32: {str(error).splitlines()[0]}"
     return evaluate_in_float32(problems, note)
@@ -147,8 +149,11 @@ class _Points:
 Evaluation = tuple[np.ndarray, np.ndarray, np.ndarray]  # values at the points, values and gradients at the shifts
 
 
-def _evaluate(points: list[_Points]) -> list[Float64Reference]:
-    program = jax.jit(lambda arrays: [p.traced(*each) for p, each in zip(points, arrays, strict=True)])
+def _evaluate(points: list[_Points], compiler_options: dict[str, Any] | None = None) -> list[Float64Reference]:
+    def all_points(arrays: list[Any]) -> list[Any]:
+        return [p.traced(*each) for p, each in zip(points, arrays, strict=True)]
+
+    program = jax.jit(all_points, compiler_options=compiler_options)
 
     def run() -> list[tuple[Evaluation, Any]]:
         found = program([p.arrays() for p in points])
