@@ -2,79 +2,28 @@
 
 import dataclasses
 import functools
-import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxent._arguments import arrays
-from jaxent._arguments.reduction import Reduction, check_reduction
+from jaxent._arguments.reduction import Reduction
 from jaxent._engine.chunking import Chunking, chunking_of, default_chunk_rows
 from jaxent._engine.devices import DEVICES, Target, device_named, target_of, with_rates
 from jaxent._engine.footprint import Sizes, held_bytes
-from jaxent._engine.roofline import LOSS, Milliseconds, Work, roofline
+from jaxent._engine.roofline import Milliseconds, roofline
 from jaxent._errors import ArgumentTypeError, ArgumentValueError, public
 from jaxent._typing import DTypeLike
-from jaxent.linear import linear_softmax_cross_entropy
-from jaxent.linear_divergence import linear_kl_divergence
-from jaxent.linear_functions import linear_loss, linear_rows
-from jaxent.token_statistics import linear_token_statistics
+from jaxent.planned_calls import Call, allocated, checked_call
 
 MOST_INDEX = 2**31 - 1  # rows beyond it cannot be counted by int32, and nothing is compiled for them
 
 
-class _Function(NamedTuple):
-    """A function and the matrix products of it and its gradient, each of N x D x V multiply-adds."""
-
-    call: Callable[..., Any]
-    work: Work
-    by_rows: Work
-    """Of `reduction="none"`, whose logits are computed twice."""
-
-
-_ROWS = Work(2, 2, sums=2)
-_FUNCTIONS = {
-    "linear_softmax_cross_entropy": _Function(linear_softmax_cross_entropy, LOSS, _ROWS),
-    "linear_token_statistics": _Function(linear_token_statistics, Work(1, 0, sums=2), Work(1, 0, sums=2)),
-    "linear_kl_divergence": _Function(linear_kl_divergence, Work(2, 2, sums=8, heads=2), Work(4, 2, sums=16, heads=2)),
-    "linear_loss": _Function(linear_loss, LOSS, _ROWS),
-    "linear_rows": _Function(linear_rows, _ROWS, _ROWS),
-}
-# Options that are arrays, by their sizes: rows or classes.
-_OF_ROWS = {"weights": np.float32, "where": np.bool_}
-_OF_CLASSES = "class_weights", "bias", "bias_p", "bias_q"
-# Numbers, and what stands for one that is only said to be on.
-_NUMBERS = {
-    "label_smoothing": 0.1,
-    "z_loss": 1e-4,
-    "soft_cap": 30.0,
-    "soft_cap_p": 30.0,
-    "soft_cap_q": 30.0,
-    "temperature": 2.0,
-    "mixture": 0.5,
-    "denominator": 2.0,
-}
-_NOT_PLANNED = {"chunk_rows", "dtype", "reduction"}  # arguments of `plan` itself
-_WITHOUT_COST = {"vocab_axis", "params", "has_aux"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Call:
-    """The call that is planned."""
-
-    function: str
-    sizes: Sizes
-    reduction: Reduction
-    chunk_rows: int | None
-    options: tuple[tuple[str, Any], ...]
-
-
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one value and gradient of a linear loss costs on one device; of statistics, the value."""
+    """What one value and gradient of a linear loss costs on one device; of other functions, the value."""
 
     device: str
     """The name in the library's table; else what JAX or the caller calls it."""
@@ -110,19 +59,20 @@ class Plan:
         For this process's own device XLA is asked, which takes it a second or more at the first look; nothing runs. For
         another one it is the sum of what has to be held.
         """
-        allocated = _allocated(self.call) if self.is_own and self.call.sizes.rows <= MOST_INDEX else None
-        return self.estimated_temp_bytes if allocated is None else allocated
+        found = allocated(self.call) if self.is_own and self.call.sizes.rows <= MOST_INDEX else None
+        return self.estimated_temp_bytes if found is None else found
 
     @property
     def estimated_temp_bytes(self) -> int:
         """The same without asking XLA: chunk of logits, its gradient, dW's sum, gradient of the rows, cast kernel."""
-        return held_bytes(self.call.sizes, self.chunk_rows, _work(self.call), DEVICES.get(self.device))
+        return held_bytes(self.call.sizes, self.chunk_rows, self.call.work, DEVICES.get(self.device))
 
     def __str__(self) -> str:
         mib = 2**20
+        chunks = "1 chunk" if self.num_chunks == 1 else f"{self.num_chunks} chunks"
         time = "" if self.milliseconds is None else f", at least {self.milliseconds:.3g} ms on {self.device}"
         return (
-            f"{self.num_chunks} chunks of {self.chunk_rows} rows, {self.matrix_products} matrix products, "
+            f"{chunks} of {self.chunk_rows} rows, {self.matrix_products} matrix products, "
             f"about {self.temp_bytes / mib:.0f} MiB of temporaries where the logits take "
             f"{self.dense_logits_bytes / mib:.0f} MiB{time}"
         )
@@ -148,20 +98,21 @@ def plan(
 
     $$\lceil N / R \rceil \text{ chunks}, \qquad 3\,N D V \text{ multiply-adds, or } 4\,N D V \text{ by rows}$$
 
-    Gradients are those with respect to `hidden` and `kernel`; of `linear_kl_divergence` those of Q's head, and
-    `linear_token_statistics` is taken without one. What memory cannot be had: `vmap` over examples with a shared kernel
-    holds a kernel gradient per example (flatten the batch), and the gradient of a `scan` of losses one per step (take
-    the gradient in the step, or wrap the loss in `jax.checkpoint`).
+    Gradients are those with respect to `hidden` and `kernel`; of `linear_kl_divergence` those of Q's head. Statistics,
+    gradient norms and curvature are taken without one, curvature products of steps of both. What memory cannot be had:
+    `vmap` over examples with a shared kernel holds a kernel gradient per example (flatten the batch), and the gradient
+    of a `scan` of losses one per step (take the gradient in the step, or wrap the loss in `jax.checkpoint`).
 
     **Arguments:**
 
     - `num_rows`, `features` and `num_classes`: N, D and V of `hidden (N, D)` and `kernel (D, V)` on one device.
     - `dtype`: of the hidden states and the operands of the products. `kernel_dtype`: of the kernel, if it is another.
     - `device`: a name such as `"h100"`, `"v5p"` or what JAX calls a device; None is this process's own.
-    - `function`: `"linear_softmax_cross_entropy"`, `"linear_token_statistics"`, `"linear_kl_divergence"`,
-      `"linear_loss"` or `"linear_rows"` (with the loss of a label for your own row function).
+    - `function`: the name of any function of hidden states, such as `"linear_token_statistics"`. In `linear_loss` and
+      `linear_rows` the loss of a label stands for your own row function.
     - `reduction`, `chunk_rows` (R) and `options` (`label_smoothing=0.1`, `soft_cap=30.0`, `with_statistics=True`,
-      `weights=True`, ...): of the call. Whether an option is on is what counts.
+      `weights=True`, ...): of the call. Whether an option is on is what counts. `top_k` is also how many classes were
+      stored for `linear_kl_divergence_from_top`, and `tokens` how many rows make a sequence with `per="sequence"`.
     - `flops_per_second` and `bytes_per_second`: what was measured of matrix products and of memory, for a CPU or any
       device, in place of what its maker states. `python -m benchmarks` measures both.
 
@@ -182,18 +133,15 @@ def plan(
             ("num_classes", num_classes, 1),
         )
     )
-    check_reduction(reduction, None)
     operand = _floating("dtype", dtype)
     kernel = operand if kernel_dtype is None else _floating("kernel_dtype", kernel_dtype)
     sizes = Sizes(num_rows, features, num_classes, operand, kernel)
-    if function not in _FUNCTIONS:
-        raise ArgumentValueError(f"`function` must be one of {', '.join(map(repr, _FUNCTIONS))}, got {function!r}")
-    call = Call(function, sizes, reduction, chunk_rows, _checked_options(function, options))
+    call = checked_call(function, sizes, reduction, chunk_rows, options)
     target, name, note = _target(device)
     rates = _rates(flops_per_second, bytes_per_second)
     rated = target.device if rates is None else with_rates(target.device, operand, *rates)
-    work = _work(call)
-    chunking = _chunking(target, call, work)
+    work = call.work
+    chunking = _chunking(target, call)
     narrow, wide = operand.itemsize, max(4, operand.itemsize)
     passed = roofline(rated, num_rows, features, num_classes, chunking.chunk_rows, operand, work=work)
     return Plan(
@@ -229,35 +177,6 @@ def _floating(argument: str, dtype: DTypeLike) -> np.dtype:
     return np.dtype(dtype)
 
 
-def _checked_options(called: str, options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """Those that are on, in order; arrays as True."""
-    signature = inspect.signature(_FUNCTIONS[called].call).parameters
-    known = {p.name: p.default for p in signature.values() if p.kind is p.KEYWORD_ONLY and p.name not in _NOT_PLANNED}
-    unknown = sorted(options.keys() - known)
-    if unknown:
-        raise ArgumentTypeError(f"`{unknown[0]}` is no option of {called}, which takes {', '.join(sorted(known))}")
-    found = {}
-    for name, value in options.items():
-        if name in _WITHOUT_COST or (value is None and known[name] is None):
-            continue
-        if name in _OF_ROWS or name in _OF_CLASSES:
-            value = value is not False
-        elif name in _NUMBERS:
-            value = _number(name, value, known[name])
-        if value is not False and value != known[name]:
-            found[name] = value
-    return tuple(sorted(found.items()))
-
-
-def _number(name: str, value: Any, default: Any) -> Any:
-    if isinstance(value, bool):
-        return _NUMBERS[name] if value else default
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise ArgumentTypeError(f"`{name}` must be a number, or whether it is on, got {value!r}") from error
-
-
 def _target(device: Any) -> tuple[Target, str, str | None]:
     """What the plan is for, its name, and what is not known of it."""
     if device is None:
@@ -290,71 +209,11 @@ def _rates(flops_per_second: Any, bytes_per_second: Any) -> tuple[float, float] 
     return float(flops_per_second), float(bytes_per_second)
 
 
-def _work(call: Call) -> Work:
-    found = _FUNCTIONS[call.function]
-    return found.by_rows if call.reduction == "none" else found.work
-
-
-def _chunking(target: Target, call: Call, work: Work) -> Chunking:
-    sizes = call.sizes
-    default = default_chunk_rows(target, sizes.features, work.heads * sizes.classes, sizes.dtype)
-    return chunking_of(sizes.rows, call.chunk_rows, default)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# What XLA says
-
-
-@functools.lru_cache(maxsize=256)
-def _allocated(call: Call) -> int | None:
-    function, arguments = _program(call)
-    memory = jax.jit(function).lower(*arguments).compile().memory_analysis()
-    return None if memory is None else memory.temp_size_in_bytes
-
-
-def _program(call: Call) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """The call as a function of arrays, and their shapes."""
-    like, sizes = jax.ShapeDtypeStruct, call.sizes
-    options: dict[str, Any] = {"chunk_rows": call.chunk_rows, **dict(call.options)}
-    function = _FUNCTIONS[call.function].call
-    takes = inspect.signature(function).parameters
-    if "reduction" in takes:
-        options["reduction"] = call.reduction
-    if "dtype" in takes and sizes.kernel_dtype != sizes.dtype:
-        options["dtype"] = sizes.dtype
-    given: dict[str, Any] = {n: like((sizes.rows,), d) for n, d in _OF_ROWS.items() if options.pop(n, False)}
-    given |= {n: like((sizes.classes,), sizes.kernel_dtype) for n in _OF_CLASSES if options.pop(n, False)}
-    head = (
-        like((sizes.rows, sizes.features), sizes.dtype),
-        like((sizes.features, sizes.classes), sizes.kernel_dtype),
-    )
-    labels = like((sizes.rows,), np.int32)
-
-    def reduced(result: Any) -> tuple[jax.Array, Any]:
-        loss, aux = result if options.get("with_statistics") else (result, None)
-        return (jnp.sum(loss) if call.reduction == "none" else jnp.mean(jax.tree.leaves(loss)[0])), aux
-
-    def of_labels(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, given: dict[str, Any]) -> Any:
-        return function(hidden, kernel, labels, **options, **given)
-
-    def of_row_function(hidden: jax.Array, kernel: jax.Array, labels: jax.Array, given: dict[str, Any]) -> Any:
-        return function(_label_loss, hidden, kernel, labels, **options, **given)
-
-    if call.function == "linear_token_statistics":
-        return of_labels, (*head, labels, given)
-    if call.function == "linear_kl_divergence":
-
-        def of_heads(hidden_p: Any, kernel_p: Any, hidden_q: Any, kernel_q: Any, given: dict[str, Any]) -> Any:
-            return reduced(function(hidden_p, kernel_p, hidden_q, kernel_q, **options, **given))
-
-        return jax.value_and_grad(of_heads, (2, 3), has_aux=True), (*head, *head, given)
-    own = of_row_function if call.function in ("linear_loss", "linear_rows") else of_labels
-    if call.function == "linear_rows":
-        return jax.value_and_grad(lambda *a: (jnp.sum(own(*a)), None), (0, 1), has_aux=True), (*head, labels, given)
-    return jax.value_and_grad(lambda *a: reduced(own(*a)), (0, 1), has_aux=True), (*head, labels, given)
-
-
-def _label_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """What stands for a row function of the user's own."""
-    log_p = jax.nn.log_softmax(logits, axis=-1)
-    return -jnp.take_along_axis(log_p, labels[:, None], axis=-1)[:, 0]
+def _chunking(target: Target, call: Call) -> Chunking:
+    sizes, together = call.sizes, call.tokens
+    default = default_chunk_rows(target, sizes.features, call.work.heads * sizes.classes, sizes.dtype)
+    if together == 1:
+        return chunking_of(sizes.rows, call.chunk_rows, default)
+    rows = chunking_of(sizes.rows, call.chunk_rows, default).chunk_rows
+    found = chunking_of(sizes.rows // together, max(1, rows // together), default)
+    return Chunking(sizes.rows, found.chunk_rows * together)

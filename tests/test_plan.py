@@ -33,6 +33,19 @@ CELLS = [
     ]
     for dtype, chunk_rows in CHUNKS
 ]
+CELLS += [
+    (function, "mean", dtype, chunk_rows, options)
+    for function, options in [
+        ("linear_gradient_norms", {"soft_cap": 30.0, "weights": True}),
+        ("linear_gradient_norms", {"per": "sequence", "tokens": 64}),
+        ("linear_ggn_vector_product", {"class_weights": True, "label_smoothing": 0.1}),
+        ("linear_fisher_vector_product", {"where": True}),
+        ("linear_ggn_diagonal", {"z_loss": 1e-4}),
+        ("linear_kl_divergence_from_top", {"top_k": 16}),
+        ("linear_rows", {"soft_cap": 30.0}),
+    ]
+    for dtype, chunk_rows in [("bfloat16", 128), ("float32", N)]
+]
 
 
 def cells() -> list[Any]:
@@ -69,7 +82,37 @@ def allocated(function: str, reduction: str, dtype: str, chunk_rows: int, option
         found: Any = jaxent.linear_kl_divergence(hidden, kernel, hidden_q, kernel_q, **options)
         return found.sum()
 
+    def curvature(hidden: Any, kernel: Any, labels: Any, given: Any) -> Any:
+        options: Any = {"chunk_rows": chunk_rows, **rest, **given}
+        if function == "linear_ggn_diagonal":
+            return jaxent.linear_ggn_diagonal(hidden, kernel, **options)
+        if function == "linear_fisher_vector_product":
+            return jaxent.linear_fisher_vector_product(hidden, kernel, labels, (hidden, kernel), **options)
+        return jaxent.linear_ggn_vector_product(hidden, kernel, (hidden, kernel), targets=labels, **options)
+
+    def norms(hidden: Any, kernel: Any, labels: Any, given: Any) -> Any:
+        tokens = rest.pop("tokens", None)
+        if tokens is not None:
+            hidden, labels = hidden.reshape(-1, tokens, D), labels.reshape(-1, tokens)
+        return jaxent.linear_gradient_norms(hidden, kernel, labels, chunk_rows=chunk_rows, **rest, **given)
+
+    def own(hidden: Any, kernel: Any, labels: Any, given: Any) -> Any:
+        def nll(z: jax.Array, labels: jax.Array) -> jax.Array:
+            return -jnp.take_along_axis(jax.nn.log_softmax(z), labels[:, None], axis=-1)[:, 0]
+
+        return jaxent.linear_rows(nll, hidden, kernel, labels, chunk_rows=chunk_rows, **rest, **given).sum()
+
+    def from_top(hidden: Any, kernel: Any, classes: Any, log_probs: Any) -> Any:
+        return jaxent.linear_kl_divergence_from_top(hidden, kernel, classes, log_probs, chunk_rows=chunk_rows)
+
+    top = like((N, options.get("top_k", 1)), jnp.int32), like((N, options.get("top_k", 1)), jnp.float32)
     program, arguments = {
+        "linear_gradient_norms": (norms, (*head, labels, given)),
+        "linear_ggn_vector_product": (curvature, (*head, labels, given)),
+        "linear_fisher_vector_product": (curvature, (*head, labels, given)),
+        "linear_ggn_diagonal": (curvature, (*head, labels, given)),
+        "linear_rows": (jax.value_and_grad(own, argnums=(0, 1)), (*head, labels, given)),
+        "linear_kl_divergence_from_top": (jax.value_and_grad(from_top, argnums=(0, 1)), (*head, *top)),
         LOSS: (jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), (*head, labels, given)),
         STATISTICS: (statistics, (*head, labels, given)),
         DIVERGENCE: (jax.value_and_grad(divergence, argnums=(0, 1)), (*head, *head, given)),
@@ -152,6 +195,7 @@ def test_time_by_terms():
         (STATISTICS, "mean", 1),
         (DIVERGENCE, "mean", 4),
         ("linear_rows", "mean", 4),
+        ("linear_ggn_vector_product", "mean", 5),
     ],
 )
 def test_products_of_each_function(function: str, reduction: Any, products: int):
@@ -181,6 +225,8 @@ def test_nothing_is_compiled_for_more_rows_than_int32_counts():
         ({"device": 3}, TypeError, "`device` must be a name or None, got 3"),
         ({"function": "softmax"}, ValueError, "`function` must be one of 'linear_softmax_cross_entropy'"),
         ({"top_k": 3}, TypeError, "`top_k` is no option of linear_softmax_cross_entropy, which takes bias"),
+        ({"function": "linear_gradient_norms", "per": "sequence"}, ValueError, "`tokens` must tell how many of the 8"),
+        ({"function": "linear_ggn_diagonal", "reduction": "none"}, ValueError, "`reduction` must be 'mean' or 'sum'"),
         ({"soft_cap": "high"}, TypeError, "`soft_cap` must be a number, or whether it is on, got 'high'"),
         ({"flops_per_second": 1e9}, ValueError, "`bytes_per_second` is needed, too"),
         ({"flops_per_second": "1e9", "bytes_per_second": 1}, TypeError, "`flops_per_second` must be a number or None"),
@@ -194,6 +240,13 @@ def test_nothing_is_compiled_for_more_rows_than_int32_counts():
 def test_wrong_options_of_a_plan(options: Any, error: type[Exception], message: str):
     with pytest.raises(error, match=f"jaxent.plan: {message}"):
         jaxent.plan(8, 8, 8, **options)
+
+
+def test_every_function_of_hidden_states_is_known():
+    names = [name for name in jaxent.__all__ if name.startswith("linear_")]
+    for name in names:
+        assert str(jaxent.plan(64, 8, 128, function=name, device="h100")).startswith("1 chunk of 64 rows, ")
+    assert len(names) == 10
 
 
 def test_options_are_on_or_off():
