@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxent._engine.devices import target_of
+from jaxent._engine.devices import target_on
 from jaxent._mesh.types import mesh_of
 
 FEW_ROWS = 64  # up to which Eigen is the faster for logits; at 128 it is slower
@@ -55,4 +55,5 @@ def _known(a: jax.Array, b: jax.Array) -> bool:
     """Whether the rules were measured for these operands."""
     fixed = all(isinstance(n, int) for n in (*a.shape, *b.shape))  # else a symbol of `jax.export`
     measured = a.dtype == b.dtype and a.dtype in (np.float32, jnp.bfloat16)
-    return fixed and measured and target_of(a, b).on_cpu and mesh_of(a, b).empty
+    mesh = mesh_of(a, b)
+    return fixed and measured and mesh.empty and target_on(mesh).on_cpu

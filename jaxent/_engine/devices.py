@@ -1,10 +1,12 @@
 """What devices can do, from their makers' data sheets, and which of them a computation is for."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import AbstractMesh
 
 from jaxent._mesh.types import mesh_of
 from jaxent._typing import DTypeLike
@@ -82,6 +84,7 @@ DEVICES = {
 }
 
 
+@functools.cache
 def device_named(name: str) -> Device | None:
     """By its name here or by JAX's `device_kind`; None for a device that is not in the table."""
     wanted = name.lower()
@@ -117,10 +120,15 @@ class Target(NamedTuple):
 
 
 def target_of(*arrays: jax.Array) -> Target:
-    """The devices of the mesh that arrays are typed with, which need not be here; else this process's own.
+    """The devices of the mesh that arrays are typed with; else this process's own."""
+    return target_on(mesh_of(*arrays))
+
+
+def target_on(mesh: AbstractMesh) -> Target:
+    """The devices of a mesh, which need not be here; without one, this process's own.
 
     A mesh also tells what a program is compiled for ahead of time. `jax.export` and a sharding that names one device do
     not.
     """
-    device = mesh_of(*arrays).abstract_device or jax.devices()[0]
+    device = mesh.abstract_device or jax.devices()[0]
     return Target(device.platform == "cpu", device_named(device.device_kind))

@@ -18,7 +18,7 @@ from jaxent._arguments.targets import (
     row_targets,
 )
 from jaxent._engine.chunking import Chunking, chunking_of, default_chunk_rows
-from jaxent._engine.devices import target_of
+from jaxent._engine.devices import target_on
 from jaxent._engine.row_results import stream_rows
 from jaxent._engine.streaming import Counted, Head, Logits, MatrixProducts, RowFunction, stream_sum
 from jaxent._math import safe
@@ -172,14 +172,15 @@ def flat_rows(arguments: SoftmaxArguments, batch: Batch, like: jax.Array) -> Sof
 def chunking_for(chunk_rows: int | None, products: MatrixProducts, *heads: Head) -> Chunking:
     """How the rows of a device are cut; the logits of all heads are held at a time."""
     operands = [x for head in heads for x in (head.hidden, head.kernel)]
-    shapes = [x.shape for x in operands]
-    devices = 1
-    if not mesh_of(*operands).empty:
+    shapes, mesh = [x.shape for x in operands], mesh_of(*operands)
+    # An array that only `jit` knows to be split has no mesh in its type.
+    devices, strided = 1, jax.device_count() > 1
+    if not mesh.empty:
         shapes, devices = [local_shape(x) for x in operands], max([automatic_devices(x) for x in operands])
+        strided = any(may_be_split_by_xla(head.hidden) for head in heads)
     rows, features = shapes[0][0], max([shape[1] for shape in shapes[::2]])
     classes = max(1, sum([shape[1] for shape in shapes[1::2]]))
-    strided = any(may_be_split_by_xla(head.hidden) for head in heads)
-    default = default_chunk_rows(target_of(*operands), features, classes, products.operand_dtype(heads[0]))
+    default = default_chunk_rows(target_on(mesh), features, classes, products.operand_dtype(heads[0]))
     return chunking_of(rows, chunk_rows, default, devices, strided)
 
 

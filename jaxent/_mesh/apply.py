@@ -158,7 +158,8 @@ class Batch:
     @classmethod
     def of(cls, x: jax.Array) -> "Batch":
         """All axes of `x` but the last."""
-        return cls(x.shape[:-1], mesh_of(x), partition_of(x)[:-1])
+        mesh, shape = mesh_of(x), x.shape[:-1]
+        return cls(shape, mesh, ((),) * len(shape) if mesh.empty else partition_of(x)[:-1])
 
     def flatten(self, x: jax.Array, like: jax.Array) -> jax.Array:
         """`(*batch, ...)` to `(rows, ...)`, split as the batch is, which is that of `like`."""
