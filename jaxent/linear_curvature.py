@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxent._arguments import arrays
 from jaxent._arguments.options import Precision
@@ -21,6 +22,7 @@ from jaxent._engine.linear_head import (
     stream_reduced,
     wide_rows,
 )
+from jaxent._engine.products import unit_of
 from jaxent._engine.streaming import Head, Logits
 from jaxent._errors import ArgumentValueError, public
 from jaxent._math.quadratic_forms import Fisher, GaussNewton, QuadraticForm
@@ -68,8 +70,8 @@ def linear_ggn_vector_product(
     **Arguments:**
 
     - `hidden`: `(*batch, features)`. `kernel`: `(features, classes)`. `bias`: `(classes,)`.
-    - `v`: `(v_hidden, v_kernel)` or `(v_hidden, v_kernel, v_bias)`, shaped like what they are steps of and converted to
-      its dtype. None stands for what is held fixed: `(None, v_kernel)` is the matrix of the kernel alone.
+    - `v`: `(v_hidden, v_kernel)` or `(v_hidden, v_kernel, v_bias)`, shaped like what they are steps of. None stands for
+      what is held fixed: `(None, v_kernel)` is the matrix of the kernel alone.
     - `targets` and the options as in `ggn_vector_product`; `soft_cap`, `temperature`, `chunk_rows`, `dtype`,
       `precision`, `vocab_axis` as in `linear_softmax_cross_entropy`.
 
@@ -196,10 +198,14 @@ class _StreamedForm:
     form: QuadraticForm
 
     def __call__(
-        self, logits: Logits, rows: RowTargets, shared: tuple[LogitTransform, LossOptions, jax.Array | None]
+        self,
+        logits: Logits,
+        rows: RowTargets,
+        shared: tuple[LogitTransform, LossOptions, jax.Array | None, tuple[jax.Array | None, ...]],
     ) -> tuple[jax.Array, None]:
-        transform, options, by_bias = shared
+        transform, options, by_bias, units = shared
         raw, *steps = logits
+        steps = [u if unit is None else unit * u for u, unit in zip(steps, units, strict=True)]
         if by_bias is not None:
             steps.append(jnp.broadcast_to(by_bias[None, :], raw.shape))
         step = functools.reduce(jnp.add, steps)
@@ -215,27 +221,42 @@ def _linear_curvature(
     rows, options, counted = call.rows()
     weights = rows.total_weights(ClassAxis())
 
+    # Steps are rounded as operands of the products alone. float16 holds neither a step of 1e-8 nor one of 1e5: they are
+    # taken in units that multiply their part of the logits.
+    products = dataclasses.replace(call.products, dtype=call.products.operand_dtype(head))
+    wide = call.logits.dtype
+
+    def in_units(step: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        step = step.astype(wide)
+        if products.dtype != np.float16:
+            return step, None
+        unit = unit_of(step)
+        return step / unit, unit
+
     def half_form(steps: tuple[jax.Array | None, ...]) -> jax.Array:
         by_hidden, by_kernel, by_bias = steps
-        heads = [head]
+        heads, units = [head], []
         if by_kernel is not None:
-            heads.append(Head(head.hidden, by_kernel.astype(head.kernel.dtype), None))
+            by_kernel, unit = in_units(by_kernel)
+            heads.append(Head(head.hidden, by_kernel, None))
+            units.append(unit)
         if by_hidden is not None:
-            heads.append(Head(by_hidden.astype(head.hidden.dtype), head.kernel, None))
-        if by_bias is not None and head.bias is not None:
-            by_bias = by_bias.astype(head.bias.dtype).astype(call.logits.dtype)
+            by_hidden, unit = in_units(by_hidden)
+            heads.append(Head(by_hidden, head.kernel, None))
+            units.append(unit)
+        by_bias = None if by_bias is None else by_bias.astype(wide)
         total: Any
         total, _ = stream_reduced(
             row_fn,
             tuple(heads),
             rows,
-            (call.transform, options, by_bias),
+            (call.transform, options, by_bias, tuple(units)),
             counted,
             weights,
             call.reduction,
             call.divisor,
             call.chunking,
-            call.products,
+            products,
         )
         return total
 

@@ -196,6 +196,25 @@ def test_temporaries_do_not_grow_with_the_rows(f: Any):
     assert many < 9 * CHUNK_LOGITS
 
 
+@pytest.mark.usefixtures("one_device")
+@pytest.mark.parametrize("what", ["none", "statistics"])
+def test_a_frozen_bf16_kernel_gets_no_float32_copy(what: str):
+    """It would take 16 MiB, a chunk of logits takes 2."""
+
+    def rows(hidden: jax.Array, kernel: jax.Array, labels: jax.Array) -> jax.Array:
+        if what == "none":
+            return linear_softmax_cross_entropy(hidden, kernel, labels, reduction="none", chunk_rows=64)
+        return jaxent.linear_token_statistics(hidden, kernel, labels, chunk_rows=64).entropy
+
+    arguments = like(256, 512, dtype=BF16), like(512, 8192, dtype=BF16), like(256, dtype=np.int32)
+    gradient = jax.grad(lambda *a: jnp.sum(rows(*a)))
+    value, by_hidden = (jax.jit(f).lower(*arguments).compile().memory_analysis() for f in (rows, gradient))
+    assert value is not None
+    assert by_hidden is not None
+    assert value.temp_size_in_bytes <= 6 * 2**20
+    assert by_hidden.temp_size_in_bytes <= 14 * 2**20
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Copies
 
@@ -336,6 +355,16 @@ def test_a_carry_of_bf16_would_stop_growing(reduction: str):
     # 1/1024.
     by_temperature = jax.jit(jax.grad(loss, argnums=2))(kernel, np.array([0, 1], BF16), np.ones((), BF16))
     np.testing.assert_allclose(np.float32(by_temperature), -1 / (1 + np.exp(-1)), rtol=4e-3)
+
+    # The second derivatives, 512 terms as small, by reverse mode.
+    def first(argument: int) -> Any:
+        return jax.grad(lambda *a: jnp.ravel(jax.grad(loss, argnums=argument)(*a))[-1], argnums=argument)
+
+    by_bias = jax.jit(first(1))(kernel, bias, np.ones((), BF16))
+    np.testing.assert_array_equal(np.asarray(by_bias, np.float32), [-0.25, 0.25])
+    by_temperature = jax.jit(first(2))(kernel, np.array([0, 1], BF16), np.ones((), BF16))
+    p = 1 / (1 + np.exp(-1))
+    np.testing.assert_allclose(np.float32(by_temperature), p * (1 - p) + 2 * p, rtol=8e-3)
 
 
 def test_float32_keeps_float32_accuracy(rng: np.random.Generator):

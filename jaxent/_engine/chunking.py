@@ -1,6 +1,7 @@
 """How many rows of logits at a time, from the shapes alone, and how a loop goes over the rows that count."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -92,7 +93,7 @@ class Chunking:
         if self.chunks == 1:
             return _masked_step(step, carry, per_row, kept)
         if self.strided:
-            return self._strided_scan(step, carry, per_row, kept)
+            return self._strided_scan(step, carry, per_row, kept, again=again, differentiable=differentiable)
         order = None if kept is None else _Order.of(kept)
         free, fixed = partition(per_row, moving)
         free = jax.tree.map(lambda x: self._in_chunks(x, order), free)
@@ -102,19 +103,9 @@ class Chunking:
             start = chunk * self.chunk_rows
             others, valid = self._window(fixed, order, start, self.chunk_rows)
             rows = merge(free, others)
-            if not differentiable and order is None:
-                return step(carry, rows, valid)
-
-            def full(carry: Pytree, rows: Pytree, valid: jax.Array | None) -> tuple[Pytree, Pytree]:
-                carry, out = step(carry, rows, valid)
-                return carry, _filled(out, valid)
-
-            def empty(carry: Pytree, rows: Pytree, valid: jax.Array | None) -> tuple[Pytree, Pytree]:
-                return carry, _fill(jax.eval_shape(full, carry, rows, valid)[1])
-
-            # Where all rows count, too: JAX drops the derivative rules of a scan's body, but not those in a choice.
-            count = self.rows if order is None else order.kept
-            return lax.cond(start < count, full, empty, carry, rows, valid)
+            if order is not None:
+                return _choose(start < order.kept, step, carry, rows, valid)
+            return (_with_rules(chunk, step) if differentiable else step)(carry, rows, valid)
 
         if again:  # else the choice would keep the chunk, whatever the step does
             body = jax.checkpoint(body, prevent_cse=False)
@@ -201,7 +192,16 @@ class Chunking:
     # ------------------------------------------------------------------------------------------------------------------
     # Where XLA may have split the rows
 
-    def _strided_scan(self, step: Step, carry: Pytree, per_row: Pytree, kept: jax.Array | None) -> tuple[Any, Any]:
+    def _strided_scan(
+        self,
+        step: Step,
+        carry: Pytree,
+        per_row: Pytree,
+        kept: jax.Array | None,
+        *,
+        again: bool,
+        differentiable: bool,
+    ) -> tuple[Any, Any]:
         cut = jax.tree.map(self._cut, (per_row, kept))
 
         def body(carry: Pytree, chunk: jax.Array) -> tuple[Pytree, Pytree]:
@@ -210,8 +210,11 @@ class Chunking:
                 place = jnp.arange(self.chunk_rows, dtype=jnp.int32) % (self.chunk_rows // self.groups)
                 own = place * self.chunks + chunk < self.rows // self.groups
                 valid = own if valid is None else valid & own
-            return _masked_step(step, carry, rows, valid)
+            masked = functools.partial(_masked_step, step)
+            return (_with_rules(chunk, masked) if differentiable else masked)(carry, rows, valid)
 
+        if again:
+            body = jax.checkpoint(body, prevent_cse=False)
         carry, out = lax.scan(body, carry, jnp.arange(self.chunks, dtype=jnp.int32))
         return carry, jax.tree.map(self._joined, out)
 
@@ -272,6 +275,30 @@ def _masked_step(step: Step, carry: Pytree, rows: Pytree, valid: jax.Array | Non
         rows = jax.tree.map(lambda x: _where(valid, x, 0), rows)
     carry, out = step(carry, rows, valid)
     return carry, _filled(out, valid)
+
+
+def _choose(
+    chosen: jax.Array, step: Step, carry: Pytree, rows: Pytree, valid: jax.Array | None
+) -> tuple[Pytree, Pytree]:
+    """A step, or the carry as it is and the results of rows that do not count."""
+
+    def full(carry: Pytree, rows: Pytree, valid: jax.Array | None) -> tuple[Pytree, Pytree]:
+        carry, out = step(carry, rows, valid)
+        return carry, _filled(out, valid)
+
+    def empty(carry: Pytree, rows: Pytree, valid: jax.Array | None) -> tuple[Pytree, Pytree]:
+        return carry, _fill(jax.eval_shape(full, carry, rows, valid)[1])
+
+    return lax.cond(chosen, full, empty, carry, rows, valid)
+
+
+def _with_rules(chunk: jax.Array, step: Step) -> Step:
+    """A step of a scan that keeps its derivative rules.
+
+    Before 0.12 JAX drops those of a scan's body when it differentiates the scan, but not those in a choice. XLA makes
+    this one when it compiles.
+    """
+    return functools.partial(_choose, (chunk >= 0) | True, step)
 
 
 def _where(valid: jax.Array, x: jax.Array, other: int) -> jax.Array:

@@ -45,12 +45,15 @@ def scaled_operand(x: jax.Array, dtype: np.dtype) -> jax.Array | Operand:
     """
     if dtype != np.float16:
         return operand(x, dtype)
+    unit = unit_of(x)
+    return Operand((lax.stop_gradient(x) / unit).astype(dtype), x, unit)
+
+
+def unit_of(x: jax.Array) -> jax.Array:
+    """The power of two in which `x` is rounded to float16, a constant."""
     largest = lax.stop_gradient(jnp.max(jnp.abs(x), initial=0))
     _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1))
-    exponent = jnp.maximum(exponent, -100) - 5
-    one = jnp.ones((), x.dtype)
-    narrow = (lax.stop_gradient(x) * jnp.ldexp(one, -exponent)).astype(dtype)
-    return Operand(narrow, x, jnp.ldexp(one, exponent))
+    return jnp.ldexp(jnp.ones((), x.dtype), jnp.maximum(exponent, -100) - 5)
 
 
 def dtype_of(x: jax.Array | Operand) -> np.dtype:
@@ -69,7 +72,7 @@ def _derivative_of(x: jax.Array) -> jax.Array:
 @jax.custom_jvp
 def zeros_with_derivative(x: jax.Array) -> jax.Array:
     """float32 zeros with the derivative of `x`."""
-    return jnp.zeros_like(x, dtype=np.float32)
+    return jnp.zeros_like(x, dtype=np.float32) + only_by_rule(x)
 
 
 @zeros_with_derivative.defjvp
@@ -77,6 +80,25 @@ def _zeros_with_derivative_jvp(primals, tangents):
     (x,), (dx,) = primals, tangents
     zeros = zeros_with_derivative(x)
     return zeros, dx.astype(zeros.dtype)
+
+
+@jax.custom_vjp
+def only_by_rule(x: jax.Array) -> jax.Array:
+    """A zero in a function whose derivative is that of its rule. Without the rule one with respect to `x` would
+    be lost: it is an error.
+    """
+    return _nothing(x).astype(np.float32)
+
+
+def _only_by_rule_forward(x: jax.Array) -> Any:
+    raise NotImplementedError(
+        "jaxent: before jax 0.12, jax.lax.scan drops the derivative rules of its body when it is differentiated twice, "
+        "and this derivative of a product of narrow operands would be wrong. Differentiate inside the scan: let its "
+        "body add up jax.grad, or jax.jvp of jax.grad, of the loss of a step. Or pass float32, without `dtype`"
+    )
+
+
+only_by_rule.defvjp(_only_by_rule_forward, _only_by_rule_forward)
 
 
 def product(axes: Axes, precision: Precision, a: jax.Array | Operand, b: jax.Array | Operand) -> jax.Array:
@@ -109,7 +131,7 @@ def _product(axes: Axes, precision: Precision, a: Operand, b: Operand) -> jax.Ar
     z = _dot(axes, precision, a.narrow, b.narrow)
     for unit in (a.unit, b.unit):
         z = z if unit is None else z * unit.astype(z.dtype)
-    return z
+    return z + (only_by_rule(a.wide) + only_by_rule(b.wide)).astype(z.dtype)
 
 
 def _product_jvp(axes, precision, primals, tangents):

@@ -94,8 +94,12 @@ class MatrixProducts:
         return np.dtype(own[0] if own[0] == own[1] else arrays.accumulation_dtype(head.hidden, head.kernel))
 
     def prepared(self, head: Head) -> Layer:
-        """The head with its kernel as an operand: the one cast of a call. Hidden states are cast a chunk at a time."""
-        return Layer(head.hidden, operand(head.kernel, self.operand_dtype(head)), head.bias)
+        """The head with its kernel as an operand, the one cast of a call, and its bias as wide as its cotangents' sum.
+
+        Hidden states are cast a chunk at a time.
+        """
+        bias = None if head.bias is None else head.bias.astype(arrays.accumulation_dtype(head.bias))
+        return Layer(head.hidden, operand(head.kernel, self.operand_dtype(head)), bias)
 
     def logits(self, layer: Layer) -> jax.Array:
         z = self._product((1, 0), operand(layer.hidden, dtype_of(layer.kernel)), layer.kernel)
@@ -135,11 +139,43 @@ def stream_sum(
 
     `l` is `(chunk_rows,)`, `aux` a pytree of constants with the rows first, and `row_loss` closes over no tracer.
     """
+    row_loss, params = with_wide_params(row_loss, params)
 
     def part(layers: tuple[Layer, ...], rows: Pytree, params: Pytree) -> tuple[jax.Array, Pytree]:
         return _summed(row_loss, chunking, products, layers, rows[0], params, rows[1])
 
     return on_own_rows(part, tuple(map(products.prepared, heads)), (row_args, counted), params)
+
+
+@dataclasses.dataclass(frozen=True)
+class _OwnDtypes:
+    """A row function that gets its parameters, the first leaves of `shared`, in their own dtypes."""
+
+    row_fn: RowFunction
+    dtypes: tuple[np.dtype, ...]
+
+    def __call__(self, logits: Logits, rows: Pytree, shared: Pytree) -> Pytree:
+        leaves, structure = jax.tree.flatten(shared)
+        params = [x.astype(dtype) for x, dtype in zip(leaves, self.dtypes, strict=False)]
+        return self.row_fn(logits, rows, jax.tree.unflatten(structure, params + leaves[len(params) :]))
+
+
+def with_wide_params(row_fn: RowFunction, params: Pytree) -> tuple[RowFunction, Pytree]:
+    """The same with floating parameters as wide as the sums of their cotangents.
+
+    A scan adds the chunks' shares of a constant's cotangent in the constant's dtype, and devices theirs: a bf16 sum
+    stops growing, as 512 additions of 1/1024 give 0.25.
+    """
+    leaves = jax.tree.leaves(params)
+    dtypes = tuple(x.dtype for x in leaves)
+    if not any(map(_is_narrow, leaves)):
+        return row_fn, params
+    wide = jax.tree.map(lambda x: x.astype(arrays.accumulation_dtype(x)) if _is_narrow(x) else x, params)
+    return _OwnDtypes(row_fn, dtypes), wide
+
+
+def _is_narrow(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype != arrays.accumulation_dtype(x)
 
 
 def on_own_rows(
