@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ PEERS = {
 def table(record: dict[str, Any]) -> str:
     """Every plain case, with its gradient and alone: our time and share of the limit, and each peer's time by ours."""
     where, versions = record["machine"], record["versions"]
+    found = {row["peer"] for case in record["cases"] for row in case["rows"]}
+    peers = {name: label for name, label in PEERS.items() if name in found}
     head = [
-        "| N, D, V | jaxent, ms | of limit | " + " | ".join(PEERS.values()) + " | jaxent, MiB | optax, MiB |",
-        "|---" + "|--:" * (4 + len(PEERS)) + "|",
+        "| N, D, V | jaxent, ms | of limit | " + " | ".join(peers.values()) + " | jaxent, MiB | optax, MiB |",
+        "|---" + "|--:" * (4 + len(peers)) + "|",
     ]
     lines = [
         f"Value and gradient on {where['device']}, {where['cores']} cores, float32, {record['date'][:10]}, jax "
@@ -35,15 +37,15 @@ def table(record: dict[str, Any]) -> str:
         "states; kept is the share of the rows that count, and the limit is that of these.",
         "",
         *head,
-        *_rows(record, "value and gradient"),
+        *_rows(record, "value and gradient", peers),
     ]
-    values = list(_rows(record, "value"))
+    values = list(_rows(record, "value", peers))
     lines += ["", "The value alone:", "", *head, *values] if values else []
     planned = report.planned(record)
     return "\n".join([*lines, *(["", f"{planned}."] if planned else [])])
 
 
-def _rows(record: dict[str, Any], mode: str) -> Iterator[str]:
+def _rows(record: dict[str, Any], mode: str, names: Iterable[str]) -> Iterator[str]:
     for case in record["cases"]:
         what = case["case"]
         plain = what["suite"] in ("dense", "linear") and not what["sweep"] and not what["donated"]
@@ -53,7 +55,7 @@ def _rows(record: dict[str, Any], mode: str) -> Iterator[str]:
         ours = rows["jaxent"]
         kept = f", {what['kept']:.0%} kept" if what.get("use") else ""
         shape = f"{what['rows']}, {what['hidden'] or '-'}, {what['classes']}{kept}"
-        peers = [f"{1 / rows[name]['ratio']:.2f}" if name in rows else "-" for name in PEERS]
+        peers = [f"{1 / rows[name]['ratio']:.2f}" if name in rows else "-" for name in names]
         memory = [mib(rows[name]["temp_mib"]) if name in rows else "-" for name in ("jaxent", "optax")]
         percent = f"{ours['percent_of_limit']:.0f}%"
         name = f"{what['head'] or what.get('use', '')} {shape}".strip()
