@@ -54,7 +54,7 @@ class Plan:
 
     @functools.cached_property
     def temp_bytes(self) -> int:
-        """What XLA allocates beside arguments and results.
+        """What XLA allocates in addition to arguments and results.
 
         For this process's own device XLA is asked, which takes it a second or more at the first look; nothing runs. For
         another one it is the sum of what has to be held.
@@ -99,7 +99,7 @@ def plan(
     $$\lceil N / R \rceil \text{ chunks}, \qquad 3\,N D V \text{ multiply-adds, or } 4\,N D V \text{ by rows}$$
 
     Gradients are those with respect to `hidden` and `kernel`; of `linear_kl_divergence` those of Q's head. Statistics,
-    gradient norms and curvature are taken without one, curvature products of steps of both. What memory cannot be had:
+    gradient norms and curvature are taken without one, curvature products of steps of both. Where memory still grows:
     `vmap` over examples with a shared kernel holds a kernel gradient per example (flatten the batch), and the gradient
     of a `scan` of losses one per step (take the gradient in the step, or wrap the loss in `jax.checkpoint`).
 

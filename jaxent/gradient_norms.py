@@ -93,7 +93,7 @@ def linear_gradient_norms(
     none. The first is the EL2N score of Paul et al. (2021), definition 2.2; the third, the norm of an outer product, is
     due to Goodfellow (2015). Equal to the norms of `jax.vmap(jax.grad(...))` of the row losses, which would hold a
     kernel for each row; here rows are processed in chunks, for two matrix products. The last, `survived`, is the part
-    of `d_n` in the row space of the kernel, onto which `Pi_W` projects: all that the hidden state is told. Its ratio to
+    of `d_n` in the row space of the kernel, onto which `Pi_W` projects: all that reaches the hidden state. Its ratio to
     `bias` is the share of the gradient that gets through the head (Godey & Artzi, 2026, arXiv:2603.10145). It needs
     `W W^T`, `features / rows` of a product, and `jax.jit` drops it where it is not used.
 

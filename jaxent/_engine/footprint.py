@@ -1,4 +1,4 @@
-"""What a linear loss holds in an accelerator's memory beside arguments and results."""
+"""What a linear loss holds in an accelerator's memory in addition to arguments and results."""
 
 from typing import NamedTuple
 

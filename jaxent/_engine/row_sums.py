@@ -1,4 +1,4 @@
-"""Sums over the rows of `hidden @ kernel + bias` that are no gradient of a loss, and what each row gives besides."""
+"""Sums over the rows of `hidden @ kernel + bias` other than gradients of a loss, together with per-row results."""
 
 from collections.abc import Callable
 from typing import Any

@@ -106,7 +106,7 @@ class MatrixProducts:
         return z if layer.bias is None else z + layer.bias.astype(z.dtype)[None, :]
 
     def by_logits(self, dz: jax.Array, kernel: jax.Array | Operand) -> jax.Array | Operand:
-        """A gradient with respect to the logits as an operand, rounded to bf16 beside a bf16 kernel."""
+        """A gradient with respect to the logits as an operand, rounded to bf16 if the kernel is bf16."""
         return scaled_operand(dz, dtype_of(kernel))
 
     def by_hidden(self, dz: jax.Array | Operand, kernel: jax.Array | Operand) -> jax.Array:
@@ -192,7 +192,7 @@ def on_own_rows(
         return f(tuple(kind(h, *other) for kind, h, other in kinds), args, params)
 
     rows = axis_names(partition_of(layers[0].hidden))
-    # A kernel that is gathered is so as an operand: narrow, and before the loop.
+    # A split kernel is gathered as an operand: in the narrow dtype, once, before the loop.
     others = [(jax.tree.map(lambda x: whole_along_others(x, 0, rows), layer.kernel), layer.bias) for layer in layers]
     return shard_map_rows(part, ([layer.hidden for layer in layers], row_args), (others, params), sum_specs)
 

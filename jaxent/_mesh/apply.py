@@ -115,7 +115,7 @@ def _all_gather_jvp(split, axes, primals, tangents):
 def whole_along_others(x: jax.Array, axis: int, axes: Collection[str]) -> jax.Array:
     """`x`, gathered along a dimension over the mesh axes that are not among `axes`.
 
-    XLA, which may have split it over automatic axes, would gather it anew in each step of a loop.
+    XLA, which may have split it over automatic axes, would gather it again in each step of a loop.
     """
     mesh = mesh_of(x)
     if auto_axis_names(mesh) == frozenset(mesh.axis_names):

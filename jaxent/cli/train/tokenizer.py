@@ -48,8 +48,8 @@ class Tokenizer:
                 raise CommandError(f"the text has {most} different tokens, too few to split them into {multiple}")
         if most < size:
             raise CommandError(
-                f"--vocab-size {size} is larger than the corpus: {len(longer)} different tokens and the {BYTES} bytes "
-                f"allow at most {most}"
+                f"--vocab-size {size} is larger than the corpus: its words and the {BYTES} bytes make at most {most} "
+                f"different tokens"
             )
         return cls(tuple(piece for _, piece in longer[: size - BYTES]))
 
