@@ -97,13 +97,13 @@ class Call:
         return dict(self.options).get("tokens", 1)
 
 
-def checked_call(function: str, sizes: Sizes, reduction: Any, chunk_rows: int | None, options: dict[str, Any]) -> Call:
-    if function not in FUNCTIONS:
-        raise ArgumentValueError(f"`function` must be one of {', '.join(map(repr, FUNCTIONS))}, got {function!r}")
+def checked_call(name: str, sizes: Sizes, reduction: Any, chunk_rows: int | None, options: dict[str, Any]) -> Call:
+    if name not in FUNCTIONS:
+        raise ArgumentValueError(f"`function` must be one of {', '.join(map(repr, FUNCTIONS))}, got {name!r}")
     check_reduction(reduction, None)
-    if FUNCTIONS[function].work in (_CURVATURE, _DIAGONAL):
+    if FUNCTIONS[name].work in (_CURVATURE, _DIAGONAL):
         check_matrix_reduction(reduction)
-    call = Call(function, sizes, reduction, chunk_rows, _checked_options(function, options))
+    call = Call(name, sizes, reduction, chunk_rows, _checked_options(name, options))
     if dict(call.options).get("per") == "sequence" and (call.tokens == 1 or sizes.rows % call.tokens):
         raise ArgumentValueError(
             f"`tokens` must tell how many of the {sizes.rows} rows make a sequence, with per='sequence'"
