@@ -72,17 +72,17 @@ DROPPED: dict[str, dict[str, Any]] = {
 def test_masked_statistics_have_the_gradient_of_the_kept_rows(how: str) -> None:
     options = DROPPED[how]
 
-    def masked(statistics: Any) -> list[jax.Array]:
-        return [jnp.where(KEPT, getattr(statistics, field), 0).sum() for field in FIELDS]
+    def masked(statistics: Any) -> tuple[jax.Array, ...]:
+        return tuple(jnp.where(KEPT, getattr(statistics, field), 0).sum() for field in FIELDS)
 
-    def dense(z: jax.Array) -> list[jax.Array]:
+    def dense(z: jax.Array) -> tuple[jax.Array, ...]:
         return masked(jaxent.token_statistics(z, **options))
 
-    def linear(h: jax.Array, w: jax.Array) -> list[jax.Array]:
+    def linear(h: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
         return masked(jaxent.linear_token_statistics(h, w, **options))
 
-    def plain(z: jax.Array) -> list[jax.Array]:
-        return [plain_statistic(field, z, Y) for field in FIELDS]
+    def plain(z: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(plain_statistic(field, z, Y) for field in FIELDS)
 
     for f, wanted, args in ((dense, plain, (Z,)), (linear, lambda h, w: plain(h @ w), (H, W))):
         of = tuple(range(len(args)))
