@@ -73,7 +73,7 @@ def run(suites: Sequence[Suite], quick: bool, path: Path) -> dict[str, Any]:
     """All cases of the suites; the record is written after each, so that a run that is cut off leaves what it has."""
     at_hand = Resources.here()
     todo = [case for suite in suites for case in cases(suite, quick, at_hand)]
-    effort = QUICK if quick else FULL
+    effort = QUICK if quick or "chunks" in suites else FULL  # of which a device that is lent leaves time
     limits = measure_limits({case.dtype for case in todo} or {"float32"}, effort)
     absent = sorted({name for suite in suites for name in present(suite)[1]})
     torch = {"torch": torch_peers.threads()} if present("dense")[1].count("torch dense") == 0 else {}
@@ -119,7 +119,7 @@ def _on_fake_devices(quick: bool) -> list[dict[str, Any]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "--suite", choices=(*SUITES, "compiled", "accuracy"), help="one suite; all that are timed if left out"
+        "--suite", choices=(*SUITES, "chunks", "compiled", "accuracy"), help="one suite; all that are timed if left out"
     )
     parser.add_argument(
         "--device", choices=compilers.TARGETS, action="append", help="what `compiled` compiles for; may be repeated"

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Suite = Literal["dense", "linear", "curvature", "sharded"]
+Suite = Literal["dense", "linear", "curvature", "sharded", "chunks"]
 Mode = Literal["value", "value and gradient", "Hessian product", "Gauss-Newton product", "gradient norms"]
 Sweep = Literal["", "rows", "classes"]
-SUITES: tuple[Suite, ...] = ("dense", "linear", "curvature", "sharded")
+SUITES: tuple[Suite, ...] = ("dense", "linear", "curvature", "sharded")  # that run if none is named
 GRADIENT: Mode = "value and gradient"
 
 # Matrix products of N x D x V multiply-adds that must be. All need the logits. A gradient needs one by hidden, one by
@@ -58,6 +58,8 @@ HEADS = {
     "Llama-3 8B": (4096, 128256),
 }
 ACCELERATOR_ROWS = (8192, 32768)
+# Of the rows, next to the number that the library takes.
+CHUNKS = (2, 4, 8, 16, 32)
 # Rows, hidden size, classes; each of rows and of classes is doubled three times while the other stays.
 SWEEPS = {"cpu": (2048, 128, 8192), "quick": (256, 32, 1024), "accelerator": (4096, 1024, 16384)}
 DOUBLINGS = (1, 2, 4, 8)
@@ -193,6 +195,9 @@ def cases(suite: Suite, quick: bool, at_hand: Resources) -> list[Case]:
         shapes = CURVATURE_QUICK if quick else CURVATURE
         modes = (*TANGENT_MODES, "gradient norms")
         return [Case("curvature", n, v, mode, d) for mode in modes for n, d, v in shapes]
+    if suite == "chunks":
+        shapes = LINEAR_QUICK[1:] if quick else tuple((rows, *HEADS["Llama-3 8B"]) for rows in ACCELERATOR_ROWS)
+        return [Case("chunks", n, v, GRADIENT, d, dtypes(at_hand)[0]) for n, d, v in shapes]
     if at_hand.devices == 1:
         return []
     data = 2 if at_hand.devices % 2 == 0 and at_hand.devices > 2 else 1

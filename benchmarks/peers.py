@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import sharded, torch_peers
-from benchmarks.cases import GRADIENT, IGNORED, Case, Resources
+from benchmarks.cases import CHUNKS, GRADIENT, IGNORED, Case, Resources
 from benchmarks.harness import Contender, Effort, compiled, failure
 from benchmarks.inputs import Inputs
 from jaxent import linear_ggn_vector_product, linear_gradient_norms, linear_softmax_cross_entropy, softmax_cross_entropy
@@ -111,6 +111,14 @@ def _jaxent(name: str, case: Case, inputs: Inputs, effort: Effort) -> Contender:
     return _jax_case(name, case, inputs, effort, _jaxent_function(case))
 
 
+def _jaxent_in_chunks(count: int) -> Prepare:
+    def prepare(name: str, case: Case, inputs: Inputs, effort: Effort) -> Contender:
+        loss = functools.partial(linear_softmax_cross_entropy, chunk_rows=-(-case.rows // count))
+        return _jax_case(name, case, inputs, effort, derived(case, loss))
+
+    return prepare
+
+
 def _jaxent_not_donated(name: str, case: Case, inputs: Inputs, effort: Effort) -> Contender | None:
     if not case.donated:
         return None
@@ -192,15 +200,17 @@ def _on_mesh(kind: sharded.Kind, function_of: Callable[[Case], Callable[..., Any
 
 # ----------------------------------------------------------------------------------------------------------------------
 
-LOGITS = ("dense", "linear", "curvature")
+LOGITS = ("dense", "linear", "curvature", "chunks")
+LINEAR = ("linear", "chunks")
 PEERS = (
     Peer("jaxent", "jaxent", LOGITS, _jaxent),
     Peer("jaxent", "jaxent, not donated", ("dense",), _jaxent_not_donated),
     Peer("optax", "optax", LOGITS, _optax),
     Peer("jax", "jax.nn.log_softmax", LOGITS, _where(_is_plain_shape, _on_logits(_log_softmax_loss))),
     Peer("torch", "torch dense", LOGITS, _where(_is_plain, torch_peers.dense)),
-    Peer("torch", "torch fused", ("linear",), _where(_is_no_sweep, torch_peers.fused)),
-    *(Peer("tokamax", f"tokamax {i}", ("linear",), _tokamax(i)) for i in ("xla", "chunked_xla", "mosaic_tpu")),
+    Peer("torch", "torch fused", LINEAR, _where(_is_no_sweep, torch_peers.fused)),
+    *(Peer("tokamax", f"tokamax {i}", LINEAR, _tokamax(i)) for i in ("xla", "chunked_xla", "mosaic_tpu")),
+    *(Peer("jaxent", f"jaxent, {count} chunks", ("chunks",), _jaxent_in_chunks(count)) for count in CHUNKS),
     Peer("jaxent", "jaxent, one device", ("sharded",), _jaxent),
     Peer("jaxent", "jaxent, automatic", ("sharded",), _on_mesh("automatic", _jaxent_function)),
     Peer("jaxent", "jaxent, explicit", ("sharded",), _on_mesh("explicit", _jaxent_function)),

@@ -183,8 +183,18 @@ def test_a_pod_sends_what_the_formula_says():
     assert numbers_sent(found, pod) == pod.numbers_sent
 
 
+# Of an odd number of classes the estimate is negative: some instructions count as -1 s.
 @pytest.mark.parametrize(
-    "shape", [(2048, 2304, 65536), (2048, 4096, 128256), (1024, 4096, 65536), (2048, 1024, 131072)]
+    "shape",
+    [
+        (1024, 2048, 32768),
+        (2048, 2304, 65536),
+        (2048, 4096, 128256),
+        (1024, 4096, 65536),
+        (512, 4096, 65536),
+        (2048, 5120, 65536),
+        (2048, 1024, 131072),
+    ],
 )
 def test_the_predicted_time_is_the_compilers_own(shape: tuple[int, int, int]):
     """On a v5e, whose compiler's `optimal_seconds` counts the body of a loop once: so in one chunk."""

@@ -1,11 +1,18 @@
 """The predicted time of a loss on a device, against what was read from compiled programs, and the rows that suit it."""
 
+import contextlib
+import functools
+import re
 from types import SimpleNamespace
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
+import jaxent
 from jaxent._engine import devices
 from jaxent._engine.chunking import chunking_of, default_chunk_rows
 from jaxent._engine.devices import DEVICES, Target, device_named, target_of
@@ -93,6 +100,35 @@ def test_chunks_of_a_cpu_and_of_an_unknown_device():
     assert default_chunk_rows(Target(True, None), 512, 32768, jnp.float32) == (1024, 1, False)
     assert default_chunk_rows(Target(False, None), 512, 32768, jnp.float32) == (8192, 1, False)
     assert target_of() == (True, None)
+
+
+EXPORTED = {"TPU v5": ("tpu", "tpu", "v5p"), "NVIDIA A100-SXM4-80GB": ("gpu", "cuda", "a100")}
+
+
+@pytest.mark.parametrize("given", ["shardings", "context"])
+@pytest.mark.parametrize("kind", EXPORTED)
+def test_a_program_that_is_exported_has_the_chunks_of_its_mesh(kind: str, given: str):
+    """Of its `platforms` nothing is known while it is traced: without a mesh the chunks are those of this device."""
+    platform, exported_as, name = EXPORTED[kind]
+    n, d, v = 16384, 512, 32768
+    device = AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+    mesh = AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,), abstract_device=device)
+    like = functools.partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, P()) if given == "shardings" else None)
+    head = like((n, d), jnp.bfloat16), like((d, v), jnp.bfloat16), like((n,), jnp.int32)
+
+    def chunks(platform: str) -> set[int]:
+        # A function of its own: a traced one is known again, whatever mesh is set.
+        loss = jax.jit(lambda *head: jaxent.linear_softmax_cross_entropy(*head))
+        text = jax.export.export(loss, platforms=[platform])(*head).mlir_module()
+        return {int(rows) for rows in re.findall(rf"tensor<(\d+)x{v}xf32>", text)}
+
+    with contextlib.nullcontext() if given == "shardings" else jax.sharding.use_abstract_mesh(mesh):
+        rows = jaxent.plan(n, d, v, dtype="bfloat16", device=name).chunk_rows
+        assert rows in chunks(exported_as)
+    own = jaxent.plan(n, d, v, dtype="bfloat16").chunk_rows
+    assert own != rows
+    if given == "context":
+        assert own in chunks(exported_as)
 
 
 def test_the_mesh_says_which_device(monkeypatch: pytest.MonkeyPatch):

@@ -120,15 +120,15 @@ class Target(NamedTuple):
 
 
 def target_of(*arrays: jax.Array) -> Target:
-    """The devices of the mesh that arrays are typed with; else this process's own."""
+    """The devices of the mesh that arrays are typed with; see `target_on`."""
     return target_on(mesh_of(*arrays))
 
 
 def target_on(mesh: AbstractMesh) -> Target:
-    """The devices of a mesh, which need not be here; without one, this process's own.
+    """The devices of a mesh or, without one, of the mesh that is set, which need not be here; else this process's own.
 
-    A mesh also tells what a program is compiled for ahead of time. `jax.export` and a sharding that names one device do
-    not.
+    A mesh also tells what a program is compiled or exported for ahead of time. The `platforms` of `jax.export` and a
+    sharding that names one device do not: nothing says them while a program is traced.
     """
-    device = mesh.abstract_device or jax.devices()[0]
+    device = mesh.abstract_device or jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
     return Target(device.platform == "cpu", device_named(device.device_kind))

@@ -35,7 +35,8 @@ def held_bytes(sizes: Sizes, chunk_rows: int, work: Work, device: Device | None)
         )
     )
     held = {"logits": wide * work.heads * chunk}
-    room, on_tpu = 0, device is not None and device.is_tpu
+    on_tpu, recomputing = (False, False) if device is None else (device.is_tpu, device.recomputes_dz)
+    room = 0
     if sizes.kernel_dtype.itemsize > narrow:
         held["cast kernel"] = narrow * kernel
     if work.backward:
@@ -48,5 +49,9 @@ def held_bytes(sizes: Sizes, chunk_rows: int, work: Work, device: Device | None)
                 held["sum of the kernel's gradient"] = wide * kernel
                 room = sizes.kernel_dtype.itemsize * kernel
                 if on_tpu and (written or held["logits"] > room):  # its compiler then holds the result apart
-                    held["kernel's gradient, rounded"], room = room, 0
+                    held["kernel's gradient, rounded"] = room
+                    # That of a TPU7x, at its default rows, has the gradient of the logits there in the meantime.
+                    room = 0 if recomputing else held.get("gradient of the logits", 0)
+            elif on_tpu:
+                held["gradient of the hidden states, as a result"] = narrow * rows
     return sum(held.values()) - max((n for n in held.values() if n <= room), default=0)
