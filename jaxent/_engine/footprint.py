@@ -38,7 +38,7 @@ def held_bytes(sizes: Sizes, chunk_rows: int, work: Work, device: Device | None)
     on_tpu, recomputing = (False, False) if device is None else (device.is_tpu, device.recomputes_dz)
     room = 0
     if sizes.kernel_dtype.itemsize > narrow:
-        held["cast kernel"] = narrow * kernel
+        held["cast kernel"] = narrow * work.heads * kernel
     if work.backward:
         written = narrow < wide and not recomputes_dz(device, chunk_rows, sizes.features)
         if written:

@@ -33,21 +33,11 @@ class TokenStatistics(NamedTuple):
     """Their classes, int32."""
 
 
-@jax.custom_jvp
-def _written(z: jax.Array) -> jax.Array:
-    """`z` computed once; its tangents and cotangents need not be."""
-    return lax.optimization_barrier(z)
-
-
-@_written.defjvp
-def _written_jvp(primals, tangents):
-    return _written(*primals), tangents[0]
-
-
 def row_statistics(z: jax.Array, rows: RowTargets, classes: ClassAxis, top_k: int) -> TokenStatistics:
     """`TokenStatistics` of the rows; of an ignored one 0 in floating and -1 in integer fields, whatever it holds."""
     # The logits as they are written once; a `where` of them is exact, however often XLA computes it.
-    z = jnp.where(rows.ignored, 0, _written(z))
+    written = lax.optimization_barrier(lax.stop_gradient(z))
+    z = jnp.where(rows.ignored, 0, z)
     row = softmax.normalizer(z, classes)
     usable = jnp.isfinite(row.rest)
     log_prob = rank = top_log_probs = top_classes = None
@@ -61,7 +51,7 @@ def row_statistics(z: jax.Array, rows: RowTargets, classes: ClassAxis, top_k: in
         higher = classes.sum((lax.stop_gradient(z) > label_logit).astype(jnp.int32))
         rank = per_row(jnp.where(usable & (rows.labels != INVALID), higher, -1))
     # Each logit is compared with the very maximum, not with one that XLA recomputes and rounds differently.
-    own = lax.stop_gradient(z)
+    own = jnp.where(rows.ignored, 0, written)
     argmax = per_row(jnp.where(usable, classes.min_index(own == classes.max(own)), -1))
     if top_k:
         top_z, top_classes = classes.top(z, top_k)
