@@ -100,6 +100,8 @@ def test_the_record_holds_what_the_formula_says():
         assert row["sent"] == row["formula"]
         assert row["plan_mib"] == pytest.approx(row["temp_mib"], rel=0.05)
     for row in record["programs"]:
-        # There the compiler writes blocks that it computes again elsewhere.
-        if row.get("plan_mib") is not None and (row["target"], row["mode"]) != ("b200", "divergence"):
+        # A B200's compiler writes blocks that others compute again; a v5e's computes the gradient of GPT-2's logits
+        # again, which `plan` expects from 2048 features on.
+        known = {("b200", "Llama-3 8B", "divergence"), ("v5e", "GPT-2", "value and gradient")}
+        if row.get("plan_mib") is not None and (row["target"], row["head"], row["mode"]) not in known:
             assert row["plan_mib"] == pytest.approx(row["temp_mib"], rel=0.05)

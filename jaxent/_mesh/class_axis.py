@@ -9,7 +9,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxent._mesh.apply import on_each_device, with_auto_axes
-from jaxent._mesh.types import axis_names, may_be_split_by_xla, mesh_of, on_one_device, partition_of, pcast_like
+from jaxent._mesh.types import axis_names, may_be_split_by_xla, may_gather, mesh_of, partition_of, pcast_like
 
 
 def row_sum(x: jax.Array, axis: int | tuple[int, ...], keepdims: bool = True) -> jax.Array:
@@ -100,7 +100,7 @@ class ClassAxis:
 
     def take(self, x: jax.Array, labels: jax.Array) -> jax.Array:
         """`x` at the row's label; 0 for a label outside the classes."""
-        if not on_one_device(x):
+        if not may_gather(x):
             # A gather over a sharded class axis raises on an explicit mesh; the comparison shards like any sum.
             return self.sum(jnp.where(self.is_class(labels, x), x, 0))
         local, count = labels - self.offset(x), x.shape[self.axis]
@@ -115,7 +115,7 @@ class ClassAxis:
 
     def take_each(self, x: jax.Array, labels: jax.Array) -> jax.Array:
         """`x` at each of the row's `k` labels, which lie along the class axis; 0 for those outside the classes."""
-        if not on_one_device(x):
+        if not may_gather(x):
             chosen = jnp.where(self._is_each(labels, x), x[..., None], 0)
             return self.psum(jnp.moveaxis(jnp.sum(chosen, axis=self.axis - 1), -1, self.axis))
         local = labels - self.offset(x)

@@ -49,10 +49,14 @@ def may_be_split_by_xla(x: jax.Array) -> bool:
     return jax.device_count() > 1 if mesh.empty else automatic_devices(x) > 1
 
 
-def on_one_device(x: jax.Array) -> bool:
-    """Whether the array's type has no mesh, or an automatic one of a single device, where nothing can be split."""
+def may_gather(x: jax.Array) -> bool:
+    """Whether entries can be gathered: the array's type has no mesh, or an automatic one of a single GPU or CPU.
+
+    The compiler of a TPU would copy the array for that.
+    """
     mesh = mesh_of(x)
-    return mesh.empty or (mesh.size == 1 and len(auto_axis_names(mesh)) == len(mesh.axis_names))
+    on_tpu = mesh.abstract_device is not None and mesh.abstract_device.platform == "tpu"
+    return mesh.empty or (mesh.size == 1 and not on_tpu and len(auto_axis_names(mesh)) == len(mesh.axis_names))
 
 
 NO_MESH = AbstractMesh((), ())
