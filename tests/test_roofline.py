@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import re
-from types import SimpleNamespace
 
 import jax
 import jax.export
@@ -13,12 +12,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxent
-from jaxent._engine import devices
 from jaxent._engine.chunking import chunking_of, default_chunk_rows
 from jaxent._engine.devices import DEVICES, Target, device_named, target_of
-from jaxent._engine.linear_head import chunking_for, matrix_products
 from jaxent._engine.roofline import Milliseconds, Roofline, chunk_rows_for, roofline
-from jaxent._engine.streaming import Head
 
 LLAMA = (32768, 4096, 128256)
 
@@ -129,18 +125,3 @@ def test_a_program_that_is_exported_has_the_chunks_of_its_mesh(kind: str, given:
     assert own != rows
     if given == "context":
         assert own in chunks(exported_as)
-
-
-def test_the_mesh_says_which_device(monkeypatch: pytest.MonkeyPatch):
-    """Also where it is not the process's own, as when a program is compiled for devices that are not here."""
-    kind = SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
-    monkeypatch.setattr(devices, "mesh_of", lambda *_: SimpleNamespace(abstract_device=kind))
-    like = jax.ShapeDtypeStruct
-    found = []
-
-    def chunks(hidden: jax.Array, kernel: jax.Array) -> jax.Array:
-        found.append(chunking_for(None, matrix_products(None), Head(hidden, kernel, None)))
-        return hidden
-
-    jax.eval_shape(chunks, like((32768, 4096), jnp.bfloat16), like((4096, 128256), jnp.bfloat16))
-    assert found[0].chunk_rows == 6560
