@@ -132,6 +132,18 @@ def test_derivatives_of_pointwise_mutual_information():
     np.testing.assert_allclose(got, want, rtol=1e-6)
 
 
+def test_a_cell_whose_second_derivative_overflows_spoils_no_other():
+    p = f32([[0.5, 1e-30], [0.25, 0.25]])
+    got = np.array(jax.hessian(lambda p: jnp.sum(info.pointwise_mutual_information(p)))(p)).reshape(4, 4)
+    x, y = np.divmod(np.arange(4), 2)
+    of_rows, of_columns = p.astype(np.float64).sum(1), p.astype(np.float64).sum(0)
+    want = 2 * (x[:, None] == x) / of_rows[x] ** 2 + 2 * (y[:, None] == y) / of_columns[y] ** 2
+    want = want - np.diag(1 / p.astype(np.float64).ravel() ** 2)
+    assert got[1, 1] < -1e38
+    got[1, 1] = want[1, 1] = 0
+    assert_close(got, want, ulp=8, dtype="f4", size=16)
+
+
 def test_conditional_entropy_that_is_nearly_zero():
     p = np.array([[0.5, 2.0**-40], [2.0**-60, 0.5]], np.float32)
     want = oracle.value(oracle.conditional_entropy, p.ravel(), columns=2, known=0)

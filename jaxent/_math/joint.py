@@ -101,7 +101,8 @@ def _log_quotient(p: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 def _log_quotient_jvp(primals, tangents):
     # What a and b add is kept apart from the spreading over the table, whose transpose is a sum: see `row_sum`.
     (p, a, b), (dp, da, db) = primals, tangents
-    return _log_quotient(p, a, b), dp / p - kept_apart(da / a) - kept_apart(db / b)
+    by_p, by_a, by_b = (dx * safe.reciprocal(x) for dx, x in ((dp, p), (da, a), (db, b)))
+    return _log_quotient(p, a, b), by_p - kept_apart(by_a) - kept_apart(by_b)
 
 
 def _dependence(p: jax.Array, given_z: bool) -> jax.Array:

@@ -154,14 +154,15 @@ def _root_ratio_jvp(primals, tangents):
 
 @jax.custom_jvp
 def reciprocal(x: jax.Array) -> jax.Array:
-    """`1 / x`; JAX's own rule squares `x`, as that of `ratio` does."""
+    """`1 / x`; its derivative is at most the largest finite number, so that times a tangent of 0 it is 0."""
     return 1 / x
 
 
 @reciprocal.defjvp
 def _reciprocal_jvp(primals, tangents):
     (x,), (dx,) = primals, tangents
-    return reciprocal(x), -(reciprocal(x) * dx) * reciprocal(x)
+    slope = jnp.minimum(reciprocal(x) * reciprocal(x), float(jnp.finfo(x.dtype).max))
+    return reciprocal(x), -slope * dx
 
 
 def log_ratio_with_gap(p: jax.Array, q: jax.Array, gap: jax.Array) -> jax.Array:
@@ -189,7 +190,7 @@ def log_ratio(p: jax.Array, q: jax.Array) -> jax.Array:
 @log_ratio.defjvp
 def _log_ratio_jvp(primals, tangents):
     (p, q), (dp, dq) = primals, tangents
-    return log_ratio(p, q), dp / p - dq / q
+    return log_ratio(p, q), dp * reciprocal(p) - dq * reciprocal(q)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
