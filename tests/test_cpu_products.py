@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from jaxent._engine import cpu_products
-from jaxent._engine.devices import Target
 from jaxent._engine.products import operand
 from jaxent._engine.streaming import Head, MatrixProducts
 
@@ -87,7 +86,7 @@ def test_every_transformation_is_that_of_the_plain_form(name, monkeypatch):
     turned = jax.make_jaxpr(function)(a, b)
     assert "optimization_barrier" in str(turned)
     got = everything()
-    monkeypatch.setattr(cpu_products, "target_of", lambda *_: Target(on_cpu=False, device=None))
+    monkeypatch.setattr(cpu_products, "_known", lambda *_: False)
     assert "optimization_barrier" not in str(jax.make_jaxpr(lambda *x: function(*x))(a, b))
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(everything()), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5 * np.abs(y).max())

@@ -327,7 +327,7 @@ def test_a_count_is_a_number():
     for bad in ("5", 1j):
         with pytest.raises(TypeError, match=r"EmpiricalRisk.bits_per: `count`"):
             EmpiricalRisk().bits_per(bad)  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match=r"EmpiricalRisk.bits_per: `count` must have shape"):
+    with pytest.raises(ValueError, match=r"EmpiricalRisk.bits_per: `count` must be a scalar"):
         EmpiricalRisk().bits_per(np.array([1, 2]))
 
 
