@@ -1,5 +1,10 @@
-"""What a row gets does not depend on its neighbours or on its place among them: bit for bit, at the same shape."""
+"""What a row gets does not depend on its neighbours or on its place among them: bit for bit, at the same shape.
 
+From hidden states that is as true as it is of the matrix product alone: without AVX-512, XLA's adds up the rows at the
+end of a block in another order.
+"""
+
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -57,16 +62,29 @@ LINEAR: dict[str, Callable[[int], RowFunction]] = {
 }
 
 
-def _check_rows(f: RowFunction, x: np.ndarray, labels: np.ndarray, rng: np.random.Generator) -> None:
+def _product_has_same_bits(classes: int) -> bool:
+    """Whether this machine's product of a chunk of 14 rows gives equal rows equal results."""
+    hidden = jnp.broadcast_to(jnp.sin(jnp.arange(FEATURES, dtype=jnp.float32)), (14, FEATURES))
+    kernel = jnp.sin(jnp.arange(FEATURES * classes, dtype=jnp.float32)).reshape(FEATURES, classes)
+    z = np.asarray(jax.jit(lambda turned, w: turned.T @ w)(hidden.T, kernel))
+    return bool(np.all(z == z[:1]))
+
+
+def _check_rows(
+    f: RowFunction, x: np.ndarray, labels: np.ndarray, rng: np.random.Generator, *, exact: bool = True
+) -> None:
     f = jax.jit(f)
     as_they_are = np.asarray(f(x, labels))
     order = rng.permutation(len(x))
-    np.testing.assert_array_equal(np.asarray(f(x[order], labels[order])), as_they_are[order])
+    assert_same = np.testing.assert_array_equal
+    if not exact:
+        assert_same = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=2e-6)
+    assert_same(np.asarray(f(x[order], labels[order])), as_they_are[order])
     # Neighbours with a loss above 62 and above 88 nats, far from 0, with a nan, and without a label.
     hostile, kept = x.copy(), np.arange(len(x)) % 2 == 1
     hostile[0::10, 0], hostile[2::10, 0], hostile[4::10], hostile[6::10, 0] = 70, 1000, hostile[4::10] + 1e4, np.nan
     changed = np.where(np.arange(len(x)) % 10 == 8, -100, labels)
-    np.testing.assert_array_equal(np.asarray(f(hostile, changed))[kept], as_they_are[kept])
+    assert_same(np.asarray(f(hostile, changed))[kept], as_they_are[kept])
 
 
 @pytest.mark.parametrize(("name", "shape"), covering(DENSE, ["wide", "few", "many"]))
@@ -80,4 +98,5 @@ def test_of_logits(name: str, shape: str, rng: np.random.Generator) -> None:
 def test_of_hidden_states(name: str, shape: str, rng: np.random.Generator) -> None:
     rows, classes = SHAPES[shape]
     hidden = rng.normal(size=(rows, FEATURES)).astype(np.float32)
-    _check_rows(LINEAR[name](classes), hidden, rng.integers(1, classes, size=rows), rng)
+    exact = _product_has_same_bits(classes)
+    _check_rows(LINEAR[name](classes), hidden, rng.integers(1, classes, size=rows), rng, exact=exact)
