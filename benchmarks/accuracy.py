@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.accuracy_cases import IGNORED, QUANTITIES, SIZES, Case, Quantity, cases
+from benchmarks.accuracy_cases import QUANTITIES, SIZES, Case, Quantity, cases
+from benchmarks.cases import IGNORED
 from benchmarks.harness import failure
 from benchmarks.report import commit, machine, one_line_lists
 from jaxent import linear_softmax_cross_entropy, softmax_cross_entropy

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 
+from benchmarks.cases import IGNORED
 from jaxent.cli.check import cases as checked
 from jaxent.cli.check import references
 
 WIDE = np.longdouble
-IGNORED = -100
 Group = Literal["jaxent check", "edges", "sizes"]
 Quantity = Literal["value", "gradient", "curvature"]
 QUANTITIES: tuple[Quantity, ...] = ("value", "gradient", "curvature")

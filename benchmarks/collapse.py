@@ -190,9 +190,8 @@ def draw(curves: dict[str, dict[str, list[float]]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(14, 3.2), layout="constrained")
     for axis, panel in zip(axes, panels, strict=True):
         for name, curve in curves.items():
-            points = [
-                np.nan if panel == "loss" and y == 0 else y for y in curve[panel]
-            ]  # 0 has no place on a log scale
+            # 0 has no place on a log scale.
+            points = [np.nan if panel == "loss" and y == 0 else y for y in curve[panel]]
             axis.plot(curve["step"], points, label=name, linewidth=1.2)
         axis.set(title=panel, xlabel="step", yscale="log" if panel == "loss" else "linear")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(curves), fontsize="small")

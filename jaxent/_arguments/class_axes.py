@@ -39,7 +39,7 @@ def flatten_softmax_arguments(
     if vocab_axis is not None and len(axes) > 1:
         raise ArgumentValueError(f"`vocab_axis` must go with one class axis, got `axis` {axis}")
     targets, class_weights = given.targets, given.class_weights
-    if not (targets is None or isinstance(targets, SparseTargets)):
+    if targets is not None and not isinstance(targets, SparseTargets):
         targets = arrays.as_array("targets", targets)
         if jnp.issubdtype(targets.dtype, jnp.floating):
             targets = arrays.floating("targets", targets)

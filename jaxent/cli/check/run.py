@@ -29,7 +29,6 @@ from jaxent.cli.output import print_json, say
 # once before for a matrix product; the rest is room for the exponentials of other devices.
 VALUE_ULP, GRADIENT_ULP, HALF_ULP = 8.0, 8.0, 1.0
 
-
 # Cases in one program: together they compile faster than alone, and a program compiles on few cores.
 TOGETHER = 10
 # A reference is evaluated once: optimising its code takes longer than running it as it is.
