@@ -11,7 +11,7 @@ FUNCTION = re.compile(r"(<mi>(?:log|exp)</mi>|<msub><mi>log</mi>.*?</msub>)(?!<m
 # A function after a factor: "p log p" and "s tanh(x)".
 FACTOR = re.compile(r"(</(?:mi|mn|msub|msup|msubsup)>)(?=(?:<msub>)?<mi>(?:log|exp|tanh)</mi>)")
 # A sign after a bracket, a comma or an equals sign is no subtraction, which would have spaces around it.
-SIGN = re.compile(r"(<mo[^>]*>(?:&#x0003D;|&#x00028;|&#x0002C;|\[)</mo>)<mo>&#x02212;</mo>")
+SIGN = re.compile(r"(<mo[^>]*>(?:&#x0003D;|&#x00028;|&#x0002C;|&#x02308;|\[)</mo>)<mo>&#x02212;</mo>")
 SPACE = r'<mspace width="0.17em" />'
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', flags=re.DOTALL)
 
