@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -11,8 +12,9 @@ import pytest
 from cli_text import environment, fails, run
 
 from jaxent.cli import main
+from jaxent.cli.errors import CommandError
 from jaxent.cli.train.checkpoint import NAME, Checkpoint
-from jaxent.cli.train.corpus import read_corpus
+from jaxent.cli.train.corpus import Source, find_sources, read_corpus
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="shells and /dev are POSIX's")
 
@@ -180,6 +182,50 @@ def test_links_are_no_second_file(text: Path, tmp_path: Path):
     alone = read_corpus([str(tmp_path / "src")], 10**6)
     (tmp_path / "src" / "g.txt").symlink_to("f0.txt")
     assert read_corpus([str(tmp_path / "src")], 10**6).digest == alone.digest
+
+
+@pytest.mark.parametrize("command", [["train"], ["evaluate", "{tiny}"]])
+def test_what_is_no_regular_file(command: list[str], request: pytest.FixtureRequest, tmp_path: Path):
+    """None of these is waited for: a pipe that nothing writes to, a socket, a link that leads nowhere, a device."""
+    given = [str(request.getfixturevalue("tiny")) if part == "{tiny}" else part for part in command]
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("nowhere")
+    with socket.socket(socket.AF_UNIX) as listening:
+        here = Path.cwd()
+        os.chdir(tmp_path)  # the path of a socket may have 100 characters
+        try:
+            listening.bind("socket")
+        finally:
+            os.chdir(here)
+        for name, why in (
+            ("pipe", "nothing writes to this pipe"),
+            ("socket", "No such device or address"),
+            ("link", "No such file or directory"),
+            ("/dev/null", "no text in /dev/null"),
+        ):
+            code, out, err = run(*given, tmp_path / name, cwd=tmp_path)
+            assert (code, out) == (2, "")
+            assert err.splitlines()[-1].startswith("jaxent: ")
+            assert err.endswith(f"{why}\n")
+        (tmp_path / "text.txt").write_bytes(b"some text")
+        assert [s.name for s in find_sources([str(tmp_path)])] == ["text.txt"]  # in a folder they are passed over
+
+
+@pytest.mark.skipif(os.name == "posix" and os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read(tmp_path: Path):
+    (tmp_path / "closed").mkdir(mode=0o000)
+    for path in (tmp_path, tmp_path / "closed"):
+        with pytest.raises(CommandError, match=r"cannot read .*closed: Permission denied"):
+            read_corpus([str(path)], 10**6)
+
+
+def test_a_pipe_that_is_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Its text is read whole, and a writer that takes its time is not waited for without a word."""
+    os.mkfifo(tmp_path / "pipe")
+    writer = subprocess.Popen(["sh", "-c", f"exec > {tmp_path / 'pipe'}; sleep 2; echo some text; sleep 1; echo more"])
+    assert Source(tmp_path / "pipe", "pipe", named=True).read() == b"some text\nmore\n"
+    assert writer.wait() == 0
+    assert capsys.readouterr().err == f"waiting for text from {tmp_path / 'pipe'}\n"
 
 
 @pytest.mark.grid

@@ -127,6 +127,24 @@ def parameters(f: Any) -> list[tuple[str, str, Any]]:
     ]
 
 
+@pytest.mark.parametrize("name", [*FUNCTIONS, *CLASSES])
+def test_a_printed_signature_is_short(name: str):
+    """As `help` opens with it: JAX's unions by their names, and what may be left out as `| None`."""
+    printed = str(inspect.signature(PUBLIC[name]))
+    assert "Union[" not in printed
+    assert "Optional[" not in printed
+
+
+@pytest.mark.parametrize("name", sorted({*FUNCTIONS} - {"jaxent.plan", "jaxent.check_gradient"}))
+def test_a_misspelt_keyword_is_named_with_its_function(name: str):
+    """By Python itself. `plan` has a longer list to offer, and `check_gradient` hands options on to the loss."""
+    required = [p for p in inspect.signature(PUBLIC[name]).parameters.values() if p.kind <= 1 and p.default is p.empty]
+    with pytest.raises(
+        TypeError, match=rf"{name.split('.')[-1]}\(\) got an unexpected keyword argument 'label_smothing'"
+    ):
+        PUBLIC[name](*(None for _ in required), label_smothing=0.1)
+
+
 def test_signatures_are_the_contract():
     wanted = re.findall(r"^([\w.]+)(\(.*?\))$", SIGNATURES, flags=re.MULTILINE | re.DOTALL)
     for name, arguments in wanted:

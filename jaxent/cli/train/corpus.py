@@ -5,12 +5,15 @@ import dataclasses
 import errno
 import hashlib
 import os
+import select
 import stat
 import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from jaxent.cli.errors import CommandError, reason
+from jaxent.cli.output import say
 
 # Tests are left out because some systems do not ship them; the rest of the standard library is the same everywhere.
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
@@ -18,6 +21,7 @@ HELD_OUT_SHARE = 0.1
 HELD_OUT_BYTES = 200_000
 HEAD_BYTES = 65_536  # of a file, in which a zero byte shows that it is not text
 PIECE_BYTES = 2**20  # read at a time
+PATIENCE = 1.0  # seconds for a pipe or a terminal that is not ready, before that is said
 # What `jaxent train` writes into the folder of a run.
 RUN_FILES = frozenset({"checkpoint.npz", "report.json", "loss.png"})
 
@@ -58,7 +62,7 @@ class Source:
         try:
             if limit is not None and self.path.is_file() and self.path.stat().st_size > limit:
                 return None
-            with open(self.path, "rb") as file:
+            with _opened(self.path) as file:
                 read = bytearray(file.read(HEAD_BYTES))
                 if b"\0" not in read:  # a device or a pipe may have no end
                     while (limit is None or len(read) <= limit) and (piece := file.read(PIECE_BYTES)):
@@ -139,6 +143,20 @@ def find_sources(paths: Sequence[str], out: Path | None = None) -> list[Source]:
         else:
             found.setdefault(os.path.realpath(given), Source(given, given.name, named=True))
     return list(found.values())
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The file for reading. A pipe that nothing writes to is an error and not a wait; other waits are said."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    file = open(descriptor, "rb")  # noqa: SIM115
+    if os.name == "posix" and not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.set_blocking(descriptor, True)
+        if not select.select([file], [], [], PATIENCE)[0]:
+            say(f"waiting for text from {path}")
+        if stat.S_ISFIFO(os.fstat(descriptor).st_mode) and not file.peek(1):
+            file.close()
+            raise CommandError(f"cannot read {path}: nothing writes to this pipe")
+    return file
 
 
 def _why(error: OSError | ValueError) -> str:
