@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxent._arguments import arrays
 from jaxent._arguments.reduction import Reduction, check_matrix_reduction, check_reduction
-from jaxent._engine.footprint import Sizes
+from jaxent._engine.footprint import Sizes, temporaries
 from jaxent._engine.roofline import LOSS, Work
 from jaxent._errors import ArgumentTypeError, ArgumentValueError
 from jaxent.gradient_norms import linear_gradient_norms
@@ -153,7 +153,7 @@ def allocated(call: Call) -> int | None:
     """The temporaries of the call as XLA compiles it for this process's device; nothing runs."""
     program, arguments = _program(call)
     memory = jax.jit(program).lower(*arguments).compile().memory_analysis()
-    return None if memory is None else memory.temp_size_in_bytes
+    return None if memory is None else temporaries(memory, on_tpu=jax.default_backend() == "tpu")
 
 
 def _program(call: Call) -> tuple[Callable[..., Any], tuple[Any, ...]]:

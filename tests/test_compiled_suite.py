@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from benchmarks import __main__ as command
-from benchmarks import compiled_report, compiled_run, compilers
+from benchmarks import compiled, compiled_report, compiled_run, compilers, optimized
 from benchmarks.cases import HEADS
 from benchmarks.compiled_programs import MODES, Program
 
@@ -69,6 +69,31 @@ def test_programs_can_be_traced(mode: Any, author: Any):
     traced = jax.eval_shape(program.function(), *program.arguments(jax.devices()[0]))
     assert jax.tree.leaves(traced)
     assert program.num_chunks == (4 if author == "jaxent" else 1)
+
+
+ALLOCATIONS = """BufferAssignment:
+allocation 0: size 512, thread-local:
+allocation 1: size 1000, parameter 1, shape |bf16[20,25]| at ShapeIndex {}:
+allocation 2: size 300, maybe-live-out:
+ value: <500 fusion{1} @0> (size=64,offset=0): f32[16]
+allocation 3: size 9, color 6, preallocated-temp:
+allocation 4: size 70, preallocated-temp:
+allocation 5: size 8, color 1, preallocated-temp:
+"""
+
+
+def test_the_memory_of_an_optimised_program_is_that_of_its_allocations():
+    assert optimized.main_memory(ALLOCATIONS) == 1370
+    assert optimized.main_memory(ALLOCATIONS, "preallocated-temp") == 70
+
+
+def test_a_program_that_a_compiler_refuses_has_its_reason(monkeypatch: pytest.MonkeyPatch):
+    def refuse(_: Program) -> Any:
+        raise optimized.RefusedError("Used 23.48G of 16.00G hbm")
+
+    monkeypatch.setattr(optimized, "optimized", refuse)
+    row = compiled.measure(Program("GPT-2", "value", author="dense", target="v5e"))
+    assert row["failed"] == "needs 23.48G of 16.00G"
 
 
 def test_the_command_line_knows_the_suite(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -1,0 +1,96 @@
+"""The program that a TPU's compiler has optimised, with its memory assigned: read before the machine code is there.
+
+libtpu takes half a minute for that and, on a machine with few cores, minutes for the machine code, which nothing here
+reads. It has no option to stop in between, so that it compiles in a process of its own, which is ended.
+"""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from benchmarks import compilers
+from benchmarks.compiled_programs import Program
+from jaxent._engine.devices import DEVICES
+
+MOST_SECONDS = 900
+TEXT, ALLOCATIONS = "after_optimizations.txt", "after_optimizations-buffer-assignment.txt"
+LAST = "after_optimizations_after_buffer_assignment.txt"
+
+
+class RefusedError(Exception):
+    """What the compiler says of a program that it does not compile."""
+
+
+class Optimized(NamedTuple):
+    text: str
+    temp_bytes: int
+    seconds: float
+    """Until both were there."""
+
+
+def optimized(program: Program) -> Optimized:
+    with tempfile.TemporaryDirectory() as name:
+        folder, said = Path(name), Path(name) / "stderr"
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder} --xla_dump_hlo_as_text"
+        start = time.perf_counter()
+        with said.open("w") as errors:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.optimized", json.dumps(dataclasses.asdict(program))],
+                cwd=Path(__file__).parents[1],
+                env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
+                stdout=errors,
+                stderr=errors,
+            )
+            try:
+                while not _found(folder, LAST) and child.poll() is None and time.perf_counter() - start < MOST_SECONDS:
+                    time.sleep(0.2)
+                seconds = time.perf_counter() - start
+                time.sleep(0.2)  # until the last file is whole
+            finally:
+                child.kill()
+                child.wait()
+        if not _found(folder, LAST):
+            raise RefusedError(said.read_text(errors="replace") or f"nothing after {MOST_SECONDS} s")
+        allocations = _read(folder, ALLOCATIONS)
+        needed, there = main_memory(allocations), DEVICES[program.target].memory_bytes
+        if needed > there:  # the compiler finds out at the end
+            raise RefusedError(f"Used {needed / 2**30:.2f}G of {there / 2**30:.2f}G hbm")
+        return Optimized(_read(folder, TEXT), main_memory(allocations, "preallocated-temp"), seconds)
+
+
+def _found(folder: Path, name: str) -> Path | None:
+    return next(folder.glob(f"*.{name}"), None)
+
+
+def _read(folder: Path, name: str) -> str:
+    found = _found(folder, name)
+    assert found is not None
+    return found.read_text()
+
+
+def main_memory(allocations: str, kind: str = "") -> int:
+    """Bytes of one kind or of all; an allocation in another memory names its color, a result lies in a parameter's."""
+    found = re.findall(rf"^allocation \d+: size (\d+), (?!color|thread-local).*{kind}", allocations, re.MULTILINE)
+    return sum(map(int, found))
+
+
+def main(fields: Mapping[str, Any]) -> None:
+    """In the process that is ended."""
+    jax.config.update("jax_compilation_cache_dir", None)
+    program = Program(**fields)
+    device = compilers.topology(program.target).devices[0]
+    jax.jit(program.function()).lower(*program.arguments(device)).compile()
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
