@@ -270,6 +270,8 @@ def _number(argument: str, value: ArrayLike) -> tuple[float | None, jax.Array]:
     A host number other than 0 that would be 0 or infinite in float32 is refused.
     """
     given = as_array(argument, value)
+    if isinstance(value, str):
+        raise dtype_error(argument, "be a number", value)
     if given.dtype == np.bool_:
         raise dtype_error(argument, "have a floating dtype", given)
     array = real(argument, given)
