@@ -23,7 +23,7 @@ MOST_INDEX = 2**31 - 1  # rows beyond it cannot be counted by int32, and nothing
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one value and gradient of a linear loss costs on one device; of other functions, the value."""
+    """What a linear loss and its gradient cost on one device; for other functions, the value alone."""
 
     device: str
     """The name in the library's table; else what JAX or the caller calls it."""
@@ -56,7 +56,7 @@ class Plan:
     def temp_bytes(self) -> int:
         """What XLA allocates in addition to arguments and results.
 
-        For this process's own device XLA is asked, which takes it a second or more at the first look; nothing runs. For
+        For this process's own device XLA is asked, which takes a second or more the first time; nothing runs. For
         another one it is the sum of what has to be held.
         """
         found = allocated(self.call) if self.is_own and self.call.sizes.rows <= MOST_INDEX else None
@@ -96,25 +96,26 @@ def plan(
 ) -> Plan:
     r"""What a linear loss and its gradient will take, in bytes, multiply-adds and milliseconds, before they run.
 
-    $$\lceil N / R \rceil \text{ chunks}, \qquad 3\,N D V \text{ multiply-adds, or } 4\,N D V \text{ by rows}$$
+    $$\lceil N / R \rceil \text{ chunks}, \qquad 3\,N D V \text{ multiply-adds, for per-row results } 4\,N D V$$
 
-    Gradients are those with respect to `hidden` and `kernel`; of `linear_kl_divergence` those of Q's head. Statistics,
-    gradient norms and curvature are taken without one, curvature products of steps of both. Where memory still grows:
-    `vmap` over examples with a shared kernel holds a kernel gradient per example (flatten the batch), and the gradient
-    of a `scan` of losses one per step (take the gradient in the step, or wrap the loss in `jax.checkpoint`).
+    Gradients are with respect to `hidden` and `kernel`, for `linear_kl_divergence` those of Q's head. Statistics,
+    gradient norms and curvature are planned without a gradient, curvature products for steps of both arguments. Where
+    memory still grows: `vmap` over examples with a shared kernel holds a kernel gradient per example (flatten the
+    batch), and the gradient of a `scan` of losses one per step (take the gradient inside the step, or wrap the loss in
+    `jax.checkpoint`).
 
     **Arguments:**
 
     - `num_rows`, `features` and `num_classes`: N, D and V of `hidden (N, D)` and `kernel (D, V)` on one device.
     - `dtype`: of the hidden states and the operands of the products. `kernel_dtype`: of the kernel, if it is another.
     - `device`: a name such as `"h100"`, `"v5p"` or what JAX calls a device; None is this process's own.
-    - `function`: the name of any function of hidden states, such as `"linear_token_statistics"`. In `linear_loss` and
-      `linear_rows` the loss of a label stands for your own row function.
+    - `function`: the name of any function of hidden states, such as `"linear_token_statistics"`. For `linear_loss` and
+      `linear_rows`, your own row function is taken to cost what the loss of a label costs.
     - `reduction`, `chunk_rows` (R) and `options` (`label_smoothing=0.1`, `soft_cap=30.0`, `with_statistics=True`,
       `weights=True`, ...): of the call. Whether an option is on is what counts. `top_k` is also how many classes were
       stored for `linear_kl_divergence_from_top`, and `tokens` how many rows make a sequence with `per="sequence"`.
-    - `flops_per_second` and `bytes_per_second`: what was measured of matrix products and of memory, for a CPU or any
-      device, in place of what its maker states. `python -m benchmarks` measures both.
+    - `flops_per_second` and `bytes_per_second`: measured rates of matrix products and of memory, for a CPU or any other
+      device, in place of those that its maker states. `python -m benchmarks` measures both.
 
     **Returns:** a `Plan`. Times are those of a roofline: the larger of work and traffic of each kernel.
 

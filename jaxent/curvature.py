@@ -39,7 +39,7 @@ def logit_hessian(logits: ArrayLike, *, axis: int = -1) -> jax.Array:
 
     $$\frac{\partial^2 \ell}{\partial z_i \partial z_j} = p_i\, [i = j] - p_i p_j, \qquad p = \mathrm{softmax}(z)$$
 
-    Bishop (2006), equation 4.110. The covariance of a one-hot draw from `p`, so that it is symmetric and positive
+    Bishop (2006), equation 4.110. It is the covariance of a one-hot draw from `p`, so it is symmetric and positive
     semi-definite, with the constant vector in its kernel. It is also the Fisher matrix of the logits.
 
     **Arguments:** `logits`: `(*batch, classes)`, floating; the classes lie at `axis`.
@@ -132,8 +132,8 @@ def ggn_vector_product(
 
     **What is the Fisher matrix and what is not.** With targets that sum to one, given as labels, probabilities or
     smoothed, `S_n = 1` and `G` is the true Fisher matrix, the expectation of `g g^T` over labels drawn from the model;
-    the targets do not enter. Row weights weigh both alike. Class weights and targets that do not sum to one scale a row
-    by what its targets add up to, `S_n`: `G` is then the Fisher matrix of rows so weighted. The z-loss is no
+    the targets do not enter. Row weights enter both in the same way. Class weights and targets that do not sum to one
+    scale a row by the sum of its targets, `S_n`: `G` is then the Fisher matrix of rows so weighted. The z-loss is no
     likelihood: it adds `2 zeta w_n (p_n p_n^T + lse_n (diag p_n - p_n p_n^T))` to `A_n`, which is semi-definite as long
     as `S_n + 2 zeta lse_n >= 0`. The empirical Fisher matrix, with the labels of the data, is another matrix:
     `fisher_vector_product`.
@@ -202,10 +202,9 @@ def fisher_vector_product(
 
     - `logits_fn`, `params`, `v`: as in `ggn_vector_product`.
     - `targets`: `(*batch,)` class indices, or probabilities `t` shaped like the logits. `g_n` is the gradient of the
-      row's loss as it is, so that smoothing and probabilities go into `y_n` before the product, not a product into the
-      mean over labels.
-    - `weights`: how often a row counts: 2 is the row twice, and `w_n` appears once, not squared. For class weights
-      pass `weights=class_weights[labels]`.
+      row's whole loss: smoothing and probabilities enter `y_n` before the product, which is not averaged over labels.
+    - `weights`: how often a row counts. A weight of 2 is the row twice: `w_n` enters once, not squared. For class
+      weights pass `weights=class_weights[labels]`.
     - The others as in `softmax_cross_entropy`; the reduction is `"mean"` or `"sum"`.
 
     **Returns:** the structure, shapes and dtypes of `v`; symmetric and positive semi-definite as a matrix. Rows that do

@@ -41,7 +41,7 @@ def kl_divergence(
     divergence of two nearly equal distributions keeps its relative accuracy (1e-6 at 7e-15, where the textbook sum is
     noise of 1e-7 of either sign). For `p` and `q` that do not sum to one this is the generalised divergence of Csiszar
     (1991). Off the simplex every entry of the gradient with respect to `q` holds the constant 1 of that bracket, and
-    the gradient with respect to `p` lacks the textbook's.
+    the gradient with respect to `p` lacks the constant 1 of the textbook's.
 
     **Arguments:** as in `cross_entropy`.
 
@@ -78,7 +78,7 @@ def jensen_shannon_divergence(
     in `cross_entropy`.
 
     **Returns:** `(*batch,)`, never negative; float64 if either is float64, else float32. Where `p = 0` the derivative
-    with respect to that `p` is 0, and so for `q`.
+    with respect to that `p` is 0, and likewise for `q`.
 
     **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape, axis, weight or base.
 
@@ -105,8 +105,8 @@ def generalized_jensen_shannon_divergence(
 
     $$\mathrm{JS}_w(P_1, \dots, P_n) = H\Big(\sum_i w_i P_i\Big) - \sum_i w_i H(P_i) = \sum_i w_i D(P_i \| M)$$
 
-    Lin (1991). It is the mutual information of a draw from the mixture `M` and the number of the
-    distribution that it came from. Never negative, and relatively accurate for nearly equal distributions.
+    Lin (1991). It is the mutual information between a draw from the mixture `M` and the index of the distribution that
+    it came from. Never negative, and relatively accurate for nearly equal distributions.
 
     **Arguments:**
 
@@ -173,9 +173,9 @@ def renyi_divergence(
     `cross_entropy`.
 
     **Returns:** `(*batch,)`; float64 if either is float64, else float32. `p > 0`, `q = 0` gives +inf, with derivative
-    -inf with respect to `q`, for orders from 1 on. Up to order 1 derivatives with respect to `p = 0` are 0, since the
-    first has an infinite limit, and so below 1 for `q = 0`; above, they are the limit, or 0 where that is infinite.
-    Below order 1 the value is +inf if no class has both, with derivative 0.
+    -inf with respect to `q`, for orders from 1 on. Up to order 1 derivatives with respect to a `p = 0` are 0, since the
+    first has an infinite limit, and below 1 those with respect to a `q = 0`; above, they are the limit, or 0 where it
+    is infinite. Below order 1 the value is +inf, with derivative 0, if no class has both `p > 0` and `q > 0`.
 
     **Raises:** `TypeError` for a wrong dtype or a traced order, `ValueError` for a wrong shape, axis, base or order.
 
@@ -190,7 +190,7 @@ def renyi_divergence(
 def total_variation_distance(
     p: ArrayLike, q: ArrayLike, *, axis: Axis = -1, where: ArrayLike | None = None, keepdims: bool = False
 ) -> jax.Array:
-    r"""Total variation distance between distributions: the largest difference of the probabilities of an event.
+    r"""Total variation distance between distributions: the largest difference in the probability of any event.
 
     $$\mathrm{TV}(P, Q) = \tfrac12 \sum_k |p_k - q_k|$$
 
@@ -222,7 +222,7 @@ def hellinger_distance(
     **Arguments:** as in `cross_entropy`; there is no base, since the value is not a logarithm.
 
     **Returns:** `(*batch,)`; float64 if either is float64, else float32. Where `p = 0` the derivative with respect to
-    that `p` is 0, and so for `q`; where `P = Q`, which is a kink, all derivatives are 0.
+    that `p` is 0, and likewise for `q`; where `P = Q`, which is a kink, all derivatives are 0.
 
     **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or axis.
 

@@ -31,12 +31,12 @@ def empirical_distribution(
     $$\hat P(k) = \frac{\sum_n w_n [y_n = k]}{\sum_n w_n}$$
 
     Cover & Thomas (2006), section 11.1 (the type of a sequence). Counts are exact integers, and weights add up without
-    rounding, however many there are. A table of counts `c` that is there already is `c / c.sum()`.
+    rounding, however many there are. For a table of counts `c`, write `c / c.sum()`.
 
     **Arguments:**
 
-    - `labels`: class indices, any shape and integer dtype, all of one sample. Beside a tuple of `num_classes` a tuple
-      of as many arrays of one shape, which gives the joint distribution of what they hold at the same place.
+    - `labels`: class indices, any shape and integer dtype, all together one sample. With a tuple of `num_classes`, a
+      tuple of as many arrays of one shape, for the joint distribution of their entries at the same place.
     - `num_classes`: a Python int, or a tuple of one for each array.
     - `weights`: shaped like the labels, each >= 0; None counts every label once.
 

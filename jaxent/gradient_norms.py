@@ -106,9 +106,9 @@ def linear_gradient_norms(
     the "ghost norms" of Li et al. (2022), section 4, by which gradients are clipped per example. The first is taken
     from the sum on the left, a block of it at a time, with a triangular factor in place of the hidden states where a
     sequence has fewer tokens than features: inner products would leave half of the digits where the terms nearly
-    cancel. It costs `min(tokens, features) / features` of a product more. A chunk holds whole sequences.
+    cancel. It costs a further `min(tokens, features) / features` of a product. A chunk holds whole sequences.
 
-    **Arguments:** those of `linear_softmax_cross_entropy` but for the reduction: the loss of a row is that of
+    **Arguments:** those of `linear_softmax_cross_entropy` except for the reduction: the loss of a row is that of
     `reduction="none"`, with its weights, and is not divided by anything. `per`: `"row"` or `"sequence"`.
 
     **Returns:** `GradientNorms`, each `(*batch,)`, for sequences without the last batch axis; float64 for float64
@@ -299,7 +299,7 @@ def gradient_noise_scale(
     |G|^2 \approx \frac{|\bar g|^2 - \overline{|g|^2} / B}{1 - 1/B}$$
 
     McCandlish et al. (2018), equation 2.9 and appendix A.1 with `B_small = 1` and `B_big = B`: the batch size up to
-    which more examples a step buy nearly proportionally fewer steps. Both estimators are unbiased for independent
+    which more examples per step save steps in nearly the same proportion. Both estimators are unbiased for independent
     examples, and `squared_norm` may therefore come out negative where noise dominates: average `trace` and
     `squared_norm` over many batches before dividing them, as the paper does.
 

@@ -1,9 +1,9 @@
 """Measures of a distribution, and the cross-entropy of two.
 
-What all measures have in common, those of the other modules too:
+What all measures have in common, including those of the other modules:
 
-- Probabilities are taken as they are: nothing is rescaled to sum to one. Of a table that does not, the formulas give a
-  number all the same, which is no information. Integers raise an error: from counts, pass `counts / counts.sum()`, or
+- Probabilities are taken as they are: nothing is rescaled to sum to one. If they do not, the formulas still give a
+  number, but it measures no information. Integers raise an error: from counts, pass `counts / counts.sum()`, or
   labels to `empirical_distribution`. A negative or nan probability gives nan.
 - `axis` is one class axis or a tuple of them, counted in the broadcast shape; `keepdims=True` keeps them with length 1.
 - `where` deletes classes. A row without any class left is 0, with derivative 0.
@@ -89,7 +89,7 @@ def perplexity(p: ArrayLike, *, axis: Axis = -1, where: ArrayLike | None = None,
 
     **Arguments:** as in `entropy`; the base does not matter.
 
-    **Returns:** `(*batch,)`, from 1 to the number of classes; 0 of a row that `where` leaves no class. Edges as in
+    **Returns:** `(*batch,)`, from 1 to the number of classes; 0 for a row in which `where` leaves no class. Edges as in
     `entropy`.
 
     **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or axis.
@@ -123,8 +123,8 @@ def renyi_entropy(
 
     **Returns:** `(*batch,)`; float64 for float64, else float32. A class with `p = 0` adds 0. Derivatives with respect
     to that `p` are 0 for orders up to 1, where the first has an infinite limit. Above 1 they are the limit, or 0 where
-    that is infinite: the first from order 1 on, the second from order 2, the third from order 3 or at order 2. At
-    infinity ties share the derivative.
+    it is infinite. It is finite for the first derivative from order 1 on, for the second from order 2, and for the
+    third from order 3 or at order 2. At order infinity tied classes share the derivative.
 
     **Raises:** `TypeError` for a wrong dtype or a traced order, `ValueError` for a wrong shape, axis, base or order.
 

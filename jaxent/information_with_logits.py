@@ -24,7 +24,7 @@ def self_information_with_logits(
     of the logarithm. `where`: bool, broadcast to `logits`; False deletes a class, as a logit of -inf does.
 
     **Returns:** the shape of `logits`; float64 for float64, else float32; +inf for a deleted class. A row with nan,
-    +inf or only -inf is nan, and one that `where` leaves no class is 0, with derivative 0.
+    +inf or only -inf is nan, and one in which `where` leaves no class is 0, with derivative 0.
 
     **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape, axis or base.
 
@@ -52,7 +52,7 @@ def entropy_with_logits(
     **Arguments:** as in `self_information_with_logits`. `keepdims`: keep the class axes, with length 1.
 
     **Returns:** `(*batch,)`; float64 for float64, else float32. A logit of -inf deletes its class, with derivative 0. A
-    row with nan, +inf or only -inf is nan, and one that `where` leaves no class is 0, with derivative 0.
+    row with nan, +inf or only -inf is nan, and one in which `where` leaves no class is 0, with derivative 0.
 
     **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape, axis or base.
 
@@ -84,8 +84,8 @@ def cross_entropy_with_logits(
 
     **Returns:** `(*batch,)`; float64 if either is float64, else float32. A class that both have deleted (logit -inf)
     adds 0; one that only Q has deleted gives +inf, with derivative `q - p` with respect to `q_logits` and an infinite
-    one with respect to `p_logits`. A row with nan, +inf or only -inf is nan, and one that `where` leaves no class is 0,
-    with derivative 0.
+    one with respect to `p_logits`. A row with nan, +inf or only -inf is nan, and one in which `where` leaves no class
+    is 0, with derivative 0.
 
     **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape, axis or base.
 

@@ -51,8 +51,8 @@ def conditional_entropy(
     **Arguments:** `pxy`: joint probabilities, `(*batch, x_classes, y_classes)`, floating. `axis`: one of the last two,
     the variable conditioned on. `base`, `keepdims`: as in `joint_entropy`.
 
-    **Returns:** `(*batch,)`, never negative, relatively accurate also when one variable nearly decides the other.
-    An entry with `p = 0` adds 0 and has derivative 0.
+    **Returns:** `(*batch,)`, never negative, relatively accurate also when one variable nearly determines the other. An
+    entry with `p = 0` adds 0 and has derivative 0.
 
     **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape, axis or base.
 
@@ -75,9 +75,9 @@ def mutual_information(pxy: ArrayLike, *, base: ArrayLike | None = None, keepdim
     Cover & Thomas (2006), equation 2.28. Taken as a divergence it is never negative and keeps its digits near
     independence, where `H(X) + H(Y) - H(X, Y)` has none; in float32 its floor is about 1e-14.
 
-    **Arguments:** `pxy`: joint probabilities, `(*batch, x_classes, y_classes)`, floating, that sum to one; a table of
-    counts is `counts / counts.sum()`. For a table that does not sum to one the value is the divergence from a product
-    of another size, and no information. `base`, `keepdims`: as in `joint_entropy`.
+    **Arguments:** `pxy`: joint probabilities, `(*batch, x_classes, y_classes)`, floating, that sum to one; for a table
+    of counts pass `counts / counts.sum()`. For a table that does not sum to one the value is the divergence from a
+    product with another sum, which is not a mutual information. `base`, `keepdims`: as in `joint_entropy`.
 
     **Returns:** `(*batch,)`. An entry with `p = 0` has derivative 0; the others' is `log(p_xy / (p_x p_y))`, which
     leaves out the constant that moving off the simplex would add.
@@ -126,7 +126,8 @@ def pointwise_mutual_information(pxy: ArrayLike, *, base: ArrayLike | None = Non
     the logarithm.
 
     **Returns:** the shape of `pxy`; float64 for float64, else float32. Where `p(x) p(y) = 0`, which says nothing about
-    the pair, 0 with derivative 0. Elsewhere `p(x, y) = 0` gives -inf, with derivative +inf with respect to that entry.
+    the pair, it is 0 with derivative 0. Elsewhere `p(x, y) = 0` gives -inf, with derivative +inf with respect to that
+    entry.
 
     **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or base.
 
@@ -173,7 +174,7 @@ def variation_of_information(pxy: ArrayLike, *, base: ArrayLike | None = None, k
 
     $$\mathrm{VI}(X, Y) = H(X \mid Y) + H(Y \mid X) = H(X, Y) - I(X; Y)$$
 
-    Meila (2007). A metric on partitions: 0 if each variable decides the other.
+    Meila (2007). A metric on partitions: 0 if each variable determines the other.
 
     **Arguments:** as in `joint_entropy`.
 

@@ -90,11 +90,11 @@ def linear_softmax_cross_entropy(
     $$z_n = \mathrm{cap}(h_n W + b) / T, \qquad \mathrm{cap}(x) = s \tanh(x / s)$$
 
     and then the loss of `softmax_cross_entropy`. Rows are processed in chunks, so that the memory does not grow with
-    their number, and value and gradient cost three matrix products, as many as dense code spends. Forward mode,
-    Hessian products, `vmap`, `scan` and sharding work as through any function. Take a Hessian-vector product as
+    their number, and value and gradient cost three matrix products, as many as dense code spends. Forward mode, Hessian
+    products, `vmap`, `scan` and sharding work as through any function. Take a Hessian-vector product as
     `jax.jvp(jax.grad(loss), ...)`: reverse over reverse keeps the logits of all chunks. `vmap` over examples with a
     shared kernel holds a gradient of the kernel for each of them: pass the whole `(*batch, features)` instead. In a
-    `scan` of losses, take the gradient in the step, or wrap the loss in `jax.checkpoint`. The soft cap is that of
+    `scan` of losses, take the gradient inside the step, or wrap the loss in `jax.checkpoint`. The soft cap is that of
     Gemma 2 (2024), section 2.
 
     **Arguments:**
@@ -107,10 +107,10 @@ def linear_softmax_cross_entropy(
     - `soft_cap`: `s > 0`; None for no cap. `temperature`: `T > 0`. Both may be learnt.
     - `with_statistics`: also return the `TokenStatistics` of the logits after soft cap and temperature, from the same
       pass: constants, which cost no extra product. `log_prob` and `rank` are None where targets are probabilities.
-    - `chunk_rows`: rows at a time; None takes what `plan` says. `"none"` computes the logits again on the way back:
-      four products.
+    - `chunk_rows`: rows at a time; None takes what `plan` says. `reduction="none"` computes the logits again in the
+      backward pass: four products.
     - `dtype`: of the operands of the matrix products, at least 16 bits; None promotes `hidden` and `kernel`. With bf16
-      the kernel is cast once a call, and every product, of whatever derivative, multiplies bf16 and adds in float32:
+      the kernel is cast once per call, and every product, of whatever derivative, multiplies bf16 and adds in float32:
       the gradient with respect to a float32 kernel is never rounded to bf16.
     - `precision`: of the matrix products, as in `jax.lax.dot_general`. None means float32 accuracy for float32 operands
       (`"highest"`) unless `jax.default_matmul_precision` is set; pass `"tensorfloat32"` or `"default"` for the faster

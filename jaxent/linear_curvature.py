@@ -57,15 +57,15 @@ def linear_ggn_vector_product(
     precision: Precision = None,
     vocab_axis: VocabAxis = None,
 ) -> tuple[jax.Array | None, ...]:
-    r"""`ggn_vector_product` of a linear layer by hidden states, kernel and bias, streamed, in its unit.
+    r"""`ggn_vector_product` of a linear layer with respect to hidden states, kernel and bias, streamed, in its unit.
 
     $$u_n = J_n v = v^h_n W + h_n V^W + v^b, \qquad
     G v = \frac{1}{W} \sum_n \big(A_n u_n W^\top,\; h_n^\top A_n u_n,\; A_n u_n\big)$$
 
     with the `A_n` of `ggn_vector_product`, for the logits of `linear_softmax_cross_entropy`; soft cap and temperature
-    belong to the model and enter through their derivatives. Rows are processed in chunks: the memory does not grow
-    with their number. A product by the kernel costs three matrix products of the size of the logits, and each of
-    `hidden` and `kernel` adds two to the one for the logits.
+    belong to the model and enter through their derivatives. Rows are processed in chunks: the memory does not grow with
+    their number. A product for the kernel alone costs three matrix products of the size of the logits: each of `hidden`
+    and `kernel` adds two to the one for the logits.
 
     **Arguments:**
 
@@ -125,7 +125,7 @@ def linear_fisher_vector_product(
     precision: Precision = None,
     vocab_axis: VocabAxis = None,
 ) -> tuple[jax.Array | None, ...]:
-    r"""`fisher_vector_product` of a linear layer by hidden states, kernel and bias, streamed, in its unit.
+    r"""`fisher_vector_product` of a linear layer with respect to hidden states, kernel and bias, streamed, in its unit.
 
     $$F v = \frac{1}{W} \sum_n w_n\, g_n \langle g_n, v \rangle, \qquad
     \langle g_n, v \rangle = (p_n - y_n)^\top (v^h_n W + h_n V^W + v^b)$$

@@ -65,17 +65,18 @@ def linear_ggn_diagonal(
 
     with the `A_n` of `ggn_vector_product`, which is `diag(p_n) - p_n p_n^T` in the plain case, and the slopes `c` of
     soft cap and temperature. Exact, not an estimate: Schraudolph (2002), section 3. Without a soft cap it is the
-    diagonal of `jax.hessian` of the loss. By the hidden states it is the variance of the kernel's rows under `p_n`.
+    diagonal of `jax.hessian` of the loss. With respect to the hidden states it is the variance of the kernel's rows
+    under `p_n`.
 
-    **Arguments:** as in `linear_ggn_vector_product`; `targets` are those of its options, for what looks at them, and
-    None counts every row once. `dtype` is that of the operands of the logits' product.
+    **Arguments:** as in `linear_ggn_vector_product`; `targets` are only for the options that look at them; None counts
+    every row once. `dtype` is that of the operands of the logits' product.
 
     **Returns:** a `GGNDiagonal`, float64 for float64 inputs, else float32; never negative unless `A_n` has negative
     directions (`z_loss` with a negative log-normaliser). No entry is a difference of nearly equal numbers where one
     class has nearly everything: at logits (0, -41), where `1 - p` rounds to 0, the diagonal is 1.6e-18. A row that is
     not counted adds exactly 0, whatever it holds; a label out of range, or a row with nan, +inf or only -inf, gives
-    nan. Costs four matrix products of the size of the logits, two of them for the hidden states, which `jax.jit` drops
-    where those are not used; all but that of the logits in the dtype of the result.
+    nan. It costs four matrix products of the size of the logits. Two are for the hidden states, and `jax.jit` drops
+    them where that diagonal is not used. All but the product for the logits are in the dtype of the result.
 
     **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or option.
 

@@ -104,9 +104,9 @@ def linear_kl_divergence(
     **Arguments:**
 
     - `hidden_p`: `(*batch, features_p)`, `kernel_p`: `(features_p, classes)`, `bias_p`: `(classes,)`; `hidden_q`,
-      `kernel_q`, `bias_q`: the same for Q. Batch and classes agree, the features need not. A teacher that is not
-      differentiated costs one product.
-    - `divergence`: which. `mixture`: `beta` in (0, 1).
+      `kernel_q`, `bias_q`: the same for Q. Batch shapes and classes must agree, the features need not. A teacher that
+      is not differentiated costs one product.
+    - `divergence`: `"forward"`, `"reverse"` or `"jensen_shannon"`. `mixture`: `beta` in (0, 1).
     - `soft_cap_p`, `soft_cap_q`, `temperature`, `chunk_rows`, `dtype`, `precision`, `vocab_axis`: as in
       `linear_softmax_cross_entropy`.
     - `where`, `weights`: `(*batch,)`. `reduction`, `denominator`: as in `softmax_cross_entropy`.
@@ -258,22 +258,22 @@ def linear_kl_divergence_from_top(
     precision: Precision = None,
     vocab_axis: VocabAxis = None,
 ) -> jax.Array | WeightedSum:
-    r"""Divergence of a linear layer's softmax from a teacher of whom the top k classes were stored, in nats.
+    r"""Divergence of a linear layer's softmax from a teacher whose top k classes were stored, in nats.
 
     $$\ell_n = w_n \Big[\sum_{j \le k} p_{nj} \log \frac{p_{nj}}{q_{nj}}
     + \bar p_n \log \frac{\bar p_n}{\bar q_n}\Big], \qquad \bar p_n = 1 - \sum_{j \le k} p_{nj}, \quad
     Q_n = \mathrm{softmax}(\mathrm{cap}(h_n W + b)/T)$$
 
-    Distillation as in Hinton et al. (2015), from what a stored teacher gives. The teacher is P.
+    Distillation as in Hinton et al. (2015), from a stored teacher, which is P.
 
     **Arguments:**
 
     - `hidden`: `(*batch, features)`, `kernel`: `(features, classes)`, `bias`: `(classes,)`: of the student.
     - `classes`: `(*batch, k)`, integer; `log_probs`: `(*batch, k)`, the teacher's `log p`, normalised over the whole
-      vocabulary. Entries whose class is `ignore_index` are left out, and rows that have no others are dropped. A class
-      should stand once in a row.
+      vocabulary. Entries whose class is `ignore_index` are left out, and rows that have no others are dropped. Each
+      class should be listed only once per row.
     - `divergence`: `"forward"` is the formula, `"reverse"` exchanges P and Q.
-    - `tail`: `"bucket"` makes one more outcome of all other classes, on both sides; with k = V it is empty and adds 0.
+    - `tail`: `"bucket"` treats all other classes as one more outcome, on both sides; with k = V it is empty and adds 0.
       `"drop"` leaves it out, and sums only the k terms. `"renormalize"` rescales the teacher's k to one, against the
       student's whole softmax (forward) or its k rescaled likewise (reverse). Only `"bucket"` is a divergence that is 0
       where the student equals the teacher, and never negative; the other two have their minimum elsewhere.

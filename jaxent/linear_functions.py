@@ -60,18 +60,17 @@ def linear_loss(
 
     $$L = \frac{1}{\sum_n w_n} \sum_n w_n\, \ell(z_n,\, a_n,\, \theta), \qquad z_n = \mathrm{cap}(h_n W + b) / T$$
 
-    Value and gradient cost three matrix products, and every transformation goes through. Rows that do not count cost
-    nothing.
+    Value and gradient cost three matrix products, and every transformation works. Rows that do not count cost nothing.
 
     **Arguments:**
 
     - `row_loss`: `row_loss(logits, *row_args, params)` for one block of rows: `logits` is `(rows, classes)` in at least
       float32, each row argument has the block's rows first, and the result is `(rows,)`. Any differentiable JAX
-      function whose rows do not see each other. Without `params` it is called without them.
+      function that treats each row by itself. Without `params` it is called without them.
     - `hidden`: `(*batch, features)`; `kernel`: `(features, classes)`; `bias`: `(classes,)`.
     - `row_args`: pytrees of arrays `(*batch, ...)`; their batch axes arrive as one. `params`: any pytree of arrays that
       all rows share. The loss is differentiable with respect to both.
-    - `where`, `weights`: `(*batch,)`; rows that count, and what they count. `reduction`, `denominator`: as in
+    - `where`, `weights`: `(*batch,)`; which rows count, and how much. `reduction`, `denominator`: as in
       `softmax_cross_entropy`.
     - `has_aux`: `row_loss` returns `(losses, aux)`, `aux` a pytree of arrays with the block's rows first. They come
       from the same pass, and are constants.
@@ -81,7 +80,7 @@ def linear_loss(
     **Returns:** as `softmax_cross_entropy`; with `has_aux` a pair of that and `aux`, each leaf `(*batch, ...)`. Where a
     row does not count, `aux` is 0, and -1 in integer leaves.
 
-    **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape, also that of what `row_loss` returns.
+    **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape, also of what `row_loss` returns.
 
     A focal loss (Lin et al., 2017, equation 4), its focus learnt through `params`:
 
@@ -145,7 +144,7 @@ def linear_rows(
 
     $$y_n = f(z_n,\, a_n,\, \theta), \qquad z_n = \mathrm{cap}(h_n W + b) / T$$
 
-    The value costs one matrix product. A gradient costs four, since the logits are computed again on the way back.
+    The value costs one matrix product. A gradient costs four, since the logits are computed again in the backward pass.
 
     **Arguments:** `row_fn`: `row_fn(logits, *row_args, params)` for one block of rows, as the row loss of
     `linear_loss`; it returns a pytree of arrays with the block's rows first. The others as in `linear_loss`.
@@ -153,7 +152,7 @@ def linear_rows(
     **Returns:** the pytree, each leaf `(*batch, ...)`. A row with `where=False` is not computed: it is 0, and -1 in
     integer leaves.
 
-    **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape, also that of what `row_fn` returns.
+    **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape, also of what `row_fn` returns.
 
     Labels drawn from the softmax by the maximum of the logits with Gumbel noise, each row with a key of its own:
 

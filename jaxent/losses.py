@@ -100,8 +100,8 @@ def softmax_cross_entropy(
 
     At the edges: a dropped row adds exactly 0 to value and gradient, whatever it holds, and so does a row of weight 0.
     The mean of nothing is 0. A label out of range, and a row with nan, +inf or only -inf, gives nan in the value and in
-    every entry of the row's gradient. A logit of -inf removes its class; as the label's it costs +inf. A loss keeps
-    its relative accuracy however small it is.
+    every entry of the row's gradient. A logit of -inf removes its class; if that is the label's class, the loss is
+    +inf. A loss keeps its relative accuracy however small it is.
 
     **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape, axis or option.
 
@@ -236,7 +236,7 @@ def sigmoid_cross_entropy(
 
     $$\ell = w\,[\,c\, t\, \mathrm{softplus}(-z) + (1 - t)\, \mathrm{softplus}(z)\,]$$
 
-    Equal to `torch.nn.BCEWithLogitsLoss`, but for the mean, which divides by the sum of the weights `w`. The gradient
+    Equal to `torch.nn.BCEWithLogitsLoss` except for the mean, which divides by the sum of the weights `w`. The gradient
     is `sigmoid(z) - t` in the plain case.
 
     **Arguments:**
@@ -249,7 +249,7 @@ def sigmoid_cross_entropy(
     - `reduction`, `denominator`: as in `softmax_cross_entropy`.
 
     **Returns:** float64 for float64 logits, else float32. Dropped entries add exactly 0; nan in `logits` gives nan; an
-    infinite logit costs 0 or +inf, as its target says.
+    infinite logit costs 0 or +inf, depending on its target.
 
     **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or option.
 

@@ -65,7 +65,7 @@ class EmpiricalRisk:
 
     @public
     def update(self, losses: ArrayLike, weights: ArrayLike | None = None) -> "EmpiricalRisk":
-        """With the losses of one batch added.
+        """The risk with the losses of one batch added.
 
         **Arguments:** `losses`: any shape, floating, not yet weighted. `weights`: the same shape, of either sign, or
         bool. A weight of 0 silences its loss, even nan or inf; the derivative with respect to such a weight is that of
@@ -86,7 +86,7 @@ class EmpiricalRisk:
 
     @public
     def merge(self, other: "EmpiricalRisk | WeightedSum") -> "EmpiricalRisk":
-        """With another part's sums added; the order of the parts does not matter."""
+        """The risk with another part's sums added; the order of the parts does not matter."""
         if isinstance(other, WeightedSum):
             return self._plus(_two_float("total", other.total), _two_float("weight", other.weight))
         if not isinstance(other, EmpiricalRisk):

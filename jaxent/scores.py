@@ -54,18 +54,18 @@ def brier_score(
     ignore_index: int | None = -100,
     reduction: Reduction = "mean",
 ) -> jax.Array | WeightedSum:
-    r"""Brier score of forecasts, a pure number from 0, for a certain and right one, to 2.
+    r"""Brier score of forecasts, a pure number from 0 (certain and right) to 2 (certain and wrong).
 
     $$\mathrm{BS} = \frac{1}{\sum_n w_n} \sum_n w_n \sum_k (p_{nk} - t_{nk})^2$$
 
-    Brier (1950), equation 2, with $t$ one-hot for class indices. Of two classes it is twice
+    Brier (1950), equation 2, with $t$ one-hot for class indices. With two classes it is twice
     `sklearn.metrics.brier_score_loss`.
 
     **Arguments:**
 
     - `probabilities`: `(*batch, classes)`, floating; the classes lie at `axis`, or at all of a tuple of axes.
     - `targets`: `(*batch,)` class indices of any integer dtype, class probabilities shaped like `probabilities`, or
-      `SparseTargets`. Of several class axes an index counts the classes row by row.
+      `SparseTargets`. With several class axes an index counts the classes row by row.
     - `where`: `(*batch,)` bool; False drops a row. `weights`: `(*batch,)`, row weights. `ignore_index`: drops the rows
       with this label; None drops none.
     - `reduction`: `"mean"`, `"sum"`, `"none"` or `"sum_and_weight"`, as in `softmax_cross_entropy`.

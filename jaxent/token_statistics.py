@@ -50,8 +50,8 @@ def token_statistics(
 
     - `logits`: `(*batch, classes)`, floating, the classes at `axis`.
     - `labels`: `(*batch,)`, integer; without them `log_prob` and `rank` are None.
-    - `where`: `(*batch,)`, bool; `ignore_index`: a label. Which rows are dropped: the statistics of a dropped row are 0
-      in floating and -1 in integer fields, and its gradient is exactly 0.
+    - `where`: `(*batch,)`, bool; False drops a row. `ignore_index`: rows with this label are dropped. The statistics of
+      a dropped row are 0 in floating and -1 in integer fields, and its gradient is exactly 0.
     - `top_k`: how many of the best classes to return; 0 for none.
     - `vocab_axis`: the mesh axis that splits the classes, or a tuple of them, inside `jax.shard_map`.
 

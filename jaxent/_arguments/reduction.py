@@ -27,9 +27,9 @@ def _zero() -> jax.Array:
 class WeightedSum:
     """A sum of losses and the sum of their weights, so that means over parts of a batch add up to the exact mean.
 
-    A mean of means weighs a part with few counted rows like a full one. Adding totals and weights does not, and the two
-    numbers pass through `jax.lax.psum`, a scan's carry, and `has_aux` like any pytree. `WeightedSum()` is the sum of
-    nothing, to start a scan with; inside `jax.shard_map` start with
+    A mean of means gives a part with few counted rows the weight of a full one. Adding totals and weights does not, and
+    the two numbers pass through `jax.lax.psum`, a scan's carry, and `has_aux` like any pytree. `WeightedSum()` is the
+    empty sum, to start a scan with; inside `jax.shard_map` start with
     `jax.lax.pcast(WeightedSum(), axis_name, to="varying")`.
 
     >>> a, b = WeightedSum(jnp.float32(6.0), jnp.float32(3.0)), WeightedSum(jnp.float32(1.0), jnp.float32(1.0))

@@ -23,7 +23,7 @@ from jaxent._typing import ArrayLike
 class SparseTargets(NamedTuple):
     """A few classes per row with their probabilities, all other classes having 0; never spread over the vocabulary.
 
-    Mixup has two classes per row, a stored teacher its top k. A class that stands twice in a row counts twice, one of
+    Mixup has two classes per row, a stored teacher its top k. A class listed twice in a row counts twice, one of
     `ignore_index` adds 0, and one outside the vocabulary makes its row nan.
 
     >>> targets = SparseTargets(jnp.array([[0, 2]]), jnp.array([[0.75, 0.25]]))

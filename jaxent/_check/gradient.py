@@ -126,7 +126,7 @@ def check_gradient(
     second_order: bool = False,
     **options: Any,
 ) -> GradientReport:
-    r"""Compares the ways to the gradient of a loss, in ulp: closed form, reverse, forward, differences, float64.
+    r"""Compares several ways to the gradient of a loss, in ulp: closed form, reverse, forward, differences, float64.
 
     The reference is `jax.grad` of the same function in float64, or `oracle`. An error is measured in units of the
     dtype's epsilon relative to the entry, or to how far a relative change of the arguments moves it, if that is more:

@@ -68,12 +68,12 @@ def diagnose(
 ) -> list[Finding]:
     r"""What looks wrong in the inputs of a loss or a measure, the worst first; empty for clean ones.
 
-    Of `softmax_cross_entropy`:
+    For `softmax_cross_entropy`:
 
-    - `"probabilities_as_logits"`: every row is one of probabilities, so that the softmax is taken twice. Said only if
-      uniform logits would look like it with a chance below 1e-4, $(2 \delta / (C-1)!)^N$ for N rows of C classes whose
-      sums miss one by at most $\delta$ (the density of Irwin and Hall's sum of uniforms at one). Log-probabilities are
-      logits.
+    - `"probabilities_as_logits"`: every row holds probabilities, so the softmax is taken twice. Reported only if
+      uniform random logits would look like this with a chance below 1e-4, $(2 \delta / (C-1)!)^N$ for N rows of C
+      classes whose sums miss one by at most $\delta$ (the density of Irwin and Hall's sum of uniforms at one).
+      Log-probabilities are logits.
     - `"labels_out_of_range"`, `"labels_one_based"`: the second if they run from 1 to C.
     - `"not_finite"`: nan or +inf in the logits. `"fully_masked"`: every class is -inf, or one number below -1e8.
     - `"infinite_loss"`: a class that the target counts on has the logit -inf.
@@ -83,13 +83,13 @@ def diagnose(
     - `"float16_overflow"`: the logits exceed 65504 where it decides the loss. `"ignored_rows"`: 90% or more.
     - `"collapsed_loss"`: the usual `logsumexp(z) - z[y]` is 0 in every row through rounding, and so is its gradient.
 
-    Of `nll_loss` also `"not_log_probabilities"`. Of binary losses `"targets_out_of_range"` (outside [0, 1]),
-    `"not_probabilities"`, `"not_finite"`, `"bad_weights"`. Of measures, for each operand, `"labels_as_probabilities"`
+    For `nll_loss` also `"not_log_probabilities"`. For binary losses `"targets_out_of_range"` (outside [0, 1]),
+    `"not_probabilities"`, `"not_finite"`, `"bad_weights"`. For measures, of each operand, `"labels_as_probabilities"`
     (whole numbers: labels or counts), `"negative_probabilities"`, `"not_normalized"`, `"infinite_measure"`, or those of
     logits.
 
     **Arguments:** those of the loss, as values: it runs on the host. Rows that the loss does not count are not looked
-    at. `loss`: the function that gets them, one of this library or of `torch_compat`, or one like them (see
+    at. `loss`: the function that they are meant for, one of this library or of `torch_compat`, or one like them (see
     `checked`); None is `softmax_cross_entropy`, or `sigmoid_cross_entropy` for flags or integers of the logits' shape.
     Options that have no keyword here go into a `functools.partial` of it.
 
@@ -162,8 +162,8 @@ def checked(loss: Callable[..., Any]) -> Callable[..., Any]:
     """The same loss, with the findings of `diagnose` as errors of `jax.experimental.checkify`.
 
     Value and gradient are those of `loss`. Each finding is a `checkify.check`, the worst first, whose error says what
-    and where; negative row weights, which are allowed, are none. Use it under `checkify.checkify`, with or without
-    `jit`, `grad` and `scan`; without `checkify` a `jit` refuses it, as it does any check.
+    and where; negative row weights, which are allowed, are not reported. Use it under `checkify.checkify`, with or
+    without `jit`, `grad` and `scan`; without `checkify`, `jit` refuses it, as it does any check.
 
     **Arguments:** `loss`: a loss or a measure of this library, a function or class of `torch_compat`, a
     `functools.partial` of one, or a function whose parameters are called like theirs: `logits` `(*batch, classes)`,
@@ -173,8 +173,8 @@ def checked(loss: Callable[..., Any]) -> Callable[..., Any]:
 
     **Returns:** a function with the arguments of `loss`.
 
-    **Raises:** `TypeError` for another function; the function `ValueError` if the classes are split over devices
-    (`vocab_axis`).
+    **Raises:** `TypeError` for another function; the returned function raises `ValueError` if the classes are split
+    over devices (`vocab_axis`).
 
     >>> from jax.experimental import checkify
     >>> loss = jax.jit(checkify.checkify(jax.value_and_grad(checked(softmax_cross_entropy))))
