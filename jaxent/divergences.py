@@ -190,7 +190,7 @@ def renyi_divergence(
 def total_variation_distance(
     p: ArrayLike, q: ArrayLike, *, axis: Axis = -1, where: ArrayLike | None = None, keepdims: bool = False
 ) -> jax.Array:
-    r"""Total variation distance between distributions: the largest difference in the probability of any event.
+    r"""Total variation distance between distributions: the largest difference between the probabilities of an event.
 
     $$\mathrm{TV}(P, Q) = \tfrac12 \sum_k |p_k - q_k|$$
 
