@@ -199,8 +199,8 @@ class _ChunkNorms:
         largest = norms.power_of_two(jnp.max(size, axis=1, initial=0))
         share = size / largest[:, None]
         by_bias = norms.norm(row_sum(unit * share[:, :, None], 1, keepdims=False), self.classes)[:, 0]
-        # The sizes go with the hidden states, in units of the largest of the products: a large gradient may meet a
-        # small hidden state and the other way round.
+        # The sizes are multiplied into the hidden states, in units of the largest product: a large gradient may meet a
+        # small hidden state, and vice versa.
         longest = norms.power_of_two(jnp.max(jnp.abs(state), axis=(1, 2), initial=0))
         state = state / longest[:, None, None]
         reach = share * jnp.max(jnp.abs(lax.stop_gradient(state)), axis=-1, initial=0)
@@ -228,7 +228,7 @@ def _linear_gradient_norms(call: LinearCall, *, per: Per) -> GradientNorms:
     if per == "sequence":
         batch, chunking, head, rows, counted = _by_sequence(call, rows, counted)
         tokens, features = head.hidden.shape[1:]
-        # Of parts of a sequence's features on several devices no factor is at hand.
+        # There is no triangular factor where a sequence's features are split over devices.
         factored = isinstance(tokens, int) and tokens < features and not may_be_split_by_xla(head.hidden)
         row_fn = dataclasses.replace(row_fn, factored=factored)
     found = stream_rows(

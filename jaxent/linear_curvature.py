@@ -221,8 +221,8 @@ def _linear_curvature(
     rows, options, counted = call.rows()
     weights = rows.total_weights(ClassAxis())
 
-    # Steps are rounded as operands of the products alone. float16 holds neither a step of 1e-8 nor one of 1e5: they are
-    # taken in units that multiply their part of the logits.
+    # Steps are rounded only as operands of the products. float16 holds neither a step of 1e-8 nor one of 1e5: steps are
+    # divided by a unit, which then multiplies their part of the logits.
     products = dataclasses.replace(call.products, dtype=call.products.operand_dtype(head))
     wide = call.logits.dtype
 

@@ -56,12 +56,12 @@ FUNCTIONS = {
         Function(linear_ggn_diagonal, _DIAGONAL, _DIAGONAL, ()),
     )
 }
-# Sizes that only an argument's shape tells, with their default: options of `plan` alone.
+# Sizes that only an argument's shape determines, with their defaults: options of `plan` alone.
 _SIZES = {"linear_kl_divergence_from_top": ("top_k", 8), "linear_gradient_norms": ("tokens", None)}
 # Options that are arrays, by their sizes: rows or classes.
 _OF_ROWS = {"weights": np.float32, "where": np.bool_}
 _OF_CLASSES = "class_weights", "bias", "bias_p", "bias_q"
-# Numbers, and what stands for one that is only said to be on.
+# Options that are numbers, and the value taken for one that is only said to be on.
 _NUMBERS = {
     "label_smoothing": 0.1,
     "z_loss": 1e-4,

@@ -278,7 +278,7 @@ def _number(argument: str, value: ArrayLike) -> tuple[float | None, jax.Array]:
     if array.shape != ():
         raise shape_error(argument, "be a scalar", array)
     try:
-        # Of the argument, not of `array`: while jit traces, jnp turns even a Python float into a tracer.
+        # From the argument, not from `array`: while jit traces, jnp turns even a Python float into a tracer.
         known = float(np.asarray(given).astype(np.float64))
     except jax.errors.TracerArrayConversionError:
         return None, array

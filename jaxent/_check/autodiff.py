@@ -18,11 +18,11 @@ from jax import lax
 from jaxent._arguments import arrays
 from jaxent._errors import ArgumentTypeError, ArgumentValueError
 
-# So many entries are differentiated one at a time. Of more, so many are drawn, and a random direction takes them all.
+# Up to this many entries are differentiated one at a time. Of more, this many are drawn; a random direction covers all.
 MAX_ENTRIES = 256
 
 
-# The entries, and of which of them something is known.
+# The entries, and which of them are known.
 Gradient = tuple[np.ndarray, np.ndarray]
 
 

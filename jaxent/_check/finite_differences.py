@@ -21,7 +21,7 @@ from jaxent._check.autodiff import FlatArguments
 # Relative steps: the cube roots of the epsilons of float64 and float32, and one more for a noisier function.
 STEPS = {"float64": (2.0**-17, 2.0**-8), "float32": (2.0**-8, 2.0**-5)}
 # The noise is that of the sixth differences of nine values in a row (ECNoise), whose smooth part is about 1e-28. The
-# spacing is no binary fraction, or a float32 inside would not show. Eight sigmas are heuristic.
+# spacing is not a binary fraction, or float32 inside the function would not show. Eight sigmas are heuristic.
 SPACING, POINTS, ORDER, SIGMAS = 1.7e-5, 9, 6, 8
 
 

@@ -20,7 +20,7 @@ from jaxent._errors import ArgumentValueError, public
 from jaxent.gradients import softmax_cross_entropy_gradient
 from jaxent.losses import softmax_cross_entropy
 
-# Heuristic: what misses the reference by more than a hundredth has not only been rounded.
+# Heuristic: an error of more than a hundredth of the reference is not rounding alone.
 WRONG = 0.01
 CLOSED_FORMS: dict[Callable[..., Any], Callable[..., Any]] = {softmax_cross_entropy: softmax_cross_entropy_gradient}
 VALUE, GRAD, DIFFERENCES = "value", "jax.grad", "central differences"

@@ -17,15 +17,15 @@ from jaxent._arguments.targets import SoftmaxArguments, SparseTargets, rows_shap
 from jaxent._check.rule_match import Counted, RuleMatch, not_finite, row_weights
 from jaxent._math.label_loss import INVALID, encode_labels, has_label
 
-# Heuristics: how seldom uniform logits may look like probabilities before it is said that they are some; by how much
-# typed or rounded ones miss the sum of one; by how much targets may; how many tenths of the rows are worth a word when
-# they do not count (masked language models leave out 85% on purpose); below what no logit lies, only a mask.
+# Heuristics: how unlikely it must be that uniform logits look like probabilities, for those to be reported; by how much
+# typed or rounded probabilities may miss the sum of one; by how much targets may; how many tenths of the rows must be
+# ignored to be mentioned (masked language models leave out 85% on purpose); what no logit lies below, only a mask.
 CHANCE = 1e-4
 TYPED = 0.02
 NORMALIZED = 1e-3
 IGNORED_TENTHS = 9
 MASK = -1e8
-# The least number that becomes an infinite float16: half a unit above the largest, 65504.
+# The smallest number that becomes an infinite float16: half a unit above the largest, 65504.
 FLOAT16_LIMIT = 65520.0
 
 
@@ -54,7 +54,7 @@ class Rows(Counted):
         by_label = jnp.issubdtype(targets.dtype, jnp.integer)
         self.labels: Any = xp.asarray(targets).reshape(-1) if by_label else None
         self.classes: Any = xp.asarray(encode_labels(targets, count)).reshape(-1) if by_label else None
-        # Of sparse targets those of the few classes.
+        # For sparse targets, those of the few classes.
         self.probabilities: Any = None if by_label else self._last(targets, axis if self.sparse_classes is None else -1)
         self.target_epsilon = 0.0 if by_label else float(jnp.finfo(targets.dtype).eps)
         self.weights = None if arguments.weights is None else xp.asarray(arguments.weights).reshape(-1)

@@ -95,7 +95,7 @@ def _gaps(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> jax.Array:
 
 @_gaps.defjvp
 def _gaps_jvp(classes, primals, tangents):
-    # Of each softmax by itself, whose derivative keeps its digits where one class has nearly everything.
+    # The derivative of each softmax by itself keeps its digits where one class has nearly everything.
     dp, dq = (
         jax.jvp(lambda z: softmax.softmax(z, classes), (z,), (dz,))[1] for z, dz in zip(primals, tangents, strict=True)
     )

@@ -31,7 +31,7 @@ def entropy(p: jax.Array, *, axes: Axes) -> jax.Array:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# What one variable leaves open of the other
+# What one variable leaves unknown about the other
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))

@@ -65,7 +65,7 @@ def _term(p: jax.Array, w: jax.Array) -> jax.Array:
 
 @_term.defjvp
 def _term_jvp(primals, tangents):
-    # By way of `m` nothing comes: with shares that sum to one, sum_i w_i (1 - p_i / m) is 0. What a share of 0 would
+    # Nothing is added through `m`: with shares that sum to one, sum_i w_i (1 - p_i / m) is 0. What a share of 0 would
     # add at an infinite rate is as large as in `safe.pole`, so that a tangent of 0 stays 0.
     (p, w), (dp, dw) = primals, tangents
     big = jnp.where((p > 0) & (_mean(w, p) == 0), float(jnp.finfo(p.dtype).max), 0).astype(p.dtype)

@@ -198,7 +198,7 @@ def softmax_loss_gradient(z: jax.Array, rows: RowTargets, options: LossOptions, 
             gradient *= rows.label_weights
         if options.smoothing is not None:
             uniform = _smoothed(jnp.zeros_like(z), options, count)
-            # Of the kept rows' own normaliser where class weights may leave only a tiny share: see `_uniform_nll`.
+            # With a normaliser of its own where class weights may leave only a tiny share: see `_uniform_nll`.
             share = row if options.class_weights is None else normalizer(z, classes)
             gradient += target_gradient(z, uniform, share, classes)
     else:

@@ -206,7 +206,7 @@ def _centred_gaps(z: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Arra
 
 @_centred_gaps.defjvp
 def _centred_gaps_jvp(classes, primals, tangents):
-    # By -log p_k, whose derivative keeps its digits where one class has nearly everything, and by -H.
+    # From -log p_k, whose derivative keeps its digits where one class has nearly everything, and from -H.
     (z, row), (dz, _) = primals, tangents
     _, d_log_p = log_probabilities_jvp(classes, (z, row), (dz, None))
     gradient = probabilities(z, row, classes) * _centred_gaps(z, row, classes)

@@ -35,7 +35,7 @@ class TokenStatistics(NamedTuple):
 
 def row_statistics(z: jax.Array, rows: RowTargets, classes: ClassAxis, top_k: int) -> TokenStatistics:
     """`TokenStatistics` of the rows; of an ignored one 0 in floating and -1 in integer fields, whatever it holds."""
-    # The logits as they are written once; a `where` of them is exact, however often XLA computes it.
+    # Written once, so that comparisons see the same logits; the `where` below is exact, however often XLA computes it.
     written = lax.optimization_barrier(lax.stop_gradient(z))
     z = jnp.where(rows.ignored, 0, z)
     row = softmax.normalizer(z, classes)

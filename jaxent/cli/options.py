@@ -216,7 +216,7 @@ def _shown(text: str) -> str:
 
 def _whole(low: int, high: int = MOST) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        # Python refuses to read a number of thousands of digits, which no limit here has.
+        # Python refuses to parse a number of thousands of digits; no limit here has that many.
         value = int(text) if re.fullmatch(r"[+-]?[0-9]{1,20}", text.strip()) else None
         if value is None or not low <= value <= high:
             raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {_shown(text)}")

@@ -197,7 +197,7 @@ def _binary_cross_entropy_with_logits(
     t = t.astype(wide.dtype)
     if pos_weight is not None:
         pos_weight = jnp.broadcast_to(pos_weight.astype(wide.dtype), z.shape)
-    # `sigmoid_cross_entropy` is nan for a target outside [0, 1], of which PyTorch takes the formula.
+    # `sigmoid_cross_entropy` is nan for a target outside [0, 1], for which PyTorch evaluates the formula.
     terms = binary_nll(wide, t, pos_weight)
     terms = with_nan(terms, lost_logits(wide, t, pos_weight))
     return reduce_entries(_weighted_entries(terms, weight), reduction, dtype)

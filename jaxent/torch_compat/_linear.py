@@ -179,7 +179,7 @@ def _linear_cross_entropy(
     rows = row_targets(logits, target, weight, classes, ignore_index)
     lost = None
     if bias is not None:
-        # A logit is -inf where the bias is, and no other is looked for.
+        # A logit is taken to be -inf only where the bias is.
         z = bias.reshape((1,) * (h.ndim - 1) + bias.shape).astype(dtype)
         lost = lost_rows(z, rows, weight, smoothing, classes)
     options = {

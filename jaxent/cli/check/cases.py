@@ -28,7 +28,7 @@ from jaxent.cli.check.case import (
 from jaxent.cli.check.curvature_cases import curvature_cases, norm_cases
 from jaxent.cli.check.references import WIDE, Array, Cap, Exact
 
-# Half precision differs from float32 in casts alone: between them these have every option, and the engine's every way.
+# Half precision differs from float32 only in casts: together these cover every option and every path of the engine.
 NOT_FLOAT16 = ("float32", "bfloat16", "float64")  # which differs from bfloat16 in the cast alone
 IN_HALF = ("plain", "everything", "probabilities, everything", "reduction none", "bias", "soft_cap", "chunk_rows")
 
@@ -246,7 +246,7 @@ def _linear_cases() -> Iterator[Case]:
         yield Case("linear_kl_divergence", name, loss, heads(2), oracle, dtypes=dtypes, products=True)
     labels = options["plain"]["targets"]
     summed = functools.partial(_softmax_oracle, options={"targets": labels, "reduction": "sum"})
-    # The row loss is the usual one, which takes the difference of two logits for what is small.
+    # The row loss is the textbook one, which subtracts two logits where the result is small.
     oracle = _rounded(functools.partial(_through_one, rows=summed, cap=Cap()))
     own = functools.partial(_usual_linear, labels)
     yield Case("linear_loss", "logsumexp(z) - z[y]", own, heads(1), oracle, products=True)

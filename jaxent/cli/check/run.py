@@ -143,7 +143,7 @@ def _compared(
         gradient, size = (entries.flat(list(x)) for x in (exact.gradients, exact.sizes))
         known, nothing = np.ones(entries.count, bool), np.zeros(entries.count)
         reference = Reference(float(exact.value), float(exact.value_size), gradient, known, size, nothing)
-        # If the caller has asked for faster products, their bits are what is due.
+        # If the caller has asked for faster products, no more bits than theirs can be expected.
         loose = 2.0 ** (23 - products.linear_losses) if case.products and products.setting and dtype == "float32" else 1
         ulp = HALF_ULP if dtype in ("bfloat16", "float16") else GRADIENT_ULP * loose
         found = compare(entries, own, wide, reference, np.full(entries.count, ulp), VALUE_ULP * loose)

@@ -99,7 +99,7 @@ def _understood(path: Path, read: Any) -> Any:
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of the file, none of which takes more memory than it takes on disk."""
-    # A pipe without a writer would be waited for.
+    # Without O_NONBLOCK, opening a pipe that has no writer waits for one.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with open(descriptor, "rb") as raw:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):

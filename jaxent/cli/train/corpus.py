@@ -21,7 +21,7 @@ HELD_OUT_SHARE = 0.1
 HELD_OUT_BYTES = 200_000
 HEAD_BYTES = 65_536  # of a file, in which a zero byte shows that it is not text
 PIECE_BYTES = 2**20  # read at a time
-PATIENCE = 1.0  # seconds for a pipe or a terminal that is not ready, before that is said
+PATIENCE = 1.0  # seconds to wait for a pipe or a terminal before saying so
 # What `jaxent train` writes into the folder of a run.
 RUN_FILES = frozenset({"checkpoint.npz", "report.json", "loss.png"})
 
@@ -146,7 +146,7 @@ def find_sources(paths: Sequence[str], out: Path | None = None) -> list[Source]:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """The file for reading. A pipe that nothing writes to is an error and not a wait; other waits are said."""
+    """The file for reading. A pipe that nothing writes to is an error, and any other wait is announced."""
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     file = open(descriptor, "rb")  # noqa: SIM115
     if os.name == "posix" and not stat.S_ISREG(os.fstat(descriptor).st_mode):

@@ -10,7 +10,7 @@ from jaxent.cli.train.corpus import Corpus
 from jaxent.cli.train.ngrams import CORPUS_ORDERS, ContextTable, Rows, Stream, make_rows
 from jaxent.cli.train.tokenizer import Tokenizer
 
-FITTED_SHARE = 0.3  # at most so much of the text trains the model; the rest is counted for its proposals; heuristic
+FITTED_SHARE = 0.3  # at most this much of the text trains the model; the rest is counted for its proposals; heuristic
 
 
 @dataclasses.dataclass(frozen=True)

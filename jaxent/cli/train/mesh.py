@@ -76,7 +76,7 @@ class DeviceMesh:
 
     def split(self, *axes: str | None) -> Sharding:
         if self.mesh.size == 1:
-            # XLA's partitioner, though it has nothing to split, keeps two copies more of a kernel.
+            # XLA's partitioner, though it has nothing to split, keeps two more copies of a kernel.
             return SingleDeviceSharding(self.mesh.devices.item())
         return NamedSharding(self.mesh, P(*axes))
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 
 LAGS = 8  # how many tokens back the model reads; heuristic
-CORPUS_ORDERS = (1, 2, 3)  # contexts of so many tokens, looked up among the counted documents
-FILE_ORDERS = (1, 2, 4)  # contexts of so many tokens, looked up in the same file
-START = ord("\n")  # what stands before the first token of a file
+CORPUS_ORDERS = (1, 2, 3)  # contexts of this many tokens, looked up among the counted documents
+FILE_ORDERS = (1, 2, 4)  # contexts of this many tokens, looked up in the same file
+START = ord("\n")  # stands before the first token of a file
 _MIXER = np.uint64(0xBF58476D1CE4E5B9)  # of SplitMix64 (Steele, Lea and Flood, 2014)
 
 

@@ -15,7 +15,7 @@ from jaxent.cli.output import to_json
 
 NAME, PICTURE = "report.json", "loss.png"
 
-# Whose counts and whose code a line is about, for a reader who has not read the papers.
+# Which counts and which code each line is about, for a reader who has not read the papers.
 LEGEND = """\
 H(P-hat), the entropy of the held-out text's own token counts, is the least that a code without context could cost,
 if it knew those counts in advance. The next line is what such a code costs with the counts of the training text.
@@ -70,7 +70,7 @@ def draw(folder: Path, result: Mapping[str, Any], history: Mapping[str, Sequence
         **result["compressors"],
     }
     curves = [x for x in (*history["byte"], *history["held_byte"]) if math.isfinite(x)]
-    # A run that diverged would press everything else to the ground.
+    # A run that diverged would flatten all other curves.
     top = min(1.05 * max([*curves, *levels.values()]), 2 * max(8.0, *levels.values()))
     if held["bits_per_byte"] <= top:
         end = f"all {held['tokens']:,} held-out tokens: {held['bits_per_byte']:.3f}"

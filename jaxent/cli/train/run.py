@@ -30,7 +30,7 @@ from jaxent.cli.train.mesh import VOCAB, DeviceMesh, join
 from jaxent.cli.train.summary import summarize
 from jaxent.cli.train.tokenizer import Tokenizer
 
-SAMPLE_ROWS = 2048  # of the held-out text, measured on the way
+SAMPLE_ROWS = 2048  # of the held-out text, measured during the run
 ROW_BYTES = 450  # of a token of a batch, on the host and on the device
 
 
@@ -86,7 +86,7 @@ class Work:
     corpus: Corpus
     settings: dict[str, Any]
     stored: Checkpoint | None
-    finished: dict[str, Any] | None  # the account of a run that was here before
+    finished: dict[str, Any] | None  # the summary of a run that was here before
 
 
 def run(options: Options) -> None:

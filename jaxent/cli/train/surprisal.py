@@ -63,7 +63,7 @@ def print_line(pairs: Pairs) -> None:
     parts = []
     for token, bits in pairs:
         colour = next((c for limit, c in COLOURS if bits <= limit), COLOURS[-1][1])
-        # A line end would paint the rest of the line.
+        # A coloured line end would colour the rest of the line.
         lines = visible(shown(token), "\n\t").split("\n")
         parts.append("\n".join(f"\x1b[48;5;{colour}m\x1b[97m{line}\x1b[0m" if line else "" for line in lines))
     print("".join(parts))
