@@ -1,1 +1,1 @@
-"""How close jaxent runs to the limits of this device, and beside whom: `python -m benchmarks`."""
+"""How close jaxent runs to the limits of this device, and alongside whom: `python -m benchmarks`."""

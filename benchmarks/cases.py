@@ -64,7 +64,7 @@ CHUNKS = (2, 4, 8, 16, 32)
 SWEEPS = {"cpu": (2048, 128, 8192), "quick": (256, 32, 1024), "accelerator": (4096, 1024, 16384)}
 DOUBLINGS = (1, 2, 4, 8)
 
-CPU_FLOPS_PER_CORE = 3e10  # heuristic: about half a second of matrix products a call, so that a head takes a minute
+CPU_FLOPS_PER_CORE = 3e10  # heuristic: about half a second of matrix products per call, so that a head takes a minute
 IGNORED = -100  # the label of a row that does not count, everyone's default
 LEAST_HEAD_ROWS, MOST_CPU_HEAD_ROWS = 32, 4096
 # Heuristic: kernel, tangent or transposed copy for torch, gradients of ours and of the peer that is compared, on host

@@ -128,7 +128,7 @@ def train(contender: Contender, setting: Setting) -> dict[str, list[float]]:
     steps, every, rate, decay, seed = setting
     train_data, test_data = split_data(seed)
     params = init(seed, dtype)
-    # Epsilon is small enough to be lost beside gradients of norm 1.
+    # Epsilon is small enough to be lost next to gradients of norm 1.
     optimizer = optax.adam(rate, b2=decay, eps=1e-30) if scaled else optax.adam(rate)
 
     def mean_loss(params: Any) -> jax.Array:

@@ -23,7 +23,7 @@ PRODUCT_LOGITS_BYTES = 2**32  # where all logits take more, the products alone a
 
 @dataclass(frozen=True)
 class Bound:
-    """The part of a case that cannot be avoided and nothing else, timed beside the others.
+    """The part of a case that cannot be avoided and nothing else, timed alongside the others.
 
     Each group has one contender or more that do the same thing: whoever is fastest on this device shows what it can do.
     """

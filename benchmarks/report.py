@@ -241,7 +241,7 @@ def planned(record: dict[str, Any]) -> str:
 
 
 def findings(record: dict[str, Any]) -> str:
-    """Where a peer is faster, beyond the noise, and how long compiling takes beside optax."""
+    """Where a peer is faster, beyond the noise, and how long compiling takes next to optax."""
     slower, compiles = [], {suite: [] for suite in COMPILE_TARGETS}
     for case in record["cases"]:
         ours, *others = case["rows"]

@@ -118,7 +118,7 @@ def _labels(**options: Any) -> Callable[[np.random.Generator, tuple[int, ...]], 
 
 
 Arguments = dict[str, Any]
-# name -> arguments beside the logits, for logits of a shape with the classes last
+# name -> arguments in addition to the logits, for logits of a shape with the classes last
 OPTIONS: dict[str, Callable[[np.random.Generator, tuple[int, ...]], Arguments]] = {
     "plain": _labels(),
     "where": lambda rng, s: _labels(where=rng.random(s[:-1]) < 0.6)(rng, s),

@@ -1,4 +1,4 @@
-"""The information measures that the tests share, each beside its oracle, and how their derivatives are taken."""
+"""The information measures that the tests share, each with its oracle, and how their derivatives are taken."""
 
 import dataclasses
 import functools

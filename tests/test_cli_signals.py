@@ -22,7 +22,7 @@ STAGES = ("corpus", "tokens", "model", "step", "    ")
 
 
 def ended(process: subprocess.Popen[str], before: str = "") -> tuple[int, list[str]]:
-    """The exit code, and what stderr holds besides the progress."""
+    """The exit code, and what stderr holds in addition to the progress."""
     _, err = process.communicate(timeout=PATIENCE)
     return process.returncode, [line for line in (before + err).splitlines() if not line.startswith(STAGES)]
 

@@ -187,7 +187,7 @@ def test_the_gauss_newton_matrix_of_a_linear_head_is_the_hessian(option: str, rn
     def without_targets(v: Any) -> Any:
         return linear_ggn_vector_product(hidden, kernel, (None, *v), bias=bias)[1:]
 
-    # The z-loss's own term may be indefinite, as its docstring says; here it is small beside the rest.
+    # The z-loss's own term may be indefinite, as its docstring says; here it is small next to the rest.
     hessians = [lambda v, f=f: jax.jvp(jax.grad(f), (params,), (v,))[1] for f in (loss, streamed_loss)]
     # Targets that sum to one do not enter.
     sum_to_one = option in ("plain", "smoothing", "smoothing_1", "probabilities", "one_hot")

@@ -85,7 +85,7 @@ def test_a_joint_table(rng: np.random.Generator):
         assert_close(got, want / want.sum(), ulp=2, dtype=np.float32)
     one = info.empirical_distribution((x,), (3,))
     np.testing.assert_array_equal(one, info.empirical_distribution(x, 3))
-    # A tuple of labels beside one number of classes is an array like any other.
+    # A tuple of labels with one number of classes is an array like any other.
     np.testing.assert_array_equal(info.empirical_distribution((0, 2, 2, 1), 3), [0.25, 0.25, 0.5])
     assert np.all(np.isnan(info.empirical_distribution((x, y - 1), (3, 3))))
     counted = (x >= 0) & (y > 0)

@@ -1,4 +1,4 @@
-"""Fully sharded data parallelism: a kernel whose features are split is gathered once a call, outside the loop."""
+"""Fully sharded data parallelism: a kernel whose features are split is gathered once per call, outside the loop."""
 
 import dataclasses
 import functools
@@ -245,7 +245,7 @@ def test_bytes_of_a_step(layout: str, kind: str):
     found = step(on, kind)
     fsdp, vocab = on.size(*on.features), on.size(*on.classes)
     data = on.size(*on.rows) // fsdp
-    # Beside numbers of which there is one on each device, not one a row or a class.
+    # Apart from numbers of which there is one per device, not one per row or class.
     sent = sum(c.sent for c in found if c.extent)
     assert sent == pytest.approx(bytes_sent(ROWS, FEATURES, CLASSES, data, fsdp, vocab), rel=1e-12)
     assert [(c.kind, c.times, c.looped) for c in found if c.kind != "all-reduce"] == [

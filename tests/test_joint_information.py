@@ -25,7 +25,7 @@ NORMALIZERS: dict[Any, Any] = {
 }
 
 
-# Each measure of a table of two variables, beside its oracle of the table laid end to end.
+# Each measure of a table of two variables, with its oracle of the table laid end to end.
 PAIRS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "joint_entropy": (info.joint_entropy, lambda p, columns: oracle.entropy(p)),
     "entropy of x": (

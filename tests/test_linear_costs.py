@@ -1,7 +1,7 @@
 """What the losses from hidden states cost: multiply-adds counted in the jaxpr, bytes and copies read from the compiler.
 
 Nothing here is timed. And the precision that the costs are not paid for with: errors of bf16 heads over many chunks,
-beside those of dense code in the same dtype.
+alongside those of dense code in the same dtype.
 """
 
 import re
@@ -80,7 +80,7 @@ def loss_of(targets: Any, **options: Any) -> Any:
     return lambda hidden, kernel: jnp.sum(linear_softmax_cross_entropy(hidden, kernel, targets, **options))
 
 
-# What is computed, of a loss of (hidden, kernel) -> the matrix products it may spend, and a tenth for what is beside.
+# What is computed, of a loss of (hidden, kernel) -> the matrix products it may spend, and a tenth for the rest.
 PRODUCTS = {
     "value": (lambda f: f, 1),
     "value and gradient": (lambda f: jax.value_and_grad(f, argnums=(0, 1)), 3),

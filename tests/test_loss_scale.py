@@ -1,6 +1,6 @@
 """Every weight, option, kind of targets and reduction in half precision, with a loss scale: no worse than dense code.
 
-Value, gradient and Hessian product against float64 NumPy, each beside dense code in the same dtypes. What is small
+Value, gradient and Hessian product against float64 NumPy, each alongside dense code in the same dtypes. What is small
 counts as much as what is large: errors are those of each feature and each class relative to itself.
 """
 
@@ -35,7 +35,7 @@ class Case:
     scaled_by: str = "cotangent"
 
 
-# Each weight, option and kind of targets with each reduction, most of them beside others.
+# Each weight, option and kind of targets with each reduction, most of them together with others.
 CASES = (
     Case("mean", "labels"),
     Case("mean", "labels", ("weights", "label_smoothing", "z_loss"), ("bias", "soft_cap"), "denominator"),

@@ -74,7 +74,7 @@ def bytes_sent(n: int, d: int, v: int, data: int, vocab: int) -> tuple[float, fl
 def test_bytes_of_a_step(shape: str, kind: str):
     found = collectives(step_on(shape, kind, None))
     assert foreign(found, *MESHES[shape]) == []
-    # Beside numbers of which there is one on each device, not one a row or a class.
+    # Apart from numbers of which there is one per device, not one per row or class.
     sent = sum(c.sent for c in found if c.extent)
     assert sent == pytest.approx(sum(bytes_sent(ROWS, FEATURES, CLASSES, *MESHES[shape])), rel=1e-12)
 

@@ -48,7 +48,7 @@ class ClassAxis:
     """Reductions and look-ups along the classes; every result keeps the axis, with length 1.
 
     `axis` is negative. With `mesh_axis` the array holds one device's share of the classes, inside `jax.shard_map`, and
-    a reduction goes on over that mesh axis, so that only one number a row crosses it. Labels always count all classes.
+    a reduction goes on over that mesh axis, so that only one number per row crosses it. Labels always count all classes.
     """
 
     axis: int = -1
@@ -188,7 +188,7 @@ class ClassAxis:
 def _top(x: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """`lax.top_k` where XLA may have split the last axis, which it would gather for a sort.
 
-    There the maximum is taken `k` times, of which only a number a row crosses the mesh.
+    There the maximum is taken `k` times, and only one number per row crosses the mesh each time.
     """
     if not may_be_split_by_xla(x):
         return lax.top_k(x, k)

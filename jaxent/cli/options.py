@@ -155,7 +155,7 @@ def _add_tokens(commands: Commands) -> None:
     style.add_argument(
         "--line", dest="style", action="store_const", const="line", help="the text, coloured by surprise"
     )
-    style.add_argument("--table", dest="style", action="store_const", const="table", help="one line a token")
+    style.add_argument("--table", dest="style", action="store_const", const="table", help="one line per token")
     style.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -1,7 +1,7 @@
 """A flax NNX trainer in mixed precision, fully sharded over eight devices: each holds an eighth of every parameter.
 
 The model runs on an automatic mesh, as flax's layers want it. The loss is told how its arguments are split: it gathers
-the head once a step, in bfloat16, and the head's float32 gradient comes back as a reduce-scatter.
+the head once per step, in bfloat16, and the head's float32 gradient comes back as a reduce-scatter.
 """
 
 import functools

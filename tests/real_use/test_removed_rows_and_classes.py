@@ -181,7 +181,7 @@ def test_dropped_rows_on_a_mesh(route: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# A removed class beside targets, class weights and smoothing
+# A removed class together with targets, class weights and smoothing
 
 ZM = np.array([1.0, -INF, 2.0], np.float32)
 A = np.array([0.5, -INF, 0.1], np.float32)
