@@ -48,7 +48,7 @@ class ClassAxis:
     """Reductions and look-ups along the classes; every result keeps the axis, with length 1.
 
     `axis` is negative. With `mesh_axis` the array holds one device's share of the classes, inside `jax.shard_map`, and
-    a reduction goes on over that mesh axis, so that only one number per row crosses it. Labels always count all classes.
+    a reduction continues over that mesh axis, so that one number per row crosses it. Labels always count all classes.
     """
 
     axis: int = -1
