@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import compilers, optimized
+from benchmarks import optimized
 from benchmarks.collectives import collectives
 from benchmarks.compiled_programs import Program
 from benchmarks.kernels import Kernel, Part, Product, kernels
@@ -112,9 +112,11 @@ def measure(program: Program) -> dict[str, Any]:
     """One program for its device, as a row of the record."""
     row = program.record
     try:
-        reading = _read_tpu(program) if DEVICES[program.target].is_tpu else _read_gpu(program)
-    except (jax.errors.JaxRuntimeError, optimized.RefusedError) as error:
+        found = optimized.optimized(program)
+    except optimized.RefusedError as error:
         return row | {"failed": _reason(str(error))}
+    parts = kernels(found.text, (program.loop_trips, 0))
+    reading = Reading(parts, found.temp_bytes, found.seconds, found.text, {})
     biggest = largest(reading)
     estimates = roofline(reading, DEVICES[program.target])
     sent = [c for c in collectives(reading.text) if c.extent]
@@ -130,18 +132,6 @@ def measure(program: Program) -> dict[str, Any]:
         **{name: round(value, 2) for name, value in estimates.items()},
         "products_share": round(estimates["products_ms"] / estimates["all_ms"], 4),
     }
-
-
-def _read_gpu(program: Program) -> Reading:
-    device = compilers.topology(program.target).devices[0]
-    return compile_for(program.function(), program.arguments(device), (program.loop_trips, 0))
-
-
-def _read_tpu(program: Program) -> Reading:
-    """From the optimised program: the rest would take minutes."""
-    found = optimized.optimized(program)
-    parts = kernels(found.text, (program.loop_trips, 0))
-    return Reading(parts, found.temp_bytes, found.seconds, found.text, {})
 
 
 def _reason(message: str) -> str:

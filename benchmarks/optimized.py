@@ -1,7 +1,7 @@
-"""The program that a TPU's compiler has optimised, with its memory assigned: read before the machine code is there.
+"""What an accelerator's compiler makes of a program, with its memory assigned: read before the machine code is there.
 
-libtpu takes half a minute for that and, on a machine with few cores, minutes for the machine code, which nothing here
-reads. It has no option to stop in between, so that it compiles in a process of its own, which is ended.
+That takes some seconds, and the machine code, which nothing here reads, up to minutes on a machine with few cores. No
+option stops a compiler in between, so that it runs in a process of its own, which is ended.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from jaxent._engine.devices import DEVICES
 
 MOST_SECONDS = 900
 TEXT, ALLOCATIONS = "after_optimizations.txt", "after_optimizations-buffer-assignment.txt"
-LAST = "after_optimizations_after_buffer_assignment.txt"
+LAST = "after_optimizations-memory-usage-report.txt"
 
 
 class RefusedError(Exception):
@@ -39,8 +39,14 @@ class Optimized(NamedTuple):
 
 
 def optimized(program: Program) -> Optimized:
+    # XLA for CPUs writes files of the same names, of what JAX computes while it traces.
+    compiler = "." if DEVICES[program.target].is_tpu else "_gpu_"
     with tempfile.TemporaryDirectory() as name:
         folder, said = Path(name), Path(name) / "stderr"
+
+        def found(name: str) -> list[Path]:
+            return list(folder.glob(f"*{compiler}{name}"))
+
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={folder} --xla_dump_hlo_as_text"
         start = time.perf_counter()
         with said.open("w") as errors:
@@ -52,30 +58,20 @@ def optimized(program: Program) -> Optimized:
                 stderr=errors,
             )
             try:
-                while not _found(folder, LAST) and child.poll() is None and time.perf_counter() - start < MOST_SECONDS:
+                while not found(LAST) and child.poll() is None and time.perf_counter() - start < MOST_SECONDS:
                     time.sleep(0.2)
                 seconds = time.perf_counter() - start
-                time.sleep(0.2)  # until the last file is whole
+                time.sleep(0.2)  # until the last files are whole
             finally:
                 child.kill()
                 child.wait()
-        if not _found(folder, LAST):
+        if not found(LAST):
             raise RefusedError(said.read_text(errors="replace") or f"nothing after {MOST_SECONDS} s")
-        allocations = _read(folder, ALLOCATIONS)
+        text, allocations = (found(name)[0].read_text() for name in (TEXT, ALLOCATIONS))
         needed, there = main_memory(allocations), DEVICES[program.target].memory_bytes
         if needed > there:  # the compiler finds out at the end
             raise RefusedError(f"Used {needed / 2**30:.2f}G of {there / 2**30:.2f}G hbm")
-        return Optimized(_read(folder, TEXT), main_memory(allocations, "preallocated-temp"), seconds)
-
-
-def _found(folder: Path, name: str) -> Path | None:
-    return next(folder.glob(f"*.{name}"), None)
-
-
-def _read(folder: Path, name: str) -> str:
-    found = _found(folder, name)
-    assert found is not None
-    return found.read_text()
+        return Optimized(text, main_memory(allocations, "preallocated-temp"), seconds)
 
 
 def main_memory(allocations: str, kind: str = "") -> int:

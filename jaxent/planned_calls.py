@@ -40,7 +40,10 @@ _STATISTICS = Work(1, 0, sums=2)
 _NORMS = Work(2, 0, sums=4)
 _CURVATURE = Work(3, 2, sums=4, heads=2)
 _DIAGONAL = Work(1, 3, sums=4)
-_DIVERGENCE = Work(2, 2, sums=8, heads=2), Work(4, 2, sums=16, heads=2)
+_DIVERGENCE = (
+    Work(2, 2, sums=8, spared_on_tpu=2, heads=2, drops_rows=False),
+    Work(4, 2, sums=16, spared_on_tpu=4, heads=2, drops_rows=False),
+)
 FUNCTIONS = {
     f.call.__name__: f
     for f in (

@@ -45,7 +45,7 @@ def test_the_kernels_gradient_is_a_small_share_unless_memory_forbids(name: str):
     rows = chunk_rows_for(device, 128256, jnp.bfloat16)
     traffic = 8 * 4096 * 128256 / device.bytes_per_second
     products = 6 * rows * 4096 * 128256 / device.product_rate(jnp.bfloat16)
-    held = rows * 128256 * (4 if device.recomputes_dz else 6)
+    held = rows * 128256 * (4 if device.recomputes_dz is not None else 6)
     assert held <= device.memory_bytes / 16
     if device.is_tpu:  # or as many as its compiler does best with
         assert rows <= 2048

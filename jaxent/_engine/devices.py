@@ -29,9 +29,12 @@ class Device:
     """What it sends to its neighbours in all, in one direction."""
     source: str
     is_tpu: bool
-    recomputes_dz: bool
-    """Whether its compiler computes the gradient of the logits inside the products that need it, and does not write it.
+    recomputes_dz: float | None = None
+    """From how many features per row of a chunk on its compiler computes the gradient of the logits inside the products
+    that need it, and does not write it: found by compiling for it. None for never.
     """
+    recomputes_odd: bool = False
+    """Whether it always does so if the classes are no multiple of 128, where it has no estimate of the time."""
 
     def product_rate(self, dtype: DTypeLike, *, exact: bool = True) -> float:
         """FLOP/s of matrix products; `exact` as for float32 at the precision "highest"."""
@@ -46,7 +49,7 @@ def _nvidia(
 ) -> Device:
     rates = {"bfloat16": bf16 * 1e12, "float16": bf16 * 1e12, "float32": f32 * 1e12}
     return Device(
-        name, kinds, rates, bf16 / 2 * 1e12, gbytes * 1e9, gib * 2**30, link * 1e9, f"NVIDIA, {source}", False, False
+        name, kinds, rates, bf16 / 2 * 1e12, gbytes * 1e9, gib * 2**30, link * 1e9, f"NVIDIA, {source}", False
     )
 
 
@@ -58,12 +61,14 @@ def _tpu(
     gib: int,
     link: float,
     source: str,
-    recomputes_dz: bool = True,
+    recomputes_dz: float | None,
+    recomputes_odd: bool = False,
 ) -> Device:
     # A product of float32 is six of bfloat16; float16 is not a dtype of the matrix unit and counts as float32.
     rates = {"bfloat16": bf16 * 1e12, "float32": bf16 * 1e12 / 6}
     source = f"Google Cloud, {source}"
-    return Device(name, kinds, rates, bf16 * 1e12, gbytes * 1e9, gib * 2**30, link * 1e9, source, True, recomputes_dz)
+    figures = bf16 * 1e12, gbytes * 1e9, gib * 2**30, link * 1e9
+    return Device(name, kinds, rates, *figures, source, True, recomputes_dz, recomputes_odd)
 
 
 # TFLOP/s without sparsity, GB/s, GiB, GB/s of links in one direction: makers state links in both directions together.
@@ -76,10 +81,10 @@ DEVICES = {
         _nvidia("h100", ("nvidia h100 80gb",), 989.4, 66.9, 3352, 80, 450, "H100 data sheet (SXM)"),
         _nvidia("h200", ("nvidia h200",), 989.4, 66.9, 4800, 141, 450, "H200 data sheet (SXM)"),
         _nvidia("b200", ("nvidia b200",), 2250, 75, 7700, 180, 900, "HGX B200 data sheet; GB/s unverified"),
-        _tpu("v5e", ("tpu v5 lite", "tpu v5e"), 197, 819, 16, 200, "page TPU v5e"),
-        _tpu("v5p", ("tpu v5", "tpu v5p"), 459, 2765, 95, 600, "page TPU v5p"),
-        _tpu("v6e", ("tpu v6 lite", "tpu v6e"), 918, 1638, 32, 400, "page TPU v6e"),
-        _tpu("tpu7x", ("tpu7x",), 1153.5, 3690, 96, 300, "page TPU7x (Ironwood)", recomputes_dz=False),
+        _tpu("v5e", ("tpu v5 lite", "tpu v5e"), 197, 819, 16, 200, "page TPU v5e", 0.9, True),
+        _tpu("v5p", ("tpu v5", "tpu v5p"), 459, 2765, 95, 600, "page TPU v5p", 1.9),
+        _tpu("v6e", ("tpu v6 lite", "tpu v6e"), 918, 1638, 32, 400, "page TPU v6e", 1.4),
+        _tpu("tpu7x", ("tpu7x",), 1153.5, 3690, 96, 300, "page TPU7x (Ironwood)", None),
     )
 }
 
@@ -107,7 +112,6 @@ def with_rates(device: Device | None, dtype: DTypeLike, flops_per_second: float,
         link_bytes_per_second=bytes_per_second,
         source="measured",
         is_tpu=False,
-        recomputes_dz=False,
     )
 
 

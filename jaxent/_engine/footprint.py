@@ -24,7 +24,7 @@ def held_bytes(sizes: Sizes, chunk_rows: int, work: Work, device: Device | None)
 
     A gradient that is added up in float32 and rounded at the end leaves the memory of its result free until then; XLA
     keeps the largest array there that fits. A TPU's compiler also keeps one of a chunk's arrays where the gradient of
-    the hidden states will be, in the order of the rows; that of a TPU7x does neither.
+    the hidden states will be, once its rows are in order again; that of a TPU7x does neither.
     """
     narrow, wide = sizes.dtype.itemsize, max(4, sizes.dtype.itemsize)
     chunk, kernel, rows = (
@@ -35,23 +35,28 @@ def held_bytes(sizes: Sizes, chunk_rows: int, work: Work, device: Device | None)
             (sizes.rows, sizes.features),
         )
     )
-    held = {"logits": wide * work.heads * chunk}
-    on_tpu, recomputing = (False, False) if device is None else (device.is_tpu, device.recomputes_dz)
+    held = {f"logits of head {i}": wide * chunk for i in range(work.heads)}
+    on_tpu = device is not None and device.is_tpu
+    is_tpu7x = device is not None and device.is_tpu and device.recomputes_dz is None
     rooms = {"kernel": 0, "rows": 0}
     if sizes.kernel_dtype.itemsize > narrow:
         held["cast kernel"] = narrow * work.heads * kernel
     if work.backward:
-        if narrow < wide and not recomputes_dz(device, chunk_rows, sizes.features):
+        if narrow < wide and not recomputes_dz(device, chunk_rows, sizes.features, sizes.classes, work.heads):
             held["gradient of the logits"] = narrow * chunk
         if chunk_rows < sizes.rows:
-            held["gradient of the hidden states"] = (narrow if on_tpu else wide) * rows
+            if not on_tpu or is_tpu7x or work.drops_rows:  # else it is where the result will be
+                held["gradient of the hidden states"] = (narrow if on_tpu else wide) * rows
             if sizes.kernel_dtype.itemsize < wide:  # else the sum is the result
                 held["sum of the kernel's gradient"] = wide * kernel
                 rooms["kernel"] = sizes.kernel_dtype.itemsize * kernel
-            rooms["rows"] = narrow * rows if on_tpu else 0
-    if not on_tpu or recomputing:
+            rooms["rows"] = narrow * rows if on_tpu and work.drops_rows else 0
+    # One whose only product is that of the logits; a cast writes it so from the start.
+    if is_tpu7x and (work.heads > 1 or not work.backward) and "cast kernel" not in held:
+        held["kernel in another layout"] = narrow * kernel
+    if not is_tpu7x:
         _keep(held, tuple(held), rooms["kernel"])
-        _keep(held, ("logits", "gradient of the logits"), rooms["rows"])
+        _keep(held, ("logits of head 0", "gradient of the logits"), rooms["rows"])
     return sum(held.values())
 
 

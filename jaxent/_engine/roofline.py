@@ -9,13 +9,12 @@ from jaxent._engine.devices import Device
 
 DW_SHARE = 0.05  # heuristic: what reading and writing the kernel's gradient in every chunk may add to the products
 MEMORY_SHARE = 1 / 16  # heuristic: of the device's memory, for a chunk of logits
-# The TPU's compiler computes the gradient of the logits inside the products that need it, for up to 2560 rows and from
-# some number of features on: 1024 are too few, 2304 are enough. Else it writes it out: at Llama-3's head 2048 rows
-# reach 97% of a v5p's products, 4096 rows 94%. With more than 2048 rows there logits no longer fit where the rounded
-# gradient of the kernel will be, which doubles the temporaries. Its registers hold 16 rows of bfloat16.
-MOST_ROWS_RECOMPUTED = 2560
+# A TPU's compiler computes the gradient of the logits inside the products that need it if there are many features for
+# the rows of a chunk, and no fewer than some number: 1024 are too few, 1536 enough. Else it writes it out: at Llama-3's
+# head 2048 rows reach 97% of a v5p's products, 4096 rows 94%. With more than 2048 rows there logits no longer fit where
+# the rounded gradient of the kernel will be, which adds as much to the temporaries. Registers hold 16 rows of bfloat16.
+LEAST_FEATURES_RECOMPUTED = 1280
 TPU_ROWS = 2048
-LEAST_FEATURES_RECOMPUTED = 2048
 ROWS_ALIGNED = 16
 
 
@@ -28,8 +27,12 @@ class Work(NamedTuple):
     """Products of the gradient: 2, or 0 without one."""
     sums: int = 1
     """Passes that read the logits for sums over classes."""
+    spared_on_tpu: int = 0
+    """Of these, those that its compiler makes part of a product."""
     heads: int = 1
     """Blocks of logits that are held at a time."""
+    drops_rows: bool = True
+    """Whether rows may not count, as by `ignore_index`, so that those that do are taken first and put back after."""
 
     @property
     def products(self) -> int:
@@ -39,10 +42,15 @@ class Work(NamedTuple):
 LOSS = Work(1, 2)
 
 
-def recomputes_dz(device: Device | None, chunk_rows: float, features: int) -> bool:
-    """Whether the gradient of the logits is computed in the products that need it, and never written."""
-    small = chunk_rows <= MOST_ROWS_RECOMPUTED and features >= LEAST_FEATURES_RECOMPUTED
-    return device is not None and device.recomputes_dz and small
+def recomputes_dz(device: Device | None, chunk_rows: float, features: int, num_classes: float, heads: int = 1) -> bool:
+    """Whether the gradient of the logits is computed in the products that need it, and never written.
+
+    One that needs the logits of two heads is written.
+    """
+    if device is None or device.recomputes_dz is None or heads > 1:
+        return False
+    many = features >= max(LEAST_FEATURES_RECOMPUTED, device.recomputes_dz * chunk_rows)
+    return many or (device.recomputes_odd and num_classes % 128 != 0)
 
 
 class Milliseconds(float):
@@ -101,22 +109,25 @@ def roofline(
     narrow = np.dtype(dtype).itemsize
     wide = max(4, narrow)
     logits, kernel, hidden = own_rows * classes, d * classes, own_rows * d
-    recomputes = recomputes_dz(device, own_rows, d)
+    on_tpu = device is not None and device.is_tpu
+    recomputes = recomputes_dz(device, own_rows, d, classes, work.heads)
     dz = logits * (wide if recomputes else narrow)  # that each product of the gradient reads
     moved = {
         "logits": work.logits * (narrow * (hidden + kernel) + wide * logits),
-        "sums": work.sums * wide * logits,
+        "sums": (work.sums - (work.spared_on_tpu if on_tpu else 0)) * wide * logits,
     }
-    around = spared = 0.0
+    around = spared = ordered = 0.0
     if work.backward:
         moved["dz"] = 0 if recomputes else (wide + narrow) * logits
         moved["hidden"] = dz + narrow * (kernel + hidden)
         moved["kernel"] = dz + narrow * hidden + (2 * wide if chunks > 1 else narrow) * kernel
         if chunks > 1:
-            zeros = device is None or device.is_tpu  # else the first chunk writes what the others add to
+            zeros = device is None or on_tpu  # else the first chunk writes what the others add to
             around = ((2 if zeros else 1) * wide + narrow) * kernel  # zeros before the loop, rounded after it
             spared = 0 if zeros else wide * kernel
-    bytes_moved = round(chunks * sum(moved.values()) + around - spared)
+            # Hidden states in the order in which they are taken, zeros for their gradient, and it in the rows' order.
+            ordered = 5 * narrow * rows * d if work.drops_rows else 0
+    bytes_moved = round(chunks * sum(moved.values()) + around - spared + ordered)
     if device is None:
         return Roofline(None, bytes_moved)
     one = 2 * logits * d / (efficiency * device.product_rate(dtype))
@@ -128,7 +139,7 @@ def roofline(
     over_data = 2 * (1 - 1 / data) * wide * kernel
     time = Milliseconds(
         products=1e3 * work.products * chunks * one,
-        passes=1e3 * chunks * (takes["sums"] + takes.get("dz", 0.0) + waits),
+        passes=1e3 * (chunks * (takes["sums"] + takes.get("dz", 0.0) + waits) + ordered / device.bytes_per_second),
         kernel_gradient=1e3 * (chunks * adds + around / device.bytes_per_second),
         collectives=1e3 * (over_vocab + over_data) / device.link_bytes_per_second,
     )
@@ -150,7 +161,7 @@ def dense_roofline(
     ones, if these are others, written once and read once: see the suite `compiled`.
     """
     ours = roofline(device, num_rows, features, num_classes, num_rows, dtype, efficiency=efficiency)
-    recomputed = recomputes_dz(device, num_rows, features)
+    recomputed = recomputes_dz(device, num_rows, features, num_classes)
     narrow = np.dtype(dtype).itemsize
     wide, logits = max(4, narrow), num_rows * num_classes
     on_tpu = device is not None and device.is_tpu
@@ -174,7 +185,7 @@ def chunk_rows_for(device: Device, num_classes: int, dtype: DTypeLike) -> int:
     narrow = np.dtype(dtype).itemsize
     wide = max(4, narrow)
     enough = wide / 3 * device.product_rate(dtype, exact=False) / device.bytes_per_second / DW_SHARE
-    held = num_classes * (wide + (0 if device.recomputes_dz or narrow == wide else narrow))
+    held = num_classes * (wide + (0 if device.recomputes_dz is not None or narrow == wide else narrow))
     most = TPU_ROWS if device.is_tpu else enough
     rows = int(min(enough, most, MEMORY_SHARE * device.memory_bytes / held))
     return max(ROWS_ALIGNED, rows // ROWS_ALIGNED * ROWS_ALIGNED)
