@@ -1,6 +1,7 @@
 """The suite `compiled`: what the compilers of accelerators make of the losses, read from their text. Nothing is run."""
 
 import collections
+import dataclasses
 import re
 import time
 from collections.abc import Sequence
@@ -112,7 +113,7 @@ def measure(program: Program) -> dict[str, Any]:
     """One program for its device, as a row of the record."""
     row = program.record
     try:
-        found = optimized.optimized(program)
+        found = optimized.optimized(program.target, "compiled_programs", dataclasses.asdict(program))
     except optimized.RefusedError as error:
         return row | {"failed": _reason(str(error))}
     parts = kernels(found.text, (program.loop_trips, 0))

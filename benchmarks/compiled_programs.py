@@ -1,6 +1,8 @@
 """What the compilers of accelerators are given: functions of published heads, ours and dense code."""
 
 import functools
+import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxent
+from benchmarks import compilers
 from benchmarks.cases import HEADS
 from jaxent._engine.chunking import chunking_of, default_chunk_rows
 from jaxent._engine.devices import DEVICES, Target
@@ -189,3 +192,10 @@ def _dense(program: Program) -> Callable[..., Any]:
     if program.mode == "divergence":
         return jax.value_and_grad(divergence, argnums=(2, 3))
     return _derived(program.mode, loss)
+
+
+if __name__ == "__main__":  # what `optimized` runs
+    jax.config.update("jax_compilation_cache_dir", None)
+    program = Program(**json.loads(sys.argv[1]))
+    arguments = program.arguments(compilers.topology(program.target).devices[0])
+    jax.jit(program.function()).lower(*arguments).compile()

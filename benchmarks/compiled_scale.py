@@ -1,5 +1,7 @@
 """One step over a pod of 1,024 TPU v5p: what its compiler makes each chip send and hold, next to the formulas."""
 
+import json
+import sys
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -82,3 +84,8 @@ def numbers_sent(found: list[Collective], step: Step) -> Counter[str]:
             kernel = step.classes // step.vocab in collective.extent
             counts["kernel" if kernel else "hidden"] += numbers
     return counts
+
+
+if __name__ == "__main__":  # what `optimized` runs
+    jax.config.update("jax_compilation_cache_dir", None)
+    compile_step(Step(**json.loads(sys.argv[1])))

@@ -4,7 +4,6 @@ That takes some seconds, and the machine code, which nothing here reads, up to m
 option stops a compiler in between, so that it runs in a process of its own, which is ended.
 """
 
-import dataclasses
 import json
 import os
 import re
@@ -16,10 +15,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-
-from benchmarks import compilers
-from benchmarks.compiled_programs import Program
 from jaxent._engine.devices import DEVICES
 
 MOST_SECONDS = 900
@@ -38,9 +33,10 @@ class Optimized(NamedTuple):
     """Until both were there."""
 
 
-def optimized(program: Program) -> Optimized:
+def optimized(target: str, module: str, fields: Mapping[str, Any]) -> Optimized:
+    """What `python -m benchmarks.MODULE FIELDS` compiles for a target."""
     # XLA for CPUs writes files of the same names, of what JAX computes while it traces.
-    compiler = "." if DEVICES[program.target].is_tpu else "_gpu_"
+    compiler = "." if DEVICES[target].is_tpu else "_gpu_"
     with tempfile.TemporaryDirectory() as name:
         folder, said = Path(name), Path(name) / "stderr"
 
@@ -51,7 +47,7 @@ def optimized(program: Program) -> Optimized:
         start = time.perf_counter()
         with said.open("w") as errors:
             child = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.optimized", json.dumps(dataclasses.asdict(program))],
+                [sys.executable, "-m", f"benchmarks.{module}", json.dumps(fields)],
                 cwd=Path(__file__).parents[1],
                 env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"},
                 stdout=errors,
@@ -68,7 +64,7 @@ def optimized(program: Program) -> Optimized:
         if not found(LAST):
             raise RefusedError(said.read_text(errors="replace") or f"nothing after {MOST_SECONDS} s")
         text, allocations = (found(name)[0].read_text() for name in (TEXT, ALLOCATIONS))
-        needed, there = main_memory(allocations), DEVICES[program.target].memory_bytes
+        needed, there = main_memory(allocations), DEVICES[target].memory_bytes
         if needed > there:  # the compiler finds out at the end
             raise RefusedError(f"Used {needed / 2**30:.2f}G of {there / 2**30:.2f}G hbm")
         return Optimized(text, main_memory(allocations, "preallocated-temp"), seconds)
@@ -78,15 +74,3 @@ def main_memory(allocations: str, kind: str = "") -> int:
     """Bytes of one kind or of all; an allocation in another memory names its color, a result lies in a parameter's."""
     found = re.findall(rf"^allocation \d+: size (\d+), (?!color|thread-local).*{kind}", allocations, re.MULTILINE)
     return sum(map(int, found))
-
-
-def main(fields: Mapping[str, Any]) -> None:
-    """In the process that is ended."""
-    jax.config.update("jax_compilation_cache_dir", None)
-    program = Program(**fields)
-    device = compilers.topology(program.target).devices[0]
-    jax.jit(program.function()).lower(*program.arguments(device)).compile()
-
-
-if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))

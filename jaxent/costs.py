@@ -65,7 +65,8 @@ class Plan:
     @property
     def estimated_temp_bytes(self) -> int:
         """The same without asking XLA: chunk of logits, its gradient, dW's sum, gradient of the rows, cast kernel."""
-        return held_bytes(self.call.sizes, self.chunk_rows, self.call.work, DEVICES.get(self.device))
+        device, split = DEVICES.get(self.device), self.call.splits_classes
+        return held_bytes(self.call.sizes, self.chunk_rows, self.call.work, device, split_classes=split)
 
     def __str__(self) -> str:
         mib = 2**20
@@ -113,7 +114,8 @@ def plan(
       `linear_rows`, your own row function is taken to cost what the loss of a label costs.
     - `reduction`, `chunk_rows` (R) and `options` (`label_smoothing=0.1`, `soft_cap=30.0`, `with_statistics=True`,
       `weights=True`, ...): of the call. Whether an option is on is what counts. `top_k` is also how many classes were
-      stored for `linear_kl_divergence_from_top`, and `tokens` how many rows make a sequence with `per="sequence"`.
+      stored for `linear_kl_divergence_from_top`, and `tokens` how many rows make a sequence with `per="sequence"`; `vocab_axis`
+      says that the classes are split over devices, of which the sizes are those of one.
     - `flops_per_second` and `bytes_per_second`: measured rates of matrix products and of memory, for a CPU or any other
       device, in place of those that its maker states. `python -m benchmarks` measures both.
 

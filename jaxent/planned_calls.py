@@ -76,7 +76,7 @@ _NUMBERS = {
     "denominator": 2.0,
 }
 _NOT_PLANNED = {"chunk_rows", "dtype", "reduction"}  # arguments of `plan` itself
-_WITHOUT_COST = {"vocab_axis", "params", "has_aux"}
+_WITHOUT_COST = {"params", "has_aux"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +98,11 @@ class Call:
     def tokens(self) -> int:
         """Rows that stay together."""
         return dict(self.options).get("tokens", 1)
+
+    @property
+    def splits_classes(self) -> bool:
+        """Whether the classes are split over devices; sizes are those of one."""
+        return "vocab_axis" in dict(self.options)
 
 
 def checked_call(name: str, sizes: Sizes, reduction: Any, chunk_rows: int | None, options: dict[str, Any]) -> Call:
@@ -129,6 +134,8 @@ def _checked_options(called: str, options: dict[str, Any]) -> tuple[tuple[str, A
             continue
         if name in _OF_ROWS or name in _OF_CLASSES or name == "targets":
             value = value is not False
+        elif name == "vocab_axis":
+            value = True
         elif name in _NUMBERS:
             value = _number(name, value, known[name])
         elif name == size:
@@ -164,6 +171,7 @@ def _program(call: Call) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     found, sizes = FUNCTIONS[call.function], call.sizes
     takes = inspect.signature(found.call).parameters
     options: dict[str, Any] = {"chunk_rows": call.chunk_rows, **dict(call.options)}
+    options.pop("vocab_axis", None)  # XLA is asked for one device
     size, default = _SIZES.get(call.function, ("", None))
     top_k = options.pop(size, default) if size else None
     batch = (sizes.rows,) if call.tokens == 1 else (sizes.rows // call.tokens, call.tokens)

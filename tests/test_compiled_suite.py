@@ -88,7 +88,7 @@ def test_the_memory_of_an_optimised_program_is_that_of_its_allocations():
 
 
 def test_a_program_that_a_compiler_refuses_has_its_reason(monkeypatch: pytest.MonkeyPatch):
-    def refuse(_: Program) -> Any:
+    def refuse(*_: Any) -> Any:
         raise optimized.RefusedError("Used 23.48G of 16.00G hbm")
 
     monkeypatch.setattr(optimized, "optimized", refuse)

@@ -183,6 +183,13 @@ def test_memory_of_a_float32_kernel(device: str, temp_mib: float):
     assert found.temp_bytes / 2**20 == pytest.approx(temp_mib, rel=0.05)
 
 
+@pytest.mark.parametrize(("shape", "temp_mib"), [((32768, 8192, 32768), 1153), ((262144, 8192, 4096), 4293)])
+def test_memory_of_a_chip_among_those_that_split_the_classes(shape: tuple[int, int, int], temp_mib: float):
+    """Of 1,024 v5p as 128 x 8 and as 16 x 64."""
+    found = jaxent.plan(*shape, dtype="bfloat16", device="v5p", vocab_axis="vocab")
+    assert found.temp_bytes / 2**20 == pytest.approx(temp_mib, rel=0.05)
+
+
 @pytest.mark.parametrize(("device", "rows", "temp_mib"), [("v6e", 2560, 3258), ("v5p", 4096, 4393)])
 def test_memory_of_larger_chunks_on_a_tpu(device: str, rows: int, temp_mib: float):
     found = jaxent.plan(12 * rows, 4096, 128256, dtype="bfloat16", device=device, chunk_rows=rows)

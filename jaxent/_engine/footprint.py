@@ -19,7 +19,7 @@ class Sizes(NamedTuple):
     kernel_dtype: np.dtype
 
 
-def held_bytes(sizes: Sizes, chunk_rows: int, work: Work, device: Device | None) -> int:
+def held_bytes(sizes: Sizes, chunk_rows: int, work: Work, device: Device | None, *, split_classes: bool = False) -> int:
     """The sum of what is held at once, less what is held where a result will be.
 
     A gradient that is added up in float32 and rounded at the end leaves the memory of its result free until then; XLA
@@ -51,7 +51,10 @@ def held_bytes(sizes: Sizes, chunk_rows: int, work: Work, device: Device | None)
                 held["sum of the kernel's gradient"] = wide * kernel
                 rooms["kernel"] = sizes.kernel_dtype.itemsize * kernel
             rooms["rows"] = narrow * rows if on_tpu and work.drops_rows else 0
-    # One whose only product is that of the logits; a cast writes it so from the start.
+        if split_classes:
+            # That of a chunk, and its sum over devices.
+            held["gradient of a chunk's hidden states"] = 2 * wide * chunk_rows * sizes.features
+    # If the kernel is in no other product than that of the logits; a cast writes it so from the start.
     if is_tpu7x and (work.heads > 1 or not work.backward) and "cast kernel" not in held:
         held["kernel in another layout"] = narrow * kernel
     if not is_tpu7x:
