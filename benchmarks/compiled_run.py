@@ -66,7 +66,7 @@ def _step(data: int, vocab: int) -> dict[str, Any]:
     reading = optimized.optimized("v5p", "compiled_scale", step._asdict())
     found = [c for c in collectives(reading.text) if c.extent]
     own = step.rows // data, step.features, step.classes // vocab
-    split = {"vocab_axis": "vocab"} if vocab > 1 else {}
+    split: dict[str, Any] = {"vocab_axis": "vocab"} if vocab > 1 else {}
     planned = jaxent.plan(*own, dtype="bfloat16", device="v5p", **split)
     return step._asdict() | {
         "compile_s": round(reading.seconds, 1),

@@ -114,8 +114,8 @@ def plan(
       `linear_rows`, your own row function is taken to cost what the loss of a label costs.
     - `reduction`, `chunk_rows` (R) and `options` (`label_smoothing=0.1`, `soft_cap=30.0`, `with_statistics=True`,
       `weights=True`, ...): of the call. Whether an option is on is what counts. `top_k` is also how many classes were
-      stored for `linear_kl_divergence_from_top`, and `tokens` how many rows make a sequence with `per="sequence"`; `vocab_axis`
-      says that the classes are split over devices, of which the sizes are those of one.
+      stored for `linear_kl_divergence_from_top`, and `tokens` how many rows make a sequence with `per="sequence"`.
+      With a `vocab_axis` the classes are split over devices, and the sizes are those of one.
     - `flops_per_second` and `bytes_per_second`: measured rates of matrix products and of memory, for a CPU or any other
       device, in place of those that its maker states. `python -m benchmarks` measures both.
 
