@@ -125,8 +125,9 @@ def test_the_record_holds_what_the_formula_says():
         assert row["sent"] == row["formula"]
         assert row["plan_mib"] == pytest.approx(row["temp_mib"], rel=0.05)
     for row in record["programs"]:
-        # A B200's compiler writes blocks that others compute again; a v5e's computes the gradient of GPT-2's logits
-        # again, which `plan` expects from 2048 features on.
-        known = {("b200", "Llama-3 8B", "divergence"), ("v5e", "GPT-2", "value and gradient")}
+        # A B200's compiler writes blocks that others compute again. GPT-2's kernel is small: its cast stays in a v5e's
+        # vector memory, and a v5p's compiler makes no use of the room in its gradient.
+        gpt2 = ("GPT-2", "value and gradient")
+        known = {("b200", head, "divergence") for head in HEADS} | {("v5e", *gpt2), ("v5p", *gpt2)}
         if row.get("plan_mib") is not None and (row["target"], row["head"], row["mode"]) not in known:
             assert row["plan_mib"] == pytest.approx(row["temp_mib"], rel=0.05)
