@@ -63,8 +63,8 @@ def covering(*axes: Iterable[Any]) -> list:
     ]
 
 
-def marked(table: Iterable[str], usual: Iterable[str]) -> list:
-    """The names of a table, of which CI runs the usual ones; the others are `slow`."""
+def marked(table: Iterable[Any], usual: Iterable[Any]) -> list:
+    """The rows of a table, of which CI runs the usual ones; the others are `slow`."""
     usual = set(usual)
     return [pytest.param(name, marks=[] if name in usual else pytest.mark.slow) for name in table]
 

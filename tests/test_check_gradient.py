@@ -13,29 +13,11 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from cases import draw_labels, draw_logits, marked, softmax_cross_entropy, softmax_cross_entropy_gradient
+from cases import draw_labels, draw_logits, softmax_cross_entropy, softmax_cross_entropy_gradient
+from gradient_reports import LATE, cubes, of, with_gradient
 
-import jaxent
-import jaxent.torch_compat as nn
-from jaxent import GradientReport, check_gradient
-from jaxent._check.gradient import DIFFERENCES, Comparison
-
-LATE = np.array([0.0, -20.0, -25.0], np.float32)
-
-
-def of(report: GradientReport, way: str) -> list[Comparison]:
-    return [c for c in report.comparisons if c.way == way]
-
-
-def with_gradient(loss: Callable[[Any], Any], gradient: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """The loss with another derivative, in both modes."""
-    wrong = jax.custom_jvp(loss)
-    wrong.defjvp(lambda primals, tangents: (loss(*primals), jnp.sum(gradient(*primals) * tangents[0])))
-    return wrong
-
-
-def cubes(x: Any) -> jax.Array:
-    return jnp.sum(x**3)
+from jaxent import check_gradient
+from jaxent._check.gradient import DIFFERENCES
 
 
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16, np.float16])
@@ -171,91 +153,6 @@ def test_a_loss_without_forward_mode():
     assert report.notes[0].startswith("no jax.jvp: ")
 
 
-def test_kinks_poles_and_what_is_removed(rng: np.random.Generator):
-    x = np.array([0.0, 1e-9, -1e-4, 2.0], np.float32)
-    assert check_gradient(lambda x: jnp.sum(jax.nn.relu(x)), x).ok
-    p = np.array([1e-7, 0.25, 0.75], np.float32)
-    assert check_gradient(jaxent.entropy, p).ok
-    z = draw_logits(rng, (3, 4))
-    z[0, 1], z[2] = -np.inf, np.nan
-    assert check_gradient(softmax_cross_entropy, z, np.array([0, 1, -100]), tolerance=6).ok
-    assert check_gradient(softmax_cross_entropy, z, np.array([0, 9, 0]), tolerance=6).ok  # nan, as it should be
-
-
-def test_a_gradient_of_nan_where_there_is_one():
-    report = check_gradient(lambda x: jnp.sum(jnp.sqrt(x**4)), np.array([1.0, 0.0], np.float32))
-    # Forward mode adds the other entry's 0 * nan.
-    bad = [(c.way, c.place) for c in report.comparisons if not c.ok]
-    assert bad == [("jax.jvp", "args[0][0]"), (DIFFERENCES, "args[0][1]")]
-    assert not check_gradient(cubes, np.array([1.0]), oracle=np.array([np.nan])).ok
-
-
-def test_nothing_compared_is_not_ok():
-    # No difference where the loss is nan everywhere, and float64 is out of reach.
-    narrow = jnp.full(2, jnp.nan, jnp.float32)
-    report = check_gradient(lambda x: cubes(x * narrow), np.array([1.0, 2.0], np.float32))
-    assert not report.compared
-    assert not report.ok
-    assert "NOTHING COMPARED" in str(report)
-    with pytest.raises(ValueError, match=r"GradientReport.worst: nothing was compared: not callable in float64"):
-        _ = report.worst
-    with pytest.raises(ValueError, match=r"check_gradient: `args` must hold at least one floating entry"):
-        check_gradient(cubes, np.zeros(0, np.float32))
-
-
-@pytest.mark.parametrize("loss", [lambda x: jnp.sum(x) * jnp.nan, lambda x: jnp.sum(jnp.log(-jnp.abs(x) - 1))])
-def test_a_nan_loss_supports_no_gradient(loss: Callable[[Any], Any]):
-    report = check_gradient(loss, np.array([1.0, 2.0], np.float32))
-    assert not report.ok
-    assert "NOTHING COMPARED" in str(report)
-
-
-def roots(x: Any) -> jax.Array:
-    return jnp.sum(jnp.sqrt(x) ** 3)
-
-
-EDGES = {
-    "edge": (roots, lambda x: 1.5 * jnp.sqrt(x), np.array([0.0, 0.5, 0.75], np.float32)),
-    "many at the edge": (roots, lambda x: 1.5 * jnp.sqrt(x), np.tile([0.0, 0.5, 0.25], 500).astype(np.float32)),
-    "nan": (cubes, lambda x: 3 * x**2, np.array([0.5, np.nan, -2.0], np.float32)),
-    "inf": (cubes, lambda x: 3 * x**2, np.array([np.inf, 0.5, -2.0], np.float32)),
-    "unused nan": (
-        lambda x: cubes(jnp.where(jnp.isnan(x), 0, x)),
-        lambda x: jnp.where(jnp.isnan(x), 0, 3 * x**2),
-        np.array([0.5, np.nan, -2.0], np.float32),
-    ),
-    "infinite loss": (
-        lambda x: -jnp.sum(jnp.log(x)),
-        lambda x: -1 / x,
-        np.array([0.5, 0.0, 0.25], np.float32),
-    ),
-}
-
-
-@pytest.mark.parametrize("case", EDGES)
-def test_what_can_be_compared_is_compared(case: str):
-    """An entry at the edge of the domain, or an input of nan, hides no wrong rule of the others."""
-    loss, gradient, x = EDGES[case]
-    right = check_gradient(with_gradient(loss, gradient), x)
-    assert right.ok, str(right)
-    assert of(right, DIFFERENCES)
-    assert len(right.notes) == 1 or case == "infinite loss"
-    wrong = check_gradient(with_gradient(loss, lambda x: 1.01 * gradient(x)), x)
-    assert not wrong.ok
-    assert wrong.worst.way == DIFFERENCES
-    assert wrong.notes[-1].startswith("The derivative rule is wrong")
-
-
-def test_distributions_at_the_edge_of_the_simplex():
-    p, q = np.array([0.0, 0.0, 1.0], np.float32), np.array([0.3, 0.3, 0.4], np.float32)
-    report = check_gradient(jaxent.cross_entropy, p, q)
-    assert report.ok, str(report)
-    assert {(c.way, c.argument) for c in report.comparisons} >= {
-        (way, argument) for way in ("jax.grad", "jax.jvp", DIFFERENCES) for argument in ("args[0]", "args[1]")
-    }
-    assert "no central differences for 2 of 6 entries" in report.notes[0]
-
-
 @pytest.mark.parametrize("forward", [True, False])
 def test_the_report_names_a_wrong_rule(forward: bool):
     x = np.array([1.0, 0.5], np.float32)
@@ -311,60 +208,6 @@ def test_a_wrong_second_derivative():
         check_gradient(cubes, x, second_order=True, oracle=x)
 
 
-H = np.array([[0.5, -1.0], [0.25, 2.0], [-0.75, 1.5]], np.float32)
-W = np.array([[1.0, -0.5, 0.25, 0.5], [-1.5, 0.75, 0.5, 1.0]], np.float32)
-Y = np.array([2, 0, 3])
-STEP = np.array([[0.5, -1.0, 0.25, 0.75]], np.float32)
-SIMPLEX = np.array([[0.125, 0.25, 0.125, 0.5], [0.5, 0.25, 0.125, 0.125]], np.float32)
-
-COVERED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], bool]] = {
-    "logit_hessian_product": (
-        lambda z, v: jnp.sum(jaxent.logit_hessian_product(z, v) ** 2),
-        (H @ W, H @ W * 0.5),
-        False,
-    ),
-    "ggn_vector_product": (
-        lambda w: jnp.sum(jaxent.ggn_vector_product(lambda w: H.astype(w.dtype) @ w, w, w * w) ** 2),
-        (W,),
-        False,
-    ),
-    "fisher_vector_product": (
-        lambda w: jnp.sum(jaxent.fisher_vector_product(lambda w: H.astype(w.dtype) @ w, w, Y, w * w) ** 2),
-        (W,),
-        False,
-    ),
-    "linear_gradient_norms": (lambda h, w: jnp.sum(jaxent.linear_gradient_norms(h, w, Y).kernel), (H, W), False),
-    "token_statistics": (lambda z: jnp.sum(jaxent.token_statistics(z, Y).entropy), (H @ W,), True),
-    "linear_token_statistics": (lambda h, w: jnp.sum(jaxent.linear_token_statistics(h, w, Y).entropy), (H, W), False),
-    "entropy": (lambda p: jnp.sum(jaxent.entropy(p)), (SIMPLEX,), True),
-    "kl_divergence": (lambda p, q: jnp.sum(jaxent.kl_divergence(p, q)), (SIMPLEX, SIMPLEX[::-1]), True),
-    "renyi_divergence": (lambda p, q: jnp.sum(jaxent.renyi_divergence(p, q, 2.5)), (SIMPLEX, SIMPLEX[::-1]), True),
-    "mutual_information": (lambda p: jaxent.mutual_information(p), (SIMPLEX / 2,), True),
-    "softmax_cross_entropy": (softmax_cross_entropy, (H @ W, Y), True),
-    "linear_softmax_cross_entropy": (jaxent.linear_softmax_cross_entropy, (H, W, Y), True),
-    "twin cross_entropy": (nn.CrossEntropyLoss(label_smoothing=0.125), (H @ W, Y), True),
-    "twin kl_div": (functools.partial(nn.kl_div, reduction="batchmean"), (np.log(SIMPLEX[::-1]), SIMPLEX), True),
-    "twin binary": (nn.BCEWithLogitsLoss(), (H @ W, np.tile(SIMPLEX[:1], (3, 1))), True),
-}
-
-
-# Of each kind one; `OTHERS` has more, of first order.
-KINDS = (
-    *("fisher_vector_product", "renyi_divergence", "mutual_information", "softmax_cross_entropy"),
-    *("linear_softmax_cross_entropy", "twin kl_div"),
-)
-
-
-@pytest.mark.grid
-@pytest.mark.parametrize("name", marked(COVERED, KINDS))
-def test_check_gradient_takes_every_kind_of_function(name: str):
-    """Curvature, norms, statistics, measures and PyTorch's losses, and what is due of second order."""
-    function, args, second_order = COVERED[name]
-    report = check_gradient(function, *args, tolerance=64, second_order=second_order)
-    assert report.ok, str(report)
-    assert {c.way for c in report.comparisons} == {"value", "jax.grad", "jax.jvp", DIFFERENCES}
-
-
 @pytest.mark.grid
 def test_smooth_functions_raise_no_false_alarm(rng: np.random.Generator):
     functions: list[Callable[[Any], Any]] = [
@@ -410,40 +253,3 @@ def test_bad_arguments():
         ValueError, match=r"`oracle` must give .* shape \(2, 3\) with respect to args\[0\], got float64\[3\]"
     ):
         check_gradient(jnp.sum, z, oracle=np.zeros(3))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# More than losses
-
-_HIDDEN = np.array([[0.5, -1.0], [1.5, 0.25]], np.float32)
-_KERNEL = np.array([[1.0, -0.5, 0.25], [0.75, 0.5, -1.0]], np.float32)
-_LABELS = np.array([0, 2])
-_ggn_product: Any = jaxent.linear_ggn_vector_product
-OTHERS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], bool]] = {
-    "curvature": (
-        lambda h, w: jnp.sum(jnp.square(_ggn_product(h, w, (None, w))[1])),
-        (_HIDDEN, _KERNEL),
-        False,
-    ),
-    "a diagonal": (lambda h, w: jnp.sum(jaxent.linear_ggn_diagonal(h, w).kernel), (_HIDDEN, _KERNEL), False),
-    "norms": (
-        lambda h, w: jnp.sum(jaxent.linear_gradient_norms(h, w, _LABELS, per="sequence").kernel),
-        (_HIDDEN, _KERNEL),
-        False,
-    ),
-    "statistics": (
-        lambda h, w: jnp.sum(jaxent.linear_token_statistics(h, w, _LABELS).entropy),
-        (_HIDDEN, _KERNEL),
-        False,
-    ),
-    "a measure, second order": (jaxent.kl_divergence, (np.array([0.5, 0.5]), np.array([0.25, 0.75])), True),
-    "torch_compat": (lambda z: nn.cross_entropy(z, _LABELS), (_HIDDEN @ _KERNEL,), False),
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_curvature_norms_statistics_and_measures(name: str):
-    function, args, second_order = OTHERS[name]
-    report = check_gradient(function, *args, second_order=second_order)
-    assert report.ok, str(report)
-    assert {c.way for c in report.comparisons} >= {"jax.grad", "jax.jvp", DIFFERENCES}

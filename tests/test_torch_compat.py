@@ -1,12 +1,8 @@
-"""`jaxent.torch_compat` against results of PyTorch that `golden/make_torch_golden.py` has written down."""
+"""`jaxent.torch_compat` behaves as PyTorch: its warnings, its types, its classes."""
 
-import dataclasses
 import functools
 import inspect
-import json
 import warnings
-from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,150 +10,11 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from cases import DTYPES, precision
 from oracles import assert_close
 
 from jaxent import torch_compat
 
 nn: Any = torch_compat  # as people write it; untyped, since tables of options are dictionaries
-GOLDEN = json.loads(Path(__file__).parent.joinpath("golden", "torch.json").read_text(encoding="utf-8"))
-
-Derivatives = tuple[np.ndarray, tuple[np.ndarray, ...]]
-
-
-def unpacked(x: Any, dtype: Any = np.float64) -> Any:
-    if not isinstance(x, dict):
-        return x
-    array = np.array(x["data"], x["dtype"]).reshape(x["shape"])
-    return array.astype(dtype) if x["dtype"] == "float64" else array
-
-
-@dataclasses.dataclass(frozen=True)
-class GoldenCase:
-    """One call, and what PyTorch returns in float64: the value, and its gradients weighted by a cotangent."""
-
-    index: int
-    packed: dict[str, Any] = dataclasses.field(hash=False, repr=False)
-
-    @property
-    def function(self) -> str:
-        return self.packed["function"]
-
-    @property
-    def value(self) -> np.ndarray:
-        return unpacked(self.packed["value"])
-
-    @property
-    def gradients(self) -> list[np.ndarray]:
-        return [unpacked(g) for g in self.packed["gradients"]]
-
-    def is_finite(self, *fields: str) -> bool:
-        arrays = [x for field in fields for x in np.atleast_1d(self.packed[field])]
-        return all(np.all(np.isfinite(x["data"])) for x in arrays)
-
-    @property
-    def fits_half_precision(self) -> bool:
-        """Finite, with something to differentiate, and within the range of float16."""
-        largest = max(map(abs, self.packed["gradients"][0]["data"]), default=0)
-        return self.is_finite("args", "value", "gradients") and bool(self.packed["cotangent"]["data"]) and largest < 6e4
-
-    def variables(self, dtype: Any) -> list[np.ndarray]:
-        """What is differentiated: the floating arguments, and the bias of a linear loss."""
-        args = [unpacked(a, dtype) for a in self.packed["args"]]
-        bias = self.packed["options"].get("linear_bias")
-        return [a for a in args if a.dtype == dtype] + ([] if bias is None else [unpacked(bias, dtype)])
-
-    def differentiated(self, variables: list[Any], dtype: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        def call(*variables: jax.Array) -> jax.Array:
-            left = iter(variables)
-            args = [unpacked(a, dtype) for a in self.packed["args"]]
-            args = [next(left) if a.dtype == dtype else a for a in args]
-            options = {k: unpacked(v, dtype) for k, v in self.packed["options"].items()}
-            if "linear_bias" in options:
-                options["linear_bias"] = next(left)
-            return getattr(nn, self.function)(*args, **options)
-
-        value, pull = jax.vjp(call, *variables)
-        return value, pull(jnp.asarray(unpacked(self.packed["cotangent"], value.dtype)))
-
-
-CASES = [GoldenCase(i, packed) for i, packed in enumerate(GOLDEN["cases"])]
-# Cases that are compiled together: one program for each would take several times as long.
-TOGETHER = 16
-
-
-def golden_params() -> Iterator[Any]:
-    """Every case in float64; in float32 and bfloat16 one in six of those that they can hold; the others are slow."""
-    for function in sorted({case.function for case in CASES}):
-        of_function = [case for case in CASES if case.function == function]
-        narrow = [case for case in of_function if case.fits_half_precision]
-        seldom = [case for i, case in enumerate(narrow) if i % 6]
-        for dtype, cases, slow in (
-            ("float64", of_function, False),
-            *((dtype, narrow[::6], False) for dtype in ("float32", "bfloat16")),
-            *((dtype, seldom, True) for dtype in ("float32", "bfloat16")),
-            ("float16", narrow, True),
-        ):
-            for start in range(0, len(cases), TOGETHER):
-                group = tuple(cases[start : start + TOGETHER])
-                for case in group:
-                    marks = [pytest.mark.slow] if slow else []
-                    yield pytest.param(case, group, dtype, id=f"{function}-{case.index}-{dtype}", marks=marks)
-
-
-@functools.cache
-def derivatives(group: tuple[GoldenCase, ...], dtype: str) -> dict[int, Derivatives]:
-    """Of all cases of a group, from one program."""
-    kind = DTYPES[dtype][0]
-    with precision(kind), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "kl_div: reduction='mean'", UserWarning)
-        variables = [case.variables(kind) for case in group]
-        program = jax.jit(lambda every: [c.differentiated(v, kind) for c, v in zip(group, every, strict=True)])
-        return {case.index: found for case, found in zip(group, jax.device_get(program(variables)), strict=True)}
-
-
-@pytest.mark.parametrize(("case", "group", "dtype"), list(golden_params()))
-def test_values_and_gradients_are_those_of_pytorch(case: GoldenCase, group: tuple[GoldenCase, ...], dtype: str):
-    value, gradients = derivatives(group, dtype)[case.index]
-    assert value.dtype == DTYPES[dtype][0]
-    if dtype == "float64":
-        assert_equal_in_float64(case, value, gradients)
-    else:
-        assert_rounded_once(case, value, gradients, dtype)
-
-
-def assert_equal_in_float64(case: GoldenCase, value: np.ndarray, gradients: tuple[np.ndarray, ...]) -> None:
-    np.testing.assert_allclose(value, case.value, rtol=1e-12, atol=1e-12)
-    if case.is_finite("args") or case.function not in ("kl_div", "binary_cross_entropy_with_logits"):
-        for got, want in zip(gradients, case.gradients, strict=True):
-            # A removed class without a share is as if it were not there; PyTorch's slope there is infinite.
-            want = np.where(np.isinf(want) & (got == 0), 0, want) if case.function == "cross_entropy" else want
-            np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-12)
-
-
-def assert_rounded_once(case: GoldenCase, value: np.ndarray, gradients: tuple[np.ndarray, ...], dtype: str) -> None:
-    """The sums are float32: terms that cancel are seen against the largest entry, and those of a softmax's gradient,
-    `p (g - <p, g>)`, against `p g`: PyTorch's own float32 errs by 15 ulp.
-    """
-    kind, _, ulp, gradient_ulp = DTYPES[dtype]
-    narrow = dtype != "float32"
-
-    def close(got: np.ndarray, want: np.ndarray, unit: float, *terms: np.ndarray) -> None:
-        largest = max(np.max(np.abs(x), initial=0) for x in (want, *terms))
-        assert_close(got, want, ulp=0.51 if narrow else unit, dtype=kind, size=largest / (64 if narrow else 1))
-
-    close(value, case.value, ulp)
-    if narrow and case.function == "linear_cross_entropy":
-        return  # rounded in the products too
-    terms = [case.value * unpacked(case.packed["cotangent"])] if case.function == "softmax" else []
-    for got, want in zip(gradients, case.gradients, strict=True):
-        close(got, want, gradient_ulp, *terms)
-
-
-def test_signatures_are_those_of_pytorch():
-    for name, parameters in GOLDEN["signatures"].items():
-        found = inspect.signature(getattr(nn, name)).parameters.values()
-        assert [[p.name, p.kind.name, None if p.default is p.empty else p.default] for p in found] == parameters, name
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -322,6 +179,14 @@ def test_higher_derivatives_of_the_binary_loss_far_out(z: float, t: float):
     np.testing.assert_allclose(got, [p * q, p * q * (q - p)], rtol=1e-5)
 
 
+def test_forward_mode_at_the_ends_of_a_probability():
+    x, t = np.array([0.0, 0.5, 1.0], np.float32), np.array([0.5, 0.25, 1.0], np.float32)
+    loss = functools.partial(nn.binary_cross_entropy, reduction="none")
+    by_t = jax.jacfwd(loss, 1)(x, t)
+    np.testing.assert_array_equal(by_t, jax.jacrev(loss, 1)(x, t))
+    np.testing.assert_array_equal(by_t, np.diag([np.inf, 0, -np.inf]).astype(np.float32))
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # The classes
 
@@ -386,204 +251,3 @@ def test_classes_are_equal_and_hashed_by_their_options():
     ]
     assert len({nn.CrossEntropyLoss(), *others, *others}) == 5
     assert nn.Softmax(1) != nn.LogSoftmax(1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The linear loss
-
-
-def linear_case(
-    rng: np.random.Generator, places: tuple[int, ...], targets: str
-) -> tuple[Any, Any, Any, dict[str, Any]]:
-    target = rng.integers(0, 3, size=(4, *places))
-    if targets == "probabilities":
-        target = np.moveaxis(rng.dirichlet(np.ones(3), size=(4, *places)), -1, 1)
-    h, w = rng.normal(size=(4, 2)), rng.normal(size=(3, *places, 2))
-    return (
-        h,
-        w,
-        target,
-        {"linear_bias": rng.normal(size=(3, *places)), "weight": rng.uniform(0.5, 2, 3), "label_smoothing": 0.125},
-    )
-
-
-@pytest.mark.grid
-@pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize(("places", "targets"), [((), "probabilities"), ((2,), "probabilities"), ((2, 1), "labels")])
-def test_the_linear_loss_has_the_derivatives_that_pytorchs_chunks_refuse(
-    places: tuple[int, ...], targets: str, rng: np.random.Generator
-):
-    h, w, target, options = linear_case(rng, places, targets)
-    chunked = nn.LinearCrossEntropyOptions(batch_chunk_size=3)
-
-    def streamed(h: Any, w: Any, bias: Any) -> jax.Array:
-        return nn.linear_cross_entropy(h, w, target, **options | {"linear_bias": bias}, options=chunked)
-
-    def dense(h: Any, w: Any, bias: Any) -> jax.Array:
-        z = jnp.einsum("nd,c...d->nc...", h, w) + bias[None]
-        rest = {k: v for k, v in options.items() if k != "linear_bias"}
-        return nn.cross_entropy(z, target, **rest)
-
-    at = (h, w, options["linear_bias"])
-    steps = tuple(rng.normal(size=x.shape) for x in at)
-    both = [jax.jit(lambda f=f: jax.jvp(jax.value_and_grad(f, (0, 1, 2)), at, steps))() for f in (streamed, dense)]
-    for got, want in zip(*map(jax.tree.leaves, both), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-11, atol=1e-13)
-
-
-def test_chunks_as_pytorch_cuts_them():
-    sizes = (8192, 4096, 128256)
-    table: list[tuple[dict[str, Any], int | None]] = [
-        ({}, None),
-        ({"batch_chunk_size": 1000}, 1000),
-        ({"batch_chunk_size": 10**6}, 8192),
-        ({"chunking_method": None}, 8192),
-        ({"chunking_method": "aspect_ratio"}, 256),
-        ({"chunking_method": "aspect_ratio:2"}, 128),
-        ({"chunking_method": "aspect_ratio:1000"}, 1),
-        ({"chunking_method": "aspect_ratio:2", "batch_chunk_size": 128, "acc_policy": "compact"}, 128),
-    ]
-    for options, want in table:
-        assert nn.LinearCrossEntropyOptions(**options).chunk_rows(*sizes) == want, options
-    with pytest.raises(ValueError, match="agree"):
-        nn.LinearCrossEntropyOptions(chunking_method="aspect_ratio", batch_chunk_size=7).chunk_rows(*sizes)
-    for wrong in ({"batch_chunk_size": 0}, {"chunking_method": "aspect_ratio:x"}, {"acc_policy": "fast"}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            nn.LinearCrossEntropyOptions(**wrong)
-
-
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_the_logits_of_all_rows_are_never_held(reduction: str, rng: np.random.Generator):
-    h, w, target, options = linear_case(rng, (7,), "labels")
-
-    def loss(h: Any, w: Any) -> jax.Array:
-        chunks = nn.LinearCrossEntropyOptions(batch_chunk_size=2)
-        return jnp.sum(nn.linear_cross_entropy(h, w, target, **options, reduction=reduction, options=chunks))
-
-    program = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(h, w))
-    assert "[2,3,7]" in program
-    assert not any(shape in program for shape in ("[4,21]", "[4,3,7]"))
-
-
-@pytest.mark.grid
-def test_an_ignored_row_of_a_linear_loss_is_as_if_deleted(rng: np.random.Generator):
-    h, w, target, options = linear_case(rng, (2,), "labels")
-    target[1], target[3, 0] = -100, -100
-    h[1] = np.nan
-    kept = [0, 2, 3]
-    gradient = jax.grad(functools.partial(nn.linear_cross_entropy, **options), (0, 1))
-    by_h, by_w = gradient(h, w, target)
-    want_h, want_w = gradient(h[kept], w, target[kept])
-    assert np.all(by_h[1] == 0)
-    assert_close(by_h[jnp.array(kept)], want_h, ulp=4, dtype=np.float32, size=1)
-    assert_close(by_w, want_w, ulp=4, dtype=np.float32, size=1)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Transformations and errors
-
-
-def test_forward_mode_at_the_ends_of_a_probability():
-    x, t = np.array([0.0, 0.5, 1.0], np.float32), np.array([0.5, 0.25, 1.0], np.float32)
-    loss = functools.partial(nn.binary_cross_entropy, reduction="none")
-    by_t = jax.jacfwd(loss, 1)(x, t)
-    np.testing.assert_array_equal(by_t, jax.jacrev(loss, 1)(x, t))
-    np.testing.assert_array_equal(by_t, np.diag([np.inf, 0, -np.inf]).astype(np.float32))
-
-
-ONES = np.ones((2, 3), np.float32)
-LABELS = np.array([0, 1])
-ERRORS: list[tuple[Callable[[], Any], type[Exception], str]] = [
-    (
-        lambda: nn.cross_entropy(np.ones((2, 3), np.int32), LABELS),
-        TypeError,
-        "cross_entropy: `input` must have a floating",
-    ),
-    (lambda: nn.cross_entropy(np.float32(1), 0), ValueError, "cross_entropy: `input` must have shape"),
-    (lambda: nn.cross_entropy(ONES, np.array([0, 1, 2])), ValueError, "cross_entropy: `target` must have shape"),
-    (lambda: nn.cross_entropy(ONES, ONES[:, :2]), ValueError, "cross_entropy: `target` must have shape"),
-    (lambda: nn.cross_entropy(ONES, ONES, ignore_index=1), ValueError, "cross_entropy: `ignore_index` goes with"),
-    (lambda: nn.cross_entropy(ONES, LABELS, weight=np.ones(2)), ValueError, "cross_entropy: `weight` must have shape"),
-    (
-        lambda: nn.cross_entropy(ONES, LABELS, label_smoothing=1.5),
-        ValueError,
-        "cross_entropy: `label_smoothing` must lie",
-    ),
-    (lambda: nn.cross_entropy(ONES, LABELS, reduction="batchmean"), ValueError, "cross_entropy: `reduction` must be"),
-    (
-        lambda: nn.cross_entropy(ONES, LABELS, ignore_index="7"),
-        TypeError,
-        "cross_entropy: `ignore_index` must be an int",
-    ),
-    (lambda: nn.CrossEntropyLoss(ignore_index=True)(ONES, LABELS), TypeError, "`ignore_index` must be an int or None"),
-    (lambda: nn.nll_loss(ONES, LABELS, ignore_index=7.0), TypeError, "nll_loss: `ignore_index` must be an int or None"),
-    (
-        lambda: nn.linear_cross_entropy(ONES, ONES, LABELS, ignore_index=1.5),
-        TypeError,
-        "linear_cross_entropy: `ignore_index` must be an int or None",
-    ),
-    (
-        lambda: nn.cross_entropy(np.ones((2, 1, 5, 3), np.float32), np.zeros((2, 1, 5), int)),
-        ValueError,
-        r"`target` must have shape \(2, 5, 3\) .* the 1 classes lie on axis 1 .* jnp.moveaxis\(input, -1, 1\)",
-    ),
-    (
-        lambda: nn.nll_loss(np.ones((2, 4, 3), np.float32), np.zeros((2, 4), int)),
-        ValueError,
-        r"`target` must have shape \(2, 3\) .* axis 1 of shape \(2, 4, 3\)",
-    ),
-    (
-        lambda: nn.cross_entropy(np.ones((2, 4, 3), np.float32), np.ones((2, 3, 4), np.float32)),
-        ValueError,
-        "`target` must have shape .* axis 1",
-    ),
-    (lambda: nn.softmax(ONES, 1, dtype="bf16"), TypeError, "softmax: `dtype` must be a floating dtype, got 'bf16'"),
-    (lambda: nn.log_softmax(ONES, 1, dtype=7), TypeError, "log_softmax: `dtype` must be a floating dtype, got 7"),
-    (lambda: nn.nll_loss(ONES, ONES), TypeError, "nll_loss: `target` must have an integer"),
-    (lambda: nn.kl_div(ONES, ONES[:, :2], reduction="sum"), ValueError, "kl_div: `target` must broadcast"),
-    (lambda: nn.kl_div(ONES, LABELS, reduction="sum"), TypeError, "kl_div: `target` must have a floating"),
-    (lambda: nn.kl_div(ONES, ONES, reduction="avg"), ValueError, "kl_div: `reduction` must be one of 'batchmean'"),
-    (lambda: nn.binary_cross_entropy(ONES, ONES[0]), ValueError, "binary_cross_entropy: `target` must have shape"),
-    (
-        lambda: nn.binary_cross_entropy_with_logits(ONES, ONES, pos_weight=np.ones((2, 2, 3))),
-        ValueError,
-        "with_logits: `pos_weight` must broadcast",
-    ),
-    (lambda: nn.softmax(np.ones(3, np.int32), 0), TypeError, "softmax: `input` must have a floating"),
-    (lambda: nn.softmax(ONES, 0, dtype=jnp.int32), TypeError, "softmax: `dtype` must be a floating dtype"),
-    (lambda: nn.log_softmax(ONES, 2), ValueError, "log_softmax: `dim` must lie"),
-    (lambda: nn.linear_cross_entropy(ONES[None], ONES, LABELS), ValueError, "`input` must have shape"),
-    (lambda: nn.linear_cross_entropy(ONES, ONES[:, :2], LABELS), ValueError, "`linear_weight` must have shape"),
-    (
-        lambda: nn.linear_cross_entropy(ONES[0], np.ones((4, 2, 3)), LABELS),
-        ValueError,
-        "`linear_weight` must have shape",
-    ),
-    (
-        lambda: nn.linear_cross_entropy(ONES, ONES, LABELS, linear_bias=ONES),
-        ValueError,
-        "`linear_bias` must have shape",
-    ),
-    (lambda: nn.linear_cross_entropy(ONES, ONES, np.ones((2, 4))), ValueError, "`target` must have shape"),
-    (
-        lambda: nn.linear_cross_entropy(ONES, ONES[:2], ONES[:, :2], ignore_index=-100),
-        ValueError,
-        "`ignore_index` goes with",
-    ),
-]
-
-
-@pytest.mark.parametrize(("call", "error", "message"), ERRORS, ids=[f"{i}" for i in range(len(ERRORS))])
-def test_errors_name_function_and_argument(call: Callable[[], Any], error: type[Exception], message: str):
-    with pytest.raises(error, match=message) as caught:
-        call()
-    assert str(caught.value).startswith("jaxent.torch_compat.")
-
-
-def test_what_people_from_pytorch_try_first():
-    with pytest.raises(AttributeError, match=r"has no attribute 'Linear': .*layers are those of flax or equinox"):
-        nn.Linear(3, 4)
-    assert not hasattr(nn, "MSELoss")
-    assert not hasattr(nn, "__wrapped__")
-    with pytest.raises(ValueError, match=r"torch_compat\.cross_entropy: `target` must .* class indices are integers"):
-        nn.cross_entropy(np.zeros((2, 3), np.float32), np.array([0.0, 1.0]))
