@@ -45,8 +45,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # What readers and users run, as they run it.
 AS_USERS_RUN = (
-    *("test_accuracy", "test_benchmarks", "test_cli_", "test_distributed", "test_docs", "test_docstrings"),
-    *("test_examples", "test_fits_in", "test_readme"),
+    *("test_accuracy", "test_cli_", "test_distributed", "test_docs", "test_docstrings", "test_examples"),
+    *("test_fits_in", "test_readme"),
 )
 
 

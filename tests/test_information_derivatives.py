@@ -200,10 +200,10 @@ AT_ZERO = [
 CONSTANT = [n for n, _ in AT_ZERO if any(s in n for s in ("_0.", "_1(", "entropy(p)", "perpl", "kl", "js", "hell"))]
 
 
-# A third derivative takes three seconds to trace; the formulas of these are other rows', with another number in them.
+# A third derivative takes up to 15 seconds to trace; these have the formulas of other rows, and another order or weight.
 ALIKE = (
-    *("renyi_1(p)", "renyi_3(p)", "tsallis_1(p)", "tsallis_3(p)", "js_1/8(p, q)", "renyi_0.25(p, q)"),
-    *("renyi_1(p, q)", "renyi_2.5(p, q)", "renyi_3(p, q)"),
+    *("renyi_1(p)", "renyi_3(p)", "tsallis_1(p)", "tsallis_3(p)", "js_1/8(p, q)"),
+    *(f"renyi_{order}(p, q)" for order in (0.25, 0.5, 1, 2.5, 3)),
 )
 ORDERS = dict(AT_ZERO)
 

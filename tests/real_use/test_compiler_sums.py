@@ -118,7 +118,7 @@ def test_the_check_names_the_remedy() -> None:
 
 def test_the_hessian_of_the_issue() -> None:
     z = jax.random.normal(jax.random.key(0), (100, 10))
-    hessian = jax.hessian(jaxent.softmax_cross_entropy)(z, jnp.arange(100) % 10).reshape(1000, 1000)
+    hessian = jax.jit(jax.hessian(jaxent.softmax_cross_entropy))(z, jnp.arange(100) % 10).reshape(1000, 1000)
     p = ref.softmax(z)
     want = np.zeros((100, 10, 100, 10))
     want[np.arange(100), :, np.arange(100)] = (p[:, :, None] * np.eye(10) - p[:, :, None] * p[:, None]) / 100
@@ -185,8 +185,10 @@ WITH_FORMULA: dict[str, tuple[Call, np.ndarray]] = {
 }
 
 
-# Which row sum has which form is seen in the program, for every function, in `test_row_sums.py`; these run.
-RUN = ("labels", "z_loss", "weighted probabilities", "none", "sigmoid_cross_entropy", "kl_divergence_with_logits")
+# No compiler that the requirements allow has the fault, and which row sum has which form is seen in the program, for
+# every function, in `test_row_sums.py`: outside `slow` runs what keeps these tests able to see it.
+RUN = ("labels", "sigmoid_cross_entropy")
+MODES = ["jacfwd", "jacrev", "reverse over reverse", "vmap of hessian", "eager"]
 
 
 @pytest.mark.parametrize("name", marked(WITH_FORMULA, RUN))
@@ -197,7 +199,7 @@ def test_products_of_losses_on_logits(name: str) -> None:
     close(many, want)
 
 
-@pytest.mark.parametrize("mode", ["jacfwd", "jacrev", "reverse over reverse", "vmap of hessian", "eager"])
+@pytest.mark.parametrize("mode", marked(MODES, ["reverse over reverse"]))
 def test_products_in_every_mode(mode: str) -> None:
     f = lambda z: ce(z, Y, **SUM)  # noqa: E731
     blocks = ref.softmax(Z)[:, :, None] * (np.eye(CLASSES) - ref.softmax(Z)[:, None])
@@ -219,7 +221,7 @@ def test_products_in_every_mode(mode: str) -> None:
         close(jax.vmap(lambda v: jax.jvp(jax.grad(f), (jnp.asarray(Z),), (v,))[1])(V), PRODUCTS)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("dtype", marked(["bfloat16", "float16", "float64"], ["bfloat16"]))
 def test_products_in_other_dtypes(dtype: Any) -> None:
     with jax.enable_x64(dtype == "float64"):
         z, v = jnp.asarray(Z, dtype), jnp.asarray(V, dtype)
@@ -231,6 +233,7 @@ def test_products_in_other_dtypes(dtype: Any) -> None:
 # Closed forms
 
 
+@pytest.mark.slow
 def test_closed_gradients_and_hessians() -> None:
     gradient = lambda z: jaxent.softmax_cross_entropy_gradient(z, Y, **SUM)  # noqa: E731
     close(jax.jit(jax.vmap(lambda v: jax.jvp(gradient, (Z,), (v,))[1]))(V), PRODUCTS)
@@ -288,7 +291,7 @@ LINEAR: dict[str, tuple[Call, float | np.ndarray]] = {
 }
 
 
-@pytest.mark.parametrize("name", marked(LINEAR, ["chunks", "smoothed", "statistics", "divergence"]))
+@pytest.mark.parametrize("name", marked(LINEAR, ["chunks"]))
 def test_products_of_linear_losses(name: str) -> None:
     f, scale = LINEAR[name]
     many, one = products(lambda h: f(h, W), H, VH)
@@ -341,16 +344,7 @@ OTHERS: dict[str, tuple[Call, np.ndarray]] = {
 }
 
 
-OTHERS_RUN = (
-    "entropy_with_logits",
-    "jensen_shannon_divergence",
-    "renyi_divergence 3",
-    "mutual_information",
-    "soft cap",
-)
-
-
-@pytest.mark.parametrize("name", marked(OTHERS, OTHERS_RUN))
+@pytest.mark.parametrize("name", marked(OTHERS, ["jensen_shannon_divergence"]))
 def test_many_directions_are_as_right_as_one(name: str) -> None:
     f, x = OTHERS[name]
     v = VH if x is H else V
@@ -364,6 +358,7 @@ def test_many_directions_are_as_right_as_one(name: str) -> None:
 # Routes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "loss"), covering(["automatic", "explicit", "manual"], ["dense", "linear"]))
 def test_products_on_a_mesh(loss: str, kind: str) -> None:
     rows, classes, directions = 104, 12, 256
