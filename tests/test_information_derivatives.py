@@ -200,7 +200,7 @@ AT_ZERO = [
 CONSTANT = [n for n, _ in AT_ZERO if any(s in n for s in ("_0.", "_1(", "entropy(p)", "perpl", "kl", "js", "hell"))]
 
 
-# A third derivative takes up to 15 seconds to trace; these have the formulas of other rows, and another order or weight.
+# A third derivative takes up to 15 seconds to trace; these have the formulas of others, with another order or weight.
 ALIKE = (
     *("renyi_1(p)", "renyi_3(p)", "tsallis_1(p)", "tsallis_3(p)", "js_1/8(p, q)"),
     *(f"renyi_{order}(p, q)" for order in (0.25, 0.5, 1, 2.5, 3)),

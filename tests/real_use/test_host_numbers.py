@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference as ref
-from cases import covering
+from cases import covering, marked
 
 Z = np.array([[1.0, 2.0, 3.0], [0.0, 1.0, 0.0]], np.float32)
 Y = np.array([2, 0], np.int32)
@@ -185,7 +185,10 @@ def test_weights(name: str, w: Any) -> None:
     close(f(w), want(w))
 
 
-@pytest.mark.parametrize("name", WEIGHTED)
+INSIDE = ("softmax_cross_entropy", "linear_kl_divergence", "linear_gradient_norms", "EmpiricalRisk.update")
+
+
+@pytest.mark.parametrize("name", marked(WEIGHTED, INSIDE))
 def test_weights_inside_jit(name: str) -> None:
     f, want = WEIGHTED[name]
     close(jax.jit(lambda: f(HEAVY[1]))(), want(HEAVY[1]))
