@@ -124,9 +124,10 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
     )(h, w, y),
 }
 
-# The rule of the sum, and the rule for rows; the other losses pass through one of them.
-CORE = ("mean", "none")
+# The rule of the sum takes all, and the rule for rows what meets it in another way; the other losses pass through one
+# of the two rules.
 ALWAYS = ("jvp", "jvp of grad", "vmap of grad")
+OF_ROWS = (*ALWAYS, "hessian", "grad of jvp of grad", "vmap of all", "grad through scan")
 # What these run is part of another.
 PARTS = {
     "hessian": ("jacfwd", "jacrev", "hessian, reverse"),
@@ -139,7 +140,8 @@ PARTS = {
 
 def grid() -> list[Any]:
     parts = {name for names in PARTS.values() for name in names}
-    usual = {(loss, t) for loss in LOSSES for t in TRANSFORMS if t in ALWAYS or (loss in CORE and t not in parts)}
+    of = {"mean": [t for t in TRANSFORMS if t not in parts], "none": OF_ROWS}
+    usual = {(loss, t) for loss in LOSSES for t in of.get(loss, ALWAYS)}
     return [
         pytest.param(loss, transform, marks=() if (loss, transform) in usual else pytest.mark.slow)
         for loss in LOSSES

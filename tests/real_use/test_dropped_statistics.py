@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference as ref
-from cases import covering, run
+from cases import covering, marked, run
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from small_call import H, W, Z, jaxent
@@ -44,7 +44,7 @@ DROPPED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("how", DROPPED)
+@pytest.mark.parametrize("how", marked(DROPPED, ["-100", "out of range"]))
 def test_masked_statistics_have_the_gradient_of_the_kept_rows(how: str) -> None:
     options = DROPPED[how]
 
