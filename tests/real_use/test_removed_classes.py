@@ -310,9 +310,9 @@ def test_padded_classes_over_devices() -> None:
 
 @pytest.mark.usefixtures("x64")
 def test_padded_classes_in_float64() -> None:
-    wide, narrow = (WIDE_W, WIDE_B), (W[:, :6], B[:6])
+    wide, narrow = ([ref.wide(x) for x in head] for head in ((WIDE_W, WIDE_B), (W[:, :6], B[:6])))
     f = lambda c, t, w, b: jaxent.linear_softmax_cross_entropy(  # noqa: E731
-        ref.wide(H), ref.wide(w), LABELS, bias=ref.wide(b), soft_cap=c, temperature=t
+        ref.wide(H), w, LABELS, bias=b, soft_cap=c, temperature=t
     )
     value_and_grad = jax.jit(jax.value_and_grad(f, (0, 1)))
     got = value_and_grad(CAP, T, *wide)
