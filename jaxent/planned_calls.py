@@ -127,7 +127,7 @@ def _checked_options(called: str, options: dict[str, Any]) -> tuple[tuple[str, A
     known |= {size: default} if size else {}
     unknown = sorted(options.keys() - known)
     if unknown:
-        raise ArgumentTypeError(f"`{unknown[0]}` is no option of {called}, which takes {', '.join(sorted(known))}")
+        raise ArgumentTypeError(f"`{unknown[0]}` is not an option of {called}, which takes {', '.join(sorted(known))}")
     found = {}
     for name, value in options.items():
         if name in _WITHOUT_COST or (value is None and known[name] is None):

@@ -89,8 +89,8 @@ def test_a_stopped_run_resumes_on_its_mesh(
             ["--mesh", "data=8,vocab=2"],
             "--mesh data=8,vocab=2 takes 16 devices, got 8; JAX_NUM_CPU_DEVICES=N splits a CPU",
         ),
-        (["--mesh", "data=3"], "--batch-rows 32 is no multiple of the 3 shards of 'data'"),
-        (["--mesh", "vocab=3"], "--vocab-size 272 is no multiple of the 3 shards of 'vocab'"),
+        (["--mesh", "data=3"], "--batch-rows 32 is not a multiple of the 3 shards of 'data'"),
+        (["--mesh", "vocab=3"], "--vocab-size 272 is not a multiple of the 3 shards of 'vocab'"),
         (["--coordinator", "host:1"], "--coordinator, --num-processes and --process-id go with --mesh"),
         ([*MESH, "--process-id", "0"], "--coordinator, --num-processes and --process-id belong together"),
         (

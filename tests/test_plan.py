@@ -252,7 +252,7 @@ def test_nothing_is_compiled_for_more_rows_than_int32_counts():
         ({"kernel_dtype": "int8"}, TypeError, "`kernel_dtype` must be floating"),
         ({"device": 3}, TypeError, "`device` must be a name or None, got 3"),
         ({"function": "softmax"}, ValueError, "`function` must be one of 'linear_softmax_cross_entropy'"),
-        ({"top_k": 3}, TypeError, "`top_k` is no option of linear_softmax_cross_entropy, which takes bias"),
+        ({"top_k": 3}, TypeError, "`top_k` is not an option of linear_softmax_cross_entropy, which takes bias"),
         ({"function": "linear_gradient_norms", "per": "sequence"}, ValueError, "`tokens` must tell how many of the 8"),
         ({"function": "linear_ggn_diagonal", "reduction": "none"}, ValueError, "`reduction` must be 'mean' or 'sum'"),
         ({"soft_cap": "high"}, TypeError, "`soft_cap` must be a number, or whether it is on, got 'high'"),

@@ -155,7 +155,7 @@ def _not_log_probabilities(r: Rows) -> RuleMatch:
     bad = xp.abs(total - 1) > xp.maximum(NORMALIZED, 4 * r.epsilon * (1 + rounding))
     return r.match(
         "not_log_probabilities",
-        "rows that are no log-probabilities",
+        "rows that are not log-probabilities",
         r.counted & bad & ~xp.any(xp.isnan(log_p), axis=-1),
         "their exponentials sum to {mass:.4g}",
         "This loss takes no softmax: pass log_softmax of logits, or the log of probabilities; or call "
@@ -247,8 +247,8 @@ def _probabilities(r: Rows) -> Iterator[RuleMatch]:
         "target probabilities that do not sum to one",
         r.counted & ~xp.any(bad, axis=-1) & ~(xp.abs(total - 1) <= allowed),
         "they sum to {mass:.4g}",
-        "The loss does not divide by the sum, and its gradient is not softmax(z) - t: divide before. Several classes "
-        "that are each right or wrong, or a mask, go into sigmoid_cross_entropy.",
+        "The loss does not divide by the sum, and its gradient is not softmax(z) - t: normalise first. For several "
+        "classes that are each right or wrong, or a mask, use sigmoid_cross_entropy.",
         {"mass": total},
     )
 
@@ -265,7 +265,7 @@ def _weights(r: Rows) -> Iterator[RuleMatch]:
             "bad_weights",
             "class weights that are negative or nan",
             ~(c >= 0),
-            "A negative weight rewards mistakes, and one of nan makes the loss nan: class weights are >= 0.",
+            "A negative weight rewards mistakes, and one of nan makes the loss nan: class weights must be >= 0.",
         ),
         (
             "zero_class_weights",
@@ -310,8 +310,8 @@ def _ranges(r: Rows) -> Iterator[RuleMatch]:
         "losses that round to 0, although they are not",
         usable & rounded & xp.all((usable & (usual == 0) & xp.any(others, axis=-1)) | ~r.counted) & plain,
         "the loss is {loss:.1e}, and 0 as logsumexp(z) - z[y]",
-        "With such a formula nothing is learnt from any row; the losses of jaxent keep value and gradient. Smaller "
-        "logits (weight decay, a soft cap, label smoothing) keep both for everyone.",
+        "With that formula nothing is learnt from any row; the losses of jaxent keep value and gradient. Smaller "
+        "logits (weight decay, a soft cap, label smoothing) keep both for any loss.",
         {"loss": loss},
     )
 

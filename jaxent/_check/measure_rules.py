@@ -43,10 +43,10 @@ def probability_rule_matches(r: Distribution, normalized: bool) -> Iterator[Rule
         whole = xp.ones_like(whole)
     yield r.match(
         "labels_as_probabilities",
-        f"whole numbers as `{r.name}`, where probabilities are due",
+        f"whole numbers as `{r.name}`, where probabilities are expected",
         r.counted & whole,
         "they sum to {mass:.6g}",
-        "Of labels take empirical_distribution(labels, num_classes), of counts counts / counts.sum().",
+        "For labels, pass empirical_distribution(labels, num_classes); for counts, counts / counts.sum().",
         {"mass": total},
     )
     bad = r.mask & ~(r.values >= 0)
@@ -65,7 +65,7 @@ def probability_rule_matches(r: Distribution, normalized: bool) -> Iterator[Rule
         what,
         r.counted & ~whole & ~xp.any(bad, axis=-1) & (off if normalized else xp.any(p > 1 + NORMALIZED, axis=-1)),
         "they sum to {mass:.4g}" if normalized else "{mass:.4g}",
-        "The measure does not divide by the sum, and of what is no distribution it is no information: divide before."
+        "The measure does not divide by the sum, and says nothing unless it gets a distribution: normalise first."
         if normalized
         else "Self-information is that of probabilities.",
         {"mass": total},
@@ -95,6 +95,6 @@ def infinite_rule_match(p: Distribution, q: Distribution) -> RuleMatch:
         f"`{q.name}` of 0 where `{p.name}` is positive",
         p.counted & p.xp.any(bad, axis=-1),
         "class {at}",
-        "The measure is +inf there: a model that gives everything some probability is what it needs.",
+        "The measure is +inf there: it needs a model that gives every class some probability.",
         {"at": p.xp.argmax(bad, axis=-1)},
     )

@@ -103,7 +103,7 @@ def _arrays(path: Path) -> dict[str, np.ndarray]:
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with open(descriptor, "rb") as raw:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise Damaged("it is no regular file")
+            raise Damaged("it is not a regular file")
         with zipfile.ZipFile(raw) as archive:
             entries = archive.infolist()
             if len({entry.filename for entry in entries}) < len(entries):

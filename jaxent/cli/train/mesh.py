@@ -71,8 +71,9 @@ class DeviceMesh:
     def check(self, batch_rows: int, vocab_size: int | None) -> None:
         """`vocab_size` is None if it is to be found."""
         for option, size, axis in (("--batch-rows", batch_rows, DATA), ("--vocab-size", vocab_size, VOCAB)):
-            if size is not None and size % self.mesh.shape[axis]:
-                raise CommandError(f"{option} {size} is no multiple of the {self.mesh.shape[axis]} shards of {axis!r}")
+            shards = self.mesh.shape[axis]
+            if size is not None and size % shards:
+                raise CommandError(f"{option} {size} is not a multiple of the {shards} shards of {axis!r}")
 
     def split(self, *axes: str | None) -> Sharding:
         if self.mesh.size == 1:
