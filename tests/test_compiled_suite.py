@@ -12,6 +12,7 @@ from benchmarks import __main__ as command
 from benchmarks import compiled, compiled_report, compiled_run, compilers, optimized
 from benchmarks.cases import HEADS
 from benchmarks.compiled_programs import MODES, Program
+from jaxent._engine.devices import DEVICES
 
 
 def test_a_missing_compiler_is_named_with_the_command_that_installs_it(
@@ -125,9 +126,8 @@ def test_the_record_holds_what_the_formula_says():
         assert row["sent"] == row["formula"]
         assert row["plan_mib"] == pytest.approx(row["temp_mib"], rel=0.05)
     for row in record["programs"]:
-        # A B200's compiler writes blocks that others compute again. GPT-2's kernel is small: its cast stays in a v5e's
-        # vector memory, and a v5p's compiler makes no use of the room in its gradient.
-        gpt2 = ("GPT-2", "value and gradient")
-        known = {("b200", head, "divergence") for head in HEADS} | {("v5e", *gpt2), ("v5p", *gpt2)}
-        if row.get("plan_mib") is not None and (row["target"], row["head"], row["mode"]) not in known:
-            assert row["plan_mib"] == pytest.approx(row["temp_mib"], rel=0.05)
+        # GPT-2's kernel is small: casts and copies of it stay in a TPU's vector memory, and a v5p's compiler makes no use
+        # of the room in its gradient.
+        within = 0.2 if row["head"] == "GPT-2" and DEVICES[row["target"]].is_tpu else 0.05
+        if row.get("plan_mib") is not None:
+            assert row["plan_mib"] == pytest.approx(row["temp_mib"], rel=within)

@@ -35,6 +35,10 @@ class Device:
     """
     recomputes_odd: bool = False
     """Whether it always does so if the classes are no multiple of 128, where it has no estimate of the time."""
+    writes_exponentials: bool = False
+    """Whether its compiler writes the exponentials of two heads' logits, and where the largest is, where others compute
+    them again: found by compiling for it.
+    """
 
     def product_rate(self, dtype: DTypeLike, *, exact: bool = True) -> float:
         """FLOP/s of matrix products; `exact` as for float32 at the precision "highest"."""
@@ -45,12 +49,19 @@ class Device:
 
 
 def _nvidia(
-    name: str, kinds: tuple[str, ...], bf16: float, f32: float, gbytes: float, gib: int, link: float, source: str
+    name: str,
+    kinds: tuple[str, ...],
+    bf16: float,
+    f32: float,
+    gbytes: float,
+    gib: int,
+    link: float,
+    source: str,
+    writes_exponentials: bool = False,
 ) -> Device:
     rates = {"bfloat16": bf16 * 1e12, "float16": bf16 * 1e12, "float32": f32 * 1e12}
-    return Device(
-        name, kinds, rates, bf16 / 2 * 1e12, gbytes * 1e9, gib * 2**30, link * 1e9, f"NVIDIA, {source}", False
-    )
+    figures = bf16 / 2 * 1e12, gbytes * 1e9, gib * 2**30, link * 1e9
+    return Device(name, kinds, rates, *figures, f"NVIDIA, {source}", False, writes_exponentials=writes_exponentials)
 
 
 def _tpu(
@@ -80,7 +91,7 @@ DEVICES = {
         _nvidia("a100", ("nvidia a100-sxm4-80gb",), 312, 19.5, 2039, 80, 300, "A100 80GB data sheet (SXM)"),
         _nvidia("h100", ("nvidia h100 80gb",), 989.4, 66.9, 3352, 80, 450, "H100 data sheet (SXM)"),
         _nvidia("h200", ("nvidia h200",), 989.4, 66.9, 4800, 141, 450, "H200 data sheet (SXM)"),
-        _nvidia("b200", ("nvidia b200",), 2250, 75, 7700, 180, 900, "HGX B200 data sheet; GB/s unverified"),
+        _nvidia("b200", ("nvidia b200",), 2250, 75, 7700, 180, 900, "HGX B200 data sheet; GB/s unverified", True),
         _tpu("v5e", ("tpu v5 lite", "tpu v5e"), 197, 819, 16, 200, "page TPU v5e", 0.9, True),
         _tpu("v5p", ("tpu v5", "tpu v5p"), 459, 2765, 95, 600, "page TPU v5p", 1.9),
         _tpu("v6e", ("tpu v6 lite", "tpu v6e"), 918, 1638, 32, 400, "page TPU v6e", 1.4),

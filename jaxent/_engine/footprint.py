@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxent._engine.devices import Device
-from jaxent._engine.roofline import Work, recomputes_dz
+from jaxent._engine.roofline import Work, recomputes_dz, writes_exponentials
 
 
 class Sizes(NamedTuple):
@@ -36,6 +36,8 @@ def held_bytes(sizes: Sizes, chunk_rows: int, work: Work, device: Device | None,
         )
     )
     held = {f"logits of head {i}": wide * chunk for i in range(work.heads)}
+    if writes_exponentials(device, work):
+        held |= {f"exponentials of head {i}": wide * chunk for i in range(work.heads)} | {"mask": chunk}
     on_tpu = device is not None and device.is_tpu
     is_tpu7x = device is not None and device.is_tpu and device.recomputes_dz is None
     rooms = {"kernel": 0, "rows": 0}
@@ -59,6 +61,7 @@ def held_bytes(sizes: Sizes, chunk_rows: int, work: Work, device: Device | None,
         held["kernel in another layout"] = narrow * kernel
     if not is_tpu7x:
         _keep(held, tuple(held), rooms["kernel"])
+        held.pop("mask", None)  # else it is where the gradient of the logits will be
         _keep(held, ("logits of head 0", "gradient of the logits"), rooms["rows"])
     return sum(held.values())
 

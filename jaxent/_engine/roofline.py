@@ -53,6 +53,10 @@ def recomputes_dz(device: Device | None, chunk_rows: float, features: int, num_c
     return many or (device.recomputes_odd and num_classes % 128 != 0)
 
 
+def writes_exponentials(device: Device | None, work: Work) -> bool:
+    return device is not None and device.writes_exponentials and work.heads > 1
+
+
 class Milliseconds(float):
     """The least time of a call, and its terms; each kernel takes the larger of its work and its traffic."""
 
@@ -116,6 +120,9 @@ def roofline(
         "logits": work.logits * (narrow * (hidden + kernel) + wide * logits),
         "sums": (work.sums - (work.spared_on_tpu if on_tpu else 0)) * wide * logits,
     }
+    if writes_exponentials(device, work):
+        # One block of each head and a mask are written, and read by most of the passes that follow.
+        moved["sums"] += (9 * wide + 2) * logits
     around = spared = ordered = 0.0
     if work.backward:
         moved["dz"] = 0 if recomputes else (wide + narrow) * logits
