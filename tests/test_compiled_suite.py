@@ -126,8 +126,8 @@ def test_the_record_holds_what_the_formula_says():
         assert row["sent"] == row["formula"]
         assert row["plan_mib"] == pytest.approx(row["temp_mib"], rel=0.05)
     for row in record["programs"]:
-        # GPT-2's kernel is small: casts and copies of it stay in a TPU's vector memory, and a v5p's compiler makes no use
-        # of the room in its gradient.
+        # GPT-2's kernel is small: casts and copies of it stay in a TPU's vector memory, and a v5p's compiler makes no
+        # use of the room in its gradient.
         within = 0.2 if row["head"] == "GPT-2" and DEVICES[row["target"]].is_tpu else 0.05
         if row.get("plan_mib") is not None:
             assert row["plan_mib"] == pytest.approx(row["temp_mib"], rel=within)
