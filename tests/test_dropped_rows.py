@@ -214,3 +214,33 @@ def test_a_chunk_in_blocks_of_rows(targets: str, rng: np.random.Generator, monke
     for a, b in zip(jax.tree.leaves(results(1.0)), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), rtol=2e-5, atol=2e-6)
     jax.clear_caches()
+
+
+def directional(f: Any) -> Any:
+    return lambda w: jnp.vdot(jax.grad(f)(w), jnp.cos(w))
+
+
+@pytest.mark.grid
+@pytest.mark.parametrize(
+    "derivative",
+    [
+        lambda f: lambda w: jax.jvp(jax.grad(f), (w,), (jnp.cos(w),))[1],
+        lambda f: jax.grad(directional(directional(f))),
+        lambda f: lambda w: jax.jvp(jax.grad(directional(f)), (w,), (jnp.cos(w),))[1],
+    ],
+    ids=["Hessian product", "third by reverse mode", "jvp of reverse over reverse"],
+)
+def test_derivatives_of_a_chunk_in_blocks_of_rows(derivative: Any, rng: np.random.Generator, monkeypatch: Any):
+    h, w, y = rng.normal(size=(32, 3)), rng.normal(size=(3, 8)), rng.integers(0, 8, 32)
+
+    def loss(w: Any) -> Any:
+        options = {"soft_cap": w[0, 0] + 5, "where": y != 3, "weights": jnp.exp(w[0, y]), "chunk_rows": 16}
+        value, statistics = linear(h, w, y, label_smoothing=0.1, z_loss=0.1, with_statistics=True, **options)
+        return value + jnp.sum(statistics.entropy) * w[0, 0]
+
+    with jax.enable_x64(True):
+        want = jax.jit(derivative(loss))(w)
+        monkeypatch.setattr(row_blocks, "LEAST_LOGITS", 1)
+        jax.clear_caches()
+        np.testing.assert_allclose(jax.jit(derivative(loss))(w), want, rtol=1e-9, atol=1e-10)
+    jax.clear_caches()

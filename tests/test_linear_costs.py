@@ -189,11 +189,12 @@ def gradient_of_row_losses(loss: Any, hidden: Any, kernel: Any) -> Any:
 
 
 @pytest.mark.grid
-@pytest.mark.parametrize("f", [hessian_product, gradient_of_row_losses])
-def test_temporaries_do_not_grow_with_the_rows(f: Any):
+@pytest.mark.parametrize(("f", "chunks"), [(hessian_product, 4.5), (gradient_of_row_losses, 2)])
+@pytest.mark.usefixtures("one_device")
+def test_temporaries_do_not_grow_with_the_rows(f: Any, chunks: float):
     few, many = temporary_bytes(f, 2048), temporary_bytes(f, 8192)
     assert many < 1.1 * few
-    assert many < 9 * CHUNK_LOGITS
+    assert many < chunks * CHUNK_LOGITS
 
 
 @pytest.mark.usefixtures("one_device")

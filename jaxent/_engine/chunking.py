@@ -105,7 +105,7 @@ class Chunking:
             rows = merge(free, others)
             if order is not None:
                 return _choose(start < order.kept, step, carry, rows, valid)
-            return (_with_rules(chunk, step) if differentiable else step)(carry, rows, valid)
+            return (with_rules(chunk, step) if differentiable else step)(carry, rows, valid)
 
         if again:  # else the choice would keep the chunk, whatever the step does
             body = jax.checkpoint(body, prevent_cse=False)
@@ -211,7 +211,7 @@ class Chunking:
                 own = place * self.chunks + chunk < self.rows // self.groups
                 valid = own if valid is None else valid & own
             masked = functools.partial(_masked_step, step)
-            return (_with_rules(chunk, masked) if differentiable else masked)(carry, rows, valid)
+            return (with_rules(chunk, masked) if differentiable else masked)(carry, rows, valid)
 
         if again:
             body = jax.checkpoint(body, prevent_cse=False)
@@ -292,13 +292,17 @@ def _choose(
     return lax.cond(chosen, full, empty, carry, rows, valid)
 
 
-def _with_rules(chunk: jax.Array, step: Step) -> Step:
-    """A step of a scan that keeps its derivative rules.
+def with_rules(index: jax.Array, f: Callable[..., Pytree]) -> Callable[..., Pytree]:
+    """What a scan does at an index, a function that keeps its derivative rules.
 
     Before 0.12 JAX drops those of a scan's body when it differentiates the scan, but not those in a choice. XLA makes
     this one when it compiles.
     """
-    return functools.partial(_choose, (chunk >= 0) | True, step)
+
+    def kept(*args: Pytree) -> Pytree:
+        return lax.cond((index >= 0) | True, f, lambda *args: _fill(jax.eval_shape(f, *args)), *args)
+
+    return kept
 
 
 def _where(valid: jax.Array, x: jax.Array, other: int) -> jax.Array:

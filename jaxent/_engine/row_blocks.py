@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxent._engine.chunking import with_rules
 from jaxent._engine.devices import target_of
 from jaxent._mesh.types import mesh_of, pcast_like
 
@@ -25,11 +26,15 @@ def row_blocks(rows: int, classes: int, like: jax.Array) -> int:
 
 
 def by_row_blocks(
-    f: Callable[[Logits, Pytree], tuple[Pytree, Logits | None, Pytree]], logits: Logits, rows: Pytree
+    f: Callable[[Logits, Pytree], tuple[Pytree, Logits | None, Pytree]],
+    logits: Logits,
+    rows: Pytree,
+    *,
+    differentiable: bool = False,
 ) -> tuple[Pytree, Logits | None, Pytree]:
     """`sums, others, out = f(logits, rows)`: sums over the rows, arrays like the logits, and results per row.
 
-    Not to be differentiated: the logits are overwritten by the others.
+    The logits are overwritten by the others.
     """
     count = logits[0].shape[0]
     blocks = row_blocks(count, min(z.shape[1] for z in logits), logits[0])
@@ -50,14 +55,15 @@ def by_row_blocks(
 
     own = None if others is None else logits
     # Several arrays are written a block late, after which all of them are read. Else XLA would read one array's block
-    # after that of another was overwritten: from a copy of all of it, in every step.
-    late = cut(logits, first) if own is not None and len(logits) > 1 else None
+    # after that of another was overwritten: from a copy of all of it, in every step. A tangent is one more array.
+    late = cut(logits, first) if own is not None and (differentiable or len(logits) > 1) else None
 
     def body(i: jax.Array, state: Pytree) -> Pytree:
         sums, own, late, out = state
         if late is not None:
             own = put(own, late, jnp.maximum(i - 1, 0))
-        more, others, part = f(cut(logits if own is None else own, i), cut(rows, i))
+        block = with_rules(i, f) if differentiable else f
+        more, others, part = block(cut(logits if own is None else own, i), cut(rows, i))
         if late is None:
             own, others = None if own is None else put(own, others, i), None
         return jax.tree.map(jnp.add, sums, more), own, others, put(out, part, i)

@@ -102,12 +102,12 @@ def probabilities(z: jax.Array, row: Normalizer, classes: ClassAxis) -> jax.Arra
 
 @log_probabilities.defjvp
 def log_probabilities_jvp(classes, primals, tangents):
-    # d log p_k = dz_k - sum_j p_j dz_j, see `_less_mean`.
+    # d log p_k = dz_k - sum_j p_j dz_j, see `less_mean`.
     (z, row), (dz, _) = primals, tangents
-    return log_probabilities(z, row, classes), _less_mean(dz, probabilities(z, row, classes), classes)
+    return log_probabilities(z, row, classes), less_mean(dz, probabilities(z, row, classes), classes)
 
 
-def _less_mean(x: jax.Array, p: jax.Array, classes: ClassAxis) -> jax.Array:
+def less_mean(x: jax.Array, p: jax.Array, classes: ClassAxis) -> jax.Array:
     """`x_k - <p, x>`, centred twice.
 
     At logits (0, -41) and x = (1, 0) the first mean rounds to 1, and the second, of (0, -1), is the missing -1.6e-18.
@@ -184,7 +184,7 @@ def _centred(z: jax.Array, step: jax.Array, classes: ClassAxis) -> tuple[jax.Arr
     shift = shift_of(z, classes)
     total = classes.sum(jnp.exp(z - shift))
     p = probabilities(z, Normalizer(shift, total - 1), classes)
-    return p, _less_mean(step, p, classes)
+    return p, less_mean(step, p, classes)
 
 
 def _gaps(z: jax.Array, row: Normalizer) -> jax.Array:
