@@ -97,17 +97,20 @@ def run(
 ) -> list[Result]:
     """All comparisons, and those of the Hessian products of `curved`.
 
-    One program holds several options of a loss in a dtype, and compiles on a thread of its own.
+    One program holds several cases in a dtype, and compiles on a thread of its own.
     """
-    losses = [[case for case in chosen if case.loss == loss] for loss in dict.fromkeys(case.loss for case in chosen)]
-    groups = [group[i : i + TOGETHER] for group in losses for i in range(0, len(group), TOGETHER)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         # A thread takes these in order, so that none waits for a reference that has not begun.
-        wides = [pool.submit(_wides, group) for group in groups]
+        wides = [pool.submit(_wides, group) for group in _together(chosen)]
         jobs = [pool.submit(_second_order, case) for case in curved]
-        for group, wide in zip(groups, wides, strict=True):
-            jobs += [pool.submit(_compared, dtype, group, wide, products) for dtype in dtypes]
+        for dtype in dtypes:
+            kept = [(case, wides[i // TOGETHER], i % TOGETHER) for i, case in enumerate(chosen) if dtype in case.dtypes]
+            jobs += [pool.submit(_compared, dtype, group, products) for group in _together(kept)]
         return [result for job in jobs for result in job.result()]
+
+
+def _together(items: Sequence[Any]) -> list[Sequence[Any]]:
+    return [items[i : i + TOGETHER] for i in range(0, len(items), TOGETHER)]
 
 
 def _curved(chosen: Sequence[Case], dtypes: Sequence[str]) -> list[Case]:
@@ -131,12 +134,12 @@ def _wides(group: Sequence[Case]) -> list[Float64Reference]:
 
 
 def _compared(
-    dtype: str, group: Sequence[Case], wides: Future[list[Float64Reference]], products: "Products"
+    dtype: str, group: Sequence[tuple[Case, Future[list[Float64Reference]], int]], products: "Products"
 ) -> list[Result]:
-    kept = [(case, wide) for case, wide in zip(group, wides.result(), strict=True) if dtype in case.dtypes]
+    kept = [(case, wides.result()[i]) for case, wides, i in group]
     with jax.enable_x64(True) if dtype == "float64" else contextlib.nullcontext():
         problems = [(_entries(case, dtype), case.closed_form) for case, _ in kept]
-        owns = autodiff_gradients(problems) if problems else []
+        owns = autodiff_gradients(problems)
     results = []
     for (case, wide), (entries, _), own in zip(kept, problems, owns, strict=True):
         exact = case.exact()
