@@ -89,6 +89,7 @@ Checks
     check_gradient                    whether a gradient is right, and to how many digits
     GradientReport                    what it returns
     Comparison                        one line of it: the worst entry of one way to the derivative
+    ShardingWarning                   a call that moves more between devices than it has to
 
 `jaxent.torch_compat` has PyTorch's losses under their own names, with its results;
 `jaxent --help` describes the command line.
@@ -103,6 +104,7 @@ from jaxent._check.gradient import check_gradient as check_gradient
 from jaxent._check.inputs import Finding as Finding
 from jaxent._check.inputs import checked as checked
 from jaxent._check.inputs import diagnose as diagnose
+from jaxent._errors import ShardingWarning as ShardingWarning
 from jaxent._math.statistics import TokenStatistics as TokenStatistics
 from jaxent.costs import Plan as Plan
 from jaxent.costs import plan as plan
@@ -167,6 +169,7 @@ __all__ = [
     "GradientNorms",
     "GradientReport",
     "Plan",
+    "ShardingWarning",
     "SparseTargets",
     "TokenStatistics",
     "WeightedSum",

@@ -7,6 +7,14 @@ from typing import Any, TypeVar
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
+class ShardingWarning(UserWarning):
+    """A call that moves more between devices than it has to, and what to write instead.
+
+    Issued while a program is traced, once for each place in the library; `warnings.filterwarnings("ignore",
+    category=jaxent.ShardingWarning)` turns it off.
+    """
+
+
 class ArgumentTypeError(TypeError):
     """A wrong dtype or type; users see a `TypeError`."""
 

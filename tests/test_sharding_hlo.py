@@ -1,8 +1,10 @@
 """What crosses the mesh, in bytes: `benchmarks/README.md`, "How cost grows", against the collectives of the HLO."""
 
 import contextlib
+import functools
 import pathlib
 import re
+import warnings
 from typing import Any
 
 import jax
@@ -29,6 +31,8 @@ from meshes import (
     make_mesh,
     token_statistics,
 )
+
+import jaxent
 
 LABELS = np.zeros(ROWS, np.int32)
 
@@ -108,6 +112,30 @@ def test_rows_split_over_several_axes_of_an_automatic_mesh_stay_where_they_are()
         )
     assert {c.kind for c in found} == {"all-reduce"}
     assert [(c.extent, c.times) for c in found if c.extent] == [((FEATURES, CLASSES), 1)]
+
+
+def test_what_an_automatic_mesh_sums_in_every_chunk_is_said_where_the_mesh_is_known():
+    mesh, specs = make_mesh("2x4", "automatic"), (P("data"), P(), P("data"))
+
+    def rows(hidden: Any, kernel: Any, labels: Any) -> Any:
+        return linear_softmax_cross_entropy(hidden, kernel, labels, reduction="none", chunk_rows=9)
+
+    def trace(f: Any, argnums: Any) -> None:
+        shapes = (ROWS, FEATURES), (FEATURES, CLASSES), (ROWS,)
+        arguments = [
+            jax.ShapeDtypeStruct(shape, np.int32 if len(shape) == 1 else np.float32, sharding=NamedSharding(mesh, spec))
+            for shape, spec in zip(shapes, specs, strict=True)
+        ]
+        jax.jit(jax.grad(lambda *a: jnp.sum(f(*a)), argnums)).trace(*arguments)
+
+    with jax.set_mesh(mesh), warnings.catch_warnings():
+        with pytest.warns(jaxent.ShardingWarning, match=r"explicit_axes\(f, in_sharding=") as said:
+            trace(rows, (0, 1))
+        assert len(said) == 1
+        warnings.simplefilter("error")  # and nothing of other calls
+        trace(rows, 0)
+        trace(jax.sharding.explicit_axes(rows, in_sharding=specs), (0, 1))
+        trace(functools.partial(linear_softmax_cross_entropy, chunk_rows=9), (0, 1))
 
 
 def test_the_readme_says_what_the_formula_gives():

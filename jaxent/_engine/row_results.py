@@ -4,6 +4,7 @@ A cotangent of the entries is not known while the logits are there. A chunk's lo
 """
 
 import functools
+import warnings
 
 import jax
 
@@ -22,7 +23,8 @@ from jaxent._engine.streaming import (
     with_derivative,
     with_wide_params,
 )
-from jaxent._mesh.types import pcast_like
+from jaxent._errors import ShardingWarning
+from jaxent._mesh.types import automatic_devices, pcast_like
 
 
 def stream_rows(
@@ -66,6 +68,8 @@ def stream_rows(
         per_row = ([layer.hidden for layer in layers], row_args)
         if moving is None:
             return chunking.loop(step, None, per_row, counted.mask(by_weight=True))[1]
+        if any(jax.tree.leaves([layer.kernel for layer in moving[0]])):
+            _warn_of_sums(chunking, layers)
         moving_rows = ([layer.hidden for layer in moving[0]], moving[1])
         kept = counted.mask(by_weight=False)  # a later derivative may be with respect to the weights
         return chunking.scan(step, None, per_row, moving_rows, kept, again=True)[1]
@@ -77,6 +81,22 @@ def stream_rows(
         return None, with_derivative(value, derivative)((layers, rows[0], params, rows[1]))
 
     return on_own_rows(part, tuple(map(products.prepared, heads)), (row_args, counted), params)[1]
+
+
+def _warn_of_sums(chunking: Chunking, layers: tuple[Layer, ...]) -> None:
+    """The transpose of a scan adds up the kernel's gradient; where no type says which axes split the rows, XLA has to
+    add it up over the devices in every step.
+    """
+    on_automatic_mesh = chunking.strided and any(automatic_devices(layer.hidden) > 1 for layer in layers)
+    if not on_automatic_mesh or chunking.chunks == 1:
+        return
+    warnings.warn(
+        "jaxent: on an automatic mesh XLA sums the kernel's gradient of per-row results over the devices in each of "
+        f"{chunking.chunks} chunks. To have it summed once, say how the arguments are split: "
+        "`jax.sharding.explicit_axes(f, in_sharding=...)`, under `jax.set_mesh(mesh)`",
+        ShardingWarning,
+        stacklevel=2,
+    )
 
 
 def _rows(hidden: jax.Array) -> jax.Array:
