@@ -193,7 +193,7 @@ def gradient_of_row_losses(loss: Any, hidden: Any, kernel: Any) -> Any:
 @pytest.mark.usefixtures("one_device")
 def test_temporaries_do_not_grow_with_the_rows(f: Any, chunks: float):
     few, many = temporary_bytes(f, 2048), temporary_bytes(f, 8192)
-    assert many < 1.1 * few
+    assert many < few + 3 * 4 * FEATURES * (8192 - 2048)  # hidden states, and not logits
     assert many < chunks * CHUNK_LOGITS
 
 
