@@ -60,6 +60,13 @@ def test_a_label_out_of_range_is_nan(label: Any):
         assert_close(got, [np.nan, np.log(5)], ulp=2, dtype=np.float32)
 
 
+def test_a_label_out_of_range_has_no_class_weight():
+    got = softmax_cross_entropy(
+        np.zeros((2, 3), np.float32), np.array([5, 0]), class_weights=np.ones(3), reduction="sum_and_weight"
+    )
+    assert np.isnan([got.total, got.weight]).all()
+
+
 @pytest.mark.parametrize(
     ("labels", "ignore_index", "kept"),
     [

@@ -177,7 +177,7 @@ def test_curvature_of_a_soft_cap_does_not_saturate() -> None:
 
 
 def test_the_body_of_a_soft_cap_keeps_its_slope() -> None:
-    """jax 0.10 differentiates it, and not its rule, in a Hessian product through a scan of the user's own."""
+    """It is differentiated by jax 0.10, in place of its rule, in a Hessian product through a scan of the user's own."""
     body: Any = getattr(safe.soft_cap, "__wrapped__")  # noqa: B009
     close(jax.jit(jax.grad(body))(jnp.float32(36), jnp.float32(3)), sech2(12), rtol=2e-5, atol=0)
 
