@@ -45,6 +45,20 @@ def test_a_wrong_gradient_of_every_entry():
     assert check_gradient(with_gradient(cubes, lambda x: 3 * x**2), x).ok
 
 
+def test_a_wrong_gradient_far_from_0():
+    """The step is that of the differences between the logits, not that of a million."""
+    z = np.array([0.5, -1.0, 2.0, 0.0], np.float32) + np.float32(1e6)
+
+    def loss(z: Any) -> jax.Array:
+        return softmax_cross_entropy(z, np.array(0))
+
+    def gradient(z: Any) -> jax.Array:
+        return softmax_cross_entropy_gradient(z, np.array(0))
+
+    assert check_gradient(with_gradient(loss, gradient), z).ok
+    assert not check_gradient(with_gradient(loss, lambda z: 1.1 * gradient(z)), z).ok
+
+
 def test_a_wrong_entry_is_named():
     x = np.full((2, 3), 1.5, np.float32)
     where = jnp.zeros((2, 3), bool).at[1, 2].set(True)

@@ -4,12 +4,14 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import covering, draw_logits, draw_probabilities, softmax_cross_entropy, softmax_cross_entropy_gradient
 from jax.experimental import checkify
 
 import jaxent
+from jaxent._mesh.class_axis import ClassAxis
 
 AXES = (2, 0)
 SHAPE, COUNT = (2, 5, 3), 6
@@ -109,3 +111,9 @@ def test_checks_read_the_new_measures(name: str):
     counts = np.full((2, 3), 4, np.float32)
     error, _ = checkify.checkify(jax.jit(jaxent.checked(measure)))(*[counts] * operands)
     assert "counts / counts.sum()" in (error.get() or "")
+
+
+def test_the_entry_at_a_label_outside_the_classes_is_0():
+    """As it is where the entry is found by comparison."""
+    x, labels = np.arange(1, 7, dtype=np.float32).reshape(2, 3), np.array([[-2], [3]], np.int32)
+    np.testing.assert_array_equal(ClassAxis().take(jnp.asarray(x), jnp.asarray(labels)), np.zeros((2, 1)))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -169,6 +170,17 @@ def test_curvature(name: str, layout: str):
     assert_same(got, run(product, *(array(name) for name in names)))
     for x, like in zip(got, args, strict=False):
         assert x.sharding.is_equivalent_to(like.sharding, 2)
+
+
+@pytest.mark.grid
+def test_the_gradient_of_a_bfloat16_kernel_is_added_in_float32():
+    """Seen in the program: a CPU adds bfloat16 in float32 by itself."""
+    on = LAYOUTS["fsdp"]
+    h, w, y = placed(on, on.make(AxisType.Explicit), ("h", "w", "labels"))
+    gradient = jax.grad(lambda w: linear_softmax_cross_entropy(h, w, y))
+    program = str(jax.make_jaxpr(gradient)(w.astype(jnp.bfloat16)))
+    scattered = re.findall(r":(\w+)\[[\d,]*\]\S* = reduce_scatter", program)
+    assert scattered == ["f32"], program
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
