@@ -8,6 +8,7 @@ import jax.test_util
 import mpmath
 import numpy as np
 import pytest
+from cases import covering
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -59,12 +60,11 @@ def test_values(tail: str, divergence: str, rng: np.random.Generator):
 
 @pytest.mark.grid
 @pytest.mark.usefixtures("x64")
-@pytest.mark.parametrize("divergence", DIRECTIONS)
-@pytest.mark.parametrize("tail", TAILS)
+@pytest.mark.parametrize(("tail", "divergence"), covering(TAILS, DIRECTIONS))
 def test_derivatives(tail: str, divergence: str, rng: np.random.Generator):
     h, w, chosen, log_p = problem(rng)
     args = tuple(jnp.asarray(x, jnp.float64) for x in (h, w, log_p))
-    f = losses_of(chosen, tail, divergence)
+    f = jax.jit(losses_of(chosen, tail, divergence))
     jax.test_util.check_grads(f, args, order=2, modes=("fwd", "rev"), rtol=1e-5)
 
 
