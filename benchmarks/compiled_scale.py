@@ -33,7 +33,7 @@ class Step(NamedTuple):
     @property
     def chunk_rows(self) -> int:
         """That the library takes on a v5p."""
-        return chunk_rows_for(DEVICES["v5p"], self.classes // self.vocab, jnp.bfloat16)
+        return chunk_rows_for(DEVICES["v5p"], self.features, self.classes // self.vocab, jnp.bfloat16)[0]
 
     def times(self, collective: Collective) -> int:
         """How often it runs, for each time that the text counts."""

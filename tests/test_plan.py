@@ -148,7 +148,7 @@ LLAMA = (32768, 4096, 128256)
         ("b200", LOSS, LLAMA, 6866, 112.3),
         ("b200", DIVERGENCE, LLAMA, 17011, 419.0),
         ("v5p", LOSS, LLAMA, 2262, 175.8),
-        ("v6e", LOSS, LLAMA, 2262, 175.8),
+        ("v6e", LOSS, LLAMA, 3241, 156.8),
         ("v5e", LOSS, LLAMA, 2262, 175.8),
         ("tpu7x", LOSS, LLAMA, 3764, None),
         ("tpu7x", STATISTICS, LLAMA, 2021, 70.2),

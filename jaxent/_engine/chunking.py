@@ -335,20 +335,21 @@ def _fill(shapes: Pytree, rows: int | None = None) -> Pytree:
 
 
 class DefaultRows(NamedTuple):
-    """Rows whose logits one device holds at a time unless the caller says, what their number is a multiple of, and
-    whether the first chunk stands apart: see `Chunking`.
+    """Rows whose logits one device holds at a time unless the caller says, what their number is a multiple of, whether
+    the first chunk stands apart (see `Chunking`), and how many rows are worth more than doing without padding.
     """
 
     rows: int
     aligned: int = 1
     first_apart: bool = False
+    fewest: int = 0
 
 
 def default_chunk_rows(target: Target, features: int, num_classes: int, dtype: Any) -> DefaultRows:
     if target.device is not None:
-        rows = chunk_rows_for(target.device, num_classes, dtype)
+        rows, fewest = chunk_rows_for(target.device, features, num_classes, dtype)
         # A TPU's compiler writes the gradient of the logits where it computes that of a lone chunk.
-        return DefaultRows(rows, ROWS_ALIGNED, first_apart=not target.device.is_tpu)
+        return DefaultRows(rows, ROWS_ALIGNED, not target.device.is_tpu, fewest)
     if not target.on_cpu:
         return DefaultRows(max(1, ACCELERATOR_LOGITS // num_classes))
     least, most = (n // num_classes for n in CPU_LOGITS)
@@ -363,9 +364,9 @@ def chunking_of(
     `devices` is over how many devices XLA may have split rows and classes. The default is each one's, and where it
     could have split the rows evenly each has its share of every chunk, which is then no smaller than that.
     """
-    aligned = 1
+    aligned, fewest = 1, 0
     if chunk_rows is None:
-        chunk_rows, aligned = devices * default.rows, default.aligned
+        chunk_rows, aligned, fewest = devices * default.rows, default.aligned, default.fewest
     else:
         chunk_rows = arrays.as_int("chunk_rows", chunk_rows, "be an int or None")
         if chunk_rows < 1:
@@ -378,7 +379,8 @@ def chunking_of(
     rows_each = rows // groups
     least = -(-rows_each // max(1, chunk_rows // groups))
     # A few chunks more avoid padding, and with it a copy of all rows.
-    even = (chunks for chunks in range(least, least + least // 4 + 1) if rows_each % chunks == 0)
+    some = range(least, least + least // 4 + 1)
+    even = (chunks for chunks in some if rows_each % chunks == 0 and rows_each // chunks >= fewest)
     own = -(-rows_each // next(even, least))
     own = min(rows_each, aligned * -(-own // aligned))
     return Chunking(rows, groups * own, groups, strided, default.first_apart)

@@ -15,6 +15,8 @@ MEMORY_SHARE = 1 / 16  # heuristic: of the device's memory, for a chunk of logit
 # the rounded gradient of the kernel will be, which adds as much to the temporaries. Registers hold 16 rows of bfloat16.
 LEAST_FEATURES_RECOMPUTED = 1280
 TPU_ROWS = 2048
+EFFICIENCY = 0.8  # of the stated rate, that large products reach
+SPARE_ROWS = 9 / 8  # heuristic
 ROWS_ALIGNED = 16
 
 
@@ -183,16 +185,36 @@ def dense_roofline(
     return DenseRoofline(Milliseconds(**terms), moved, temp_bytes)
 
 
-def chunk_rows_for(device: Device, num_classes: int, dtype: DTypeLike) -> int:
+def chunk_rows_for(device: Device, features: int, num_classes: int, dtype: DTypeLike) -> tuple[int, int]:
     """Rows at a time: as many as keep the kernel's gradient within `DW_SHARE`, or as `MEMORY_SHARE` has room for.
 
     Each chunk reads and writes the kernel's gradient, 8 bytes for 6 floating-point operations per row: that takes
-    `(4/3) (FLOP/s / bytes/s) / rows` of the products' time. float32 counts as fast as any precision makes it.
+    `(4/3) (FLOP/s / bytes/s) / rows` of the products' time. float32 counts as fast as any precision makes it. The
+    second number is how many rows a chunk should not fall below, 0 if it does not matter.
     """
     narrow = np.dtype(dtype).itemsize
     wide = max(4, narrow)
     enough = wide / 3 * device.product_rate(dtype, exact=False) / device.bytes_per_second / DW_SHARE
     held = num_classes * (wide + (0 if device.recomputes_dz is not None or narrow == wide else narrow))
-    most = TPU_ROWS if device.is_tpu else enough
+    hidden = _rows_hiding_dw(device, features, dtype)
+    most = max(TPU_ROWS, hidden) if device.is_tpu else enough
     rows = int(min(enough, most, MEMORY_SHARE * device.memory_bytes / held))
-    return max(ROWS_ALIGNED, rows // ROWS_ALIGNED * ROWS_ALIGNED)
+    rows = max(ROWS_ALIGNED, rows // ROWS_ALIGNED * ROWS_ALIGNED)
+    return rows, min(rows, int(hidden / SPARE_ROWS))
+
+
+def _rows_hiding_dw(device: Device, features: int, dtype: DTypeLike) -> float:
+    """On a TPU that recomputes the gradient of the logits, so many rows that what the kernel's gradient moves takes no
+    longer than its product, with a few to spare for chunks of equal size; 0 if `TPU_ROWS` are enough.
+
+    For each class that product reads `4 R` bytes of logits and reads and writes `8 D` of the gradient, for `2 R D`
+    operations.
+    """
+    if device.recomputes_dz is None:
+        return 0
+    by_work = 2 * features / (EFFICIENCY * device.product_rate(dtype, exact=False))
+    by_logits = 4 / device.bytes_per_second
+    if by_work <= by_logits:
+        return 0
+    rows = 8 * features / device.bytes_per_second / (by_work - by_logits)
+    return 0 if rows <= TPU_ROWS else min(SPARE_ROWS * rows, features / device.recomputes_dz)
