@@ -34,7 +34,7 @@ REDUCTION: list[Case] = [
     ({"denominator": -1.0}, ValueError, ["`denominator`", "[0, inf)", "-1.0"]),
     ({"denominator": np.nan}, ValueError, ["`denominator`", "nan"]),
     ({"denominator": np.ones(2)}, ValueError, ["`denominator`", "scalar", "float32[2]"]),
-    ({"denominator": "4"}, TypeError, ["`denominator`", "floating", "<U1[]"]),
+    ({"denominator": "4"}, TypeError, ["`denominator`", "a number", "'4' (str)"]),
     ({"denominator": 2.0, "reduction": "sum"}, ValueError, ["`denominator`", "reduction='mean'", "'sum'"]),
 ]
 ROW: list[Case] = [
