@@ -283,10 +283,8 @@ def _sum_and_gradients(row_loss, chunking, products, wanted, moving, inputs):
         hidden, free, fixed = rows
         logits = tuple(products.logits(layer._replace(hidden=h)) for layer, h in zip(layers, hidden, strict=True))
 
-        sums, d_logits, (losses, aux, d_args) = by_row_blocks(
-            block, logits, (free, fixed, valid), differentiable=moving is not None
-        )
-        d_biases, d_params = sums
+        blocks: Any = functools.partial(by_row_blocks, block, differentiable=moving is not None)
+        (d_biases, d_params), d_logits, (losses, aux, d_args) = blocks(logits, (free, fixed, valid))
         d_hidden, d_kernels = [], []
         for layer, h, dz, want in zip(layers, hidden, d_logits, want_layers, strict=True):
             rounded = products.by_logits(dz, layer.kernel)
