@@ -16,8 +16,7 @@ from benchmarks.compiled_programs import Program
 from benchmarks.kernels import Kernel, Part, Product, kernels
 from jaxent._engine.devices import DEVICES, Device
 from jaxent._engine.footprint import temporaries
-
-EFFICIENCY = 0.8  # of a card's stated peak, that large products reach: an H200 measures 790 of 989 TFLOP/s
+from jaxent._engine.roofline import EFFICIENCY
 
 
 @dataclass(frozen=True)

@@ -37,12 +37,15 @@ import jaxent
 LABELS = np.zeros(ROWS, np.int32)
 
 
-def compile_on(mesh: jax.sharding.Mesh, f: Any, *specs: Any, shapes: Any) -> Any:
-    arguments = [
+def arguments_on(mesh: jax.sharding.Mesh, specs: Any, shapes: Any) -> list[jax.ShapeDtypeStruct]:
+    return [
         jax.ShapeDtypeStruct(shape, np.int32 if len(shape) == 1 else np.float32, sharding=NamedSharding(mesh, spec))
         for shape, spec in zip(shapes, specs, strict=True)
     ]
-    return jax.jit(f).lower(*arguments).compile(FAST)
+
+
+def compile_on(mesh: jax.sharding.Mesh, f: Any, *specs: Any, shapes: Any) -> Any:
+    return jax.jit(f).lower(*arguments_on(mesh, specs, shapes)).compile(FAST)
 
 
 def step_on(shape: str, kind: str, chunk_rows: int | None) -> Any:
@@ -121,11 +124,7 @@ def test_what_an_automatic_mesh_sums_in_every_chunk_is_said_where_the_mesh_is_kn
         return linear_softmax_cross_entropy(hidden, kernel, labels, reduction="none", chunk_rows=9)
 
     def trace(f: Any, argnums: Any) -> None:
-        shapes = (ROWS, FEATURES), (FEATURES, CLASSES), (ROWS,)
-        arguments = [
-            jax.ShapeDtypeStruct(shape, np.int32 if len(shape) == 1 else np.float32, sharding=NamedSharding(mesh, spec))
-            for shape, spec in zip(shapes, specs, strict=True)
-        ]
+        arguments = arguments_on(mesh, specs, ((ROWS, FEATURES), (FEATURES, CLASSES), (ROWS,)))
         jax.jit(jax.grad(lambda *a: jnp.sum(f(*a)), argnums)).trace(*arguments)
 
     with jax.set_mesh(mesh), warnings.catch_warnings():

@@ -15,7 +15,7 @@ MEMORY_SHARE = 1 / 16  # heuristic: of the device's memory, for a chunk of logit
 # the rounded gradient of the kernel will be, which adds as much to the temporaries. Registers hold 16 rows of bfloat16.
 LEAST_FEATURES_RECOMPUTED = 1280
 TPU_ROWS = 2048
-EFFICIENCY = 0.8  # of the stated rate, that large products reach
+EFFICIENCY = 0.8  # of a device's stated peak, that large products reach: an H200 measures 790 of 989 TFLOP/s
 SPARE_ROWS = 9 / 8  # heuristic
 ROWS_ALIGNED = 16
 

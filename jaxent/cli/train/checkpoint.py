@@ -16,6 +16,7 @@ import numpy as np
 from jaxent.cli.atomic_files import write_atomic
 from jaxent.cli.errors import CommandError, reason
 from jaxent.cli.output import to_json
+from jaxent.cli.pipes import open_without_waiting
 from jaxent.cli.train import model
 from jaxent.cli.train.ngrams import CORPUS_ORDERS, ContextTable
 from jaxent.cli.train.tokenizer import Tokenizer
@@ -99,10 +100,8 @@ def _understood(path: Path, read: Any) -> Any:
 
 def _arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of the file, none of which takes more memory than it takes on disk."""
-    # Without O_NONBLOCK, opening a pipe that has no writer waits for one.
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    with open(descriptor, "rb") as raw:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    with open_without_waiting(path) as raw:
+        if not stat.S_ISREG(os.fstat(raw.fileno()).st_mode):
             raise Damaged("it is not a regular file")
         with zipfile.ZipFile(raw) as archive:
             entries = archive.infolist()

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from jaxent.cli.errors import CommandError, reason
 from jaxent.cli.output import say
+from jaxent.cli.pipes import open_without_waiting
 
 # Tests are left out because some systems do not ship them; the rest of the standard library is the same everywhere.
 SKIPPED_FOLDERS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
@@ -147,13 +148,13 @@ def find_sources(paths: Sequence[str], out: Path | None = None) -> list[Source]:
 
 def _opened(path: Path) -> BinaryIO:
     """The file for reading. A pipe that nothing writes to is an error, and any other wait is announced."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    file = open(descriptor, "rb")  # noqa: SIM115
-    if os.name == "posix" and not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.set_blocking(descriptor, True)
+    file = open_without_waiting(path)
+    kind = os.fstat(file.fileno()).st_mode
+    if os.name == "posix" and not stat.S_ISREG(kind):
+        os.set_blocking(file.fileno(), True)
         if not select.select([file], [], [], PATIENCE)[0]:
             say(f"waiting for text from {path}")
-        if stat.S_ISFIFO(os.fstat(descriptor).st_mode) and not file.peek(1):
+        if stat.S_ISFIFO(kind) and not file.peek(1):
             file.close()
             raise CommandError(f"cannot read {path}: nothing writes to this pipe")
     return file
