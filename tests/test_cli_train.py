@@ -188,10 +188,10 @@ def test_unreadable_files(
     fails(["evaluate", str(trained), str(tmp_path / "none")], "No such file or directory", capsys)
     (tmp_path / "secret").write_bytes(b"x")
 
-    def refuse(path: Path, mode: str) -> None:
+    def refuse(path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr("jaxent.cli.train.corpus.open", refuse, raising=False)
+    monkeypatch.setattr("jaxent.cli.train.corpus.open_without_waiting", refuse)
     fails(["train", str(tmp_path / "secret")], "secret: Permission denied", capsys)
 
 
