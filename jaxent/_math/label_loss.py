@@ -80,11 +80,14 @@ def _shift_and_others(
     def in_two_passes(z: jax.Array, label: jax.Array, ignored: jax.Array) -> tuple[jax.Array, jax.Array]:
         # A row without a softmax becomes nan by itself: its maximum is infinite, or one of the exponentials is nan.
         shift = jnp.squeeze(classes.max(z), classes.axis)
-        if not for_gradient:
-            return shift, _sum_for_value(z, label, shift, classes)
-        # Chosen before the sum: what is done once per row afterwards, XLA would repeat for each logit.
-        shift = jnp.where(ignored, 0, shift)
-        return shift, _sum_for_gradient(z, label, shift, classes)
+        if for_gradient:
+            # Chosen before the sum: what is done once per row afterwards, XLA would repeat for each logit.
+            shift = jnp.where(ignored, 0, shift)
+            return shift, _sum_of_others(z, label, ignored, shift, classes)
+        if has_wide_rows(z, classes.axis):
+            row_sums = functools.partial(_sum_of_others, classes=classes)
+            return shift, in_row_blocks(row_sums, classes.axis, z, label, ignored, shift)
+        return shift, _fused_sum_of_others(z, label, shift, classes)
 
     def in_one_pass(z: jax.Array, label: jax.Array, ignored: jax.Array) -> tuple[jax.Array, jax.Array]:
         largest, others = largest_and_others(z, label, classes)
@@ -95,25 +98,37 @@ def _shift_and_others(
     return lax.platform_dependent(z, label, ignored, cuda=in_one_pass, default=in_two_passes)
 
 
-def _other_exponentials(z: jax.Array, labels: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
-    """`exp(z_k - m)`, and 0 at the label; undefined in ignored rows."""
+def _at_label(z: jax.Array, labels: jax.Array, ignored: jax.Array, classes: ClassAxis) -> jax.Array:
+    """Where the label is, and all of an ignored row.
+
+    By the distance from the label: XLA counts classes in 64 bits, and LLVM compares them in 64 bits where it can, which
+    doubles the time of the exponentials beside it. One comparison: with `| ignored` a CPU no longer vectorises it.
+    """
+    reach = jnp.where(ignored, 2**30, 0)
+    return jnp.abs(classes.local_indices(z) - (labels - classes.offset(z))) <= reach
+
+
+def _other_exponentials(
+    z: jax.Array, labels: jax.Array, ignored: jax.Array, shift: jax.Array, classes: ClassAxis
+) -> jax.Array:
+    """`exp(z_k - m)`, and 0 at the label and in ignored rows."""
     # A column that depends on the row: a scan would keep a constant block of -inf, as large as the logits.
     nothing = jnp.minimum(shift, -jnp.inf)
-    return jnp.exp(jnp.where(classes.is_class(labels, z), nothing, z - shift))
+    return jnp.exp(jnp.where(_at_label(z, labels, ignored, classes), nothing, z - shift))
 
 
-def _sum_for_gradient(z: jax.Array, label: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
-    label, shift = (jnp.expand_dims(x, classes.axis) for x in (label, shift))
-    return row_sum(_other_exponentials(z, label, shift, classes), classes.axis, keepdims=False)
+def _sum_of_others(
+    z: jax.Array, label: jax.Array, ignored: jax.Array, shift: jax.Array, classes: ClassAxis
+) -> jax.Array:
+    label, ignored, shift = (jnp.expand_dims(x, classes.axis) for x in (label, ignored, shift))
+    return row_sum(_other_exponentials(z, label, ignored, shift, classes), classes.axis, keepdims=False)
 
 
-def _sum_for_value(z: jax.Array, label: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
+def _fused_sum_of_others(z: jax.Array, label: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
     """The same without a comparison, which the CPU back end does not fuse into a row sum as it does arithmetic.
 
     `exp(z_k - m) <= 1 <= |k - y|` for every class but the label, whose own distance is 0.
     """
-    if has_wide_rows(z, classes.axis):
-        return in_row_blocks(functools.partial(_sum_for_gradient, classes=classes), classes.axis, z, label, shift)
     label = (label - classes.offset(z)).astype(z.dtype)
     label, shift = (jnp.expand_dims(x, classes.axis) for x in (label, shift))
     distances = jnp.abs(classes.local_indices(z, z.dtype) - label)
@@ -133,14 +148,11 @@ def label_loss_and_gradient(
     # Without the barrier XLA would recompute per logit what is known once per row.
     labels, ignored = lax.optimization_barrier((labels, ignored))
     nll, row = label_loss(z, labels, ignored, classes, True)
-    # In ignored rows `nll` is 0. One comparison: with `is_class(labels, z) | ignored` the CPU back end no longer
-    # vectorises, and in `_other_exponentials` it would cost 1.3 times the time at 16384 x 100.
-    reach = jnp.where(ignored, 2**30, 0)
-    at_label = jnp.abs(classes.local_indices(z) - (labels - classes.offset(z))) <= reach
     # Cast before they are spread over the classes, so that their cotangents cross the mesh as one number per row.
     own, label_probability = (pcast_like(x, [z]) for x in (safe.expm1(-nll), jnp.exp(-nll)))
     others = _other_probabilities(z, labels, ignored, row, label_probability, classes)
-    return nll, row, jnp.where(at_label, own, others)
+    # In ignored rows `nll` and so `own` is 0.
+    return nll, row, jnp.where(_at_label(z, labels, ignored, classes), own, others)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
@@ -152,9 +164,9 @@ def _other_probabilities(
     label_probability: jax.Array,
     classes: ClassAxis,
 ) -> jax.Array:
-    """`probabilities`, and 0 at the label; undefined in ignored rows, where its derivative is finite."""
+    """`probabilities`, and 0 at the label and in ignored rows."""
     del label_probability  # of which the derivative is made
-    return _other_exponentials(z, labels, row.shift, classes) / row.total
+    return _other_exponentials(z, labels, ignored, row.shift, classes) / row.total
 
 
 @_other_probabilities.defjvp
@@ -162,7 +174,7 @@ def _other_probabilities_jvp(classes, primals, tangents):
     (z, labels, ignored, _, label_probability), (dz, *_) = primals, tangents
     others = _other_probabilities(*primals, classes)
     # Made of `others`: a CPU would write the exponentials of all classes as one more array as large as the logits.
-    p = jnp.where(ignored, 0, jnp.where(classes.is_class(labels, z), label_probability, others))
+    p = jnp.where(ignored, 0, jnp.where(_at_label(z, labels, ignored, classes), label_probability, others))
     return others, others * less_mean(jnp.where(ignored, 0, dz), p, classes)
 
 
