@@ -101,10 +101,11 @@ def _shift_and_others(
 def _at_label(z: jax.Array, labels: jax.Array, ignored: jax.Array, classes: ClassAxis) -> jax.Array:
     """Where the label is, and all of an ignored row.
 
-    By the distance from the label: XLA counts classes in 64 bits, and LLVM compares them in 64 bits where it can, which
-    doubles the time of the exponentials beside it. One comparison: with `| ignored` a CPU no longer vectorises it.
+    By the distance from the label: XLA's CPU back end counts classes in 64 bits, and LLVM compares them in 64 bits if
+    it can, as with a constant reach, which doubles the time of the exponentials around it. One comparison: with
+    `| ignored` it no longer vectorises.
     """
-    reach = jnp.where(ignored, 2**30, 0)
+    reach = jnp.where(ignored, 2**30, labels >> 31)  # 0, and -1 for `INVALID`
     return jnp.abs(classes.local_indices(z) - (labels - classes.offset(z))) <= reach
 
 
@@ -174,7 +175,8 @@ def _other_probabilities_jvp(classes, primals, tangents):
     (z, labels, ignored, _, label_probability), (dz, *_) = primals, tangents
     others = _other_probabilities(*primals, classes)
     # Made of `others`: a CPU would write the exponentials of all classes as one more array as large as the logits.
-    p = jnp.where(ignored, 0, jnp.where(_at_label(z, labels, ignored, classes), label_probability, others))
+    label_probability = jnp.where(ignored, 0, label_probability)
+    p = jnp.where(_at_label(z, labels, ignored, classes), label_probability, others)
     return others, others * less_mean(jnp.where(ignored, 0, dz), p, classes)
 
 
