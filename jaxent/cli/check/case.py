@@ -42,18 +42,6 @@ def rng_for(name: str) -> np.random.Generator:
     return np.random.default_rng(list(name.encode()))
 
 
-def grid(rng: np.random.Generator, *shape: int) -> Array:
-    """Normal logits in sixteenths, which eight bits hold."""
-    return np.round(rng.normal(size=shape) * 3 * 16).clip(-127, 127) / 16
-
-
-def fractions(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    """1/4, ... 2, with the first entry 0."""
-    x = (rng.integers(1, 9, size=shape) / 4).astype(np.float32)
-    x.flat[0] = 0
-    return x
-
-
 def distributions(rng: np.random.Generator, *shape: int) -> Array:
     """Rows of multiples of 1/64 that sum to one, none of them 0."""
     spare = 64 - shape[-1]

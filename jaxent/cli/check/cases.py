@@ -20,17 +20,16 @@ from jaxent.cli.check.case import (
     WIDE_DTYPES,
     Case,
     distributions,
-    fractions,
-    grid,
     heads,
     rng_for,
 )
 from jaxent.cli.check.curvature_cases import curvature_cases, norm_cases
 from jaxent.cli.check.references import WIDE, Array, Cap, Exact
+from jaxent.cli.check.softmax_options import OPTIONS, Arguments, draw_fractions, draw_logits
 
 # Half precision differs from float32 only in casts: together these cover every option and every path of the engine.
 NOT_FLOAT16 = ("float32", "bfloat16", "float64")  # which differs from bfloat16 in the cast alone
-IN_HALF = ("plain", "everything", "probabilities, everything", "reduction none", "bias", "soft_cap", "chunk_rows")
+IN_HALF = ("plain", "everything", "probabilities_everything", "reduction none", "bias", "soft_cap", "chunk_rows")
 
 
 def cases() -> Iterator[Case]:
@@ -52,33 +51,17 @@ def total(result: Any) -> jax.Array:
 # Losses on logits
 
 
-def _options(rows: int = ROWS, classes: int = CLASSES) -> dict[str, dict[str, Any]]:
+# The others are combinations of these.
+SINGLE = ("plain", "where", "weights", "class_weights", "ignore_-100", "smoothing", "z_loss", "denominator")
+TOGETHER = ("everything", "probabilities", "one_hot", "probabilities_everything")
+
+
+def _options(rows: int = ROWS, classes: int = CLASSES) -> dict[str, Arguments]:
     """The options of a softmax loss of `rows x classes`, each alone and all together."""
-    rng = rng_for("options")
-    labels = rng.integers(0, classes, rows, dtype=np.int32)
-    some = np.where(np.arange(rows) % 3 == 1, -100, labels).astype(np.int32)
-    where = np.arange(rows) % 5 != 1
-    weights, class_weights = fractions(rng, rows), fractions(rng, classes)
-    targets = distributions(rng, rows, classes).astype(np.float32)
-    everything = {"where": where, "weights": weights, "class_weights": class_weights}
-    everything |= {"label_smoothing": 0.125, "z_loss": 0.25}
-    return {
-        "plain": {"targets": labels},
-        "where": {"targets": labels, "where": where},
-        "weights": {"targets": labels, "weights": weights},
-        "class_weights": {"targets": labels, "class_weights": class_weights},
-        "ignore_index": {"targets": some},
-        "label_smoothing": {"targets": labels, "label_smoothing": 0.125},
-        "z_loss": {"targets": labels, "z_loss": 0.25},
-        "denominator": {"targets": labels, "denominator": 4.0},
-        "reduction sum": {"targets": labels, "reduction": "sum"},
-        "reduction none": {"targets": labels, "reduction": "none"},
-        "reduction sum_and_weight": {"targets": some, "weights": weights, "reduction": "sum_and_weight"},
-        "everything": {"targets": some, **everything},
-        "probabilities": {"targets": targets},
-        "one-hot probabilities": {"targets": np.eye(classes, dtype=np.float32)[labels]},
-        "probabilities, everything": {"targets": targets, **everything},
-    }
+    options = {name: OPTIONS[name](rng_for("softmax" + name), (rows, classes)) for name in (*SINGLE, *TOGETHER)}
+    weighted = {**options["weights"], **options["ignore_-100"], "reduction": "sum_and_weight"}
+    reductions = {f"reduction {r}": {**options["plain"], "reduction": r} for r in ("sum", "none")}
+    return options | reductions | {"reduction sum_and_weight": weighted}
 
 
 def _softmax_oracle(z: Array, options: dict[str, Any], rows: Any = references.cross_entropy_rows) -> Exact:
@@ -117,7 +100,7 @@ def _softmax_case(name: str, options: dict[str, Any], z: Array, **more: Any) -> 
 
 
 def _softmax_cases() -> Iterator[Case]:
-    z = grid(rng_for("logits"), ROWS, CLASSES)
+    z = draw_logits(rng_for("logits"), (ROWS, CLASSES), WIDE)
     for name, options in _options().items():
         yield _softmax_case(name, options, z, dtypes=_dtypes(name))
     plain = _options()["plain"]
@@ -129,7 +112,7 @@ def _softmax_cases() -> Iterator[Case]:
     yield _softmax_case("loss of 2e-9", first, np.array([[0.0, -20.0, -25.0, -30.0]]))
     yield _softmax_case("loss of 7e-38", first, np.array([[0.0, -86.0, -86.5, -90.0]]))
     long = {"targets": np.array([7, 299], np.int32)}
-    yield _softmax_case("300 classes", long, grid(rng_for("long"), 2, 300))
+    yield _softmax_case("300 classes", long, draw_logits(rng_for("long"), (2, 300), WIDE))
     image = np.moveaxis(z, -1, 0)
     yield dataclasses.replace(
         _softmax_case("axis 0", plain, image),
@@ -145,19 +128,19 @@ def _transposed(exact: Exact) -> Exact:
 
 
 def _other_dense_cases() -> Iterator[Case]:
-    z, options = grid(rng_for("logits"), ROWS, CLASSES), _options()
+    z, options = draw_logits(rng_for("logits"), (ROWS, CLASSES), WIDE), _options()
     picked = {k: v for k, v in options["everything"].items() if k not in ("label_smoothing", "z_loss")}
     for name, given in (("plain", options["plain"]), ("everything", picked), ("denominator", options["denominator"])):
         labels = {"labels": given["targets"], **{k: v for k, v in given.items() if k != "targets"}}
         oracle = functools.partial(_softmax_oracle, options=given, rows=references.picked_rows)
         yield Case("nll_loss", name, functools.partial(_nll, labels), (-np.abs(z),), oracle)
     rng = rng_for("sigmoid")
-    t, weights = distributions(rng, ROWS, CLASSES).astype(np.float32), fractions(rng, ROWS, CLASSES)
+    t, weights = distributions(rng, ROWS, CLASSES).astype(np.float32), draw_fractions(rng, (ROWS, CLASSES))
     where, flags = rng.random((ROWS, CLASSES)) < 0.7, rng.random((ROWS, CLASSES)) < 0.5
     binary: dict[str, dict[str, Any]] = {
         "plain": {"targets": t},
         "flags": {"targets": flags},
-        "everything": {"targets": t, "weights": weights, "where": where, "pos_weight": fractions(rng, CLASSES)},
+        "everything": {"targets": t, "weights": weights, "where": where, "pos_weight": draw_fractions(rng, (CLASSES,))},
     }
     for name, given in binary.items():
         yield Case(
@@ -288,7 +271,7 @@ def _swapped(exact: Exact) -> Exact:
 def _measure_cases() -> Iterator[Case]:
     rng = rng_for("measures")
     p, q = distributions(rng, ROWS, CLASSES), distributions(rng, ROWS, CLASSES)
-    z_p, z_q = grid(rng, ROWS, CLASSES) / 2, grid(rng, ROWS, CLASSES) / 2
+    z_p, z_q = draw_logits(rng, (ROWS, CLASSES), WIDE) / 2, draw_logits(rng, (ROWS, CLASSES), WIDE) / 2
     yield from _measures(p, q, z_p, z_q)
 
 
@@ -316,7 +299,7 @@ def _summed(measure: Callable[..., jax.Array], *args: jax.Array) -> jax.Array:
 
 
 def _torch_cases() -> Iterator[Case]:
-    z, options = grid(rng_for("logits"), ROWS, CLASSES), _options()
+    z, options = draw_logits(rng_for("logits"), (ROWS, CLASSES), WIDE), _options()
     given = options["everything"]
     given = {k: given[k] for k in ("targets", "class_weights", "label_smoothing")}
     picked = {k: given[k] for k in ("targets", "class_weights")}
@@ -369,7 +352,7 @@ def _torch_binary(t: Array, z: jax.Array) -> jax.Array:
 def second_order_cases() -> Iterator[Case]:
     """Losses whose Hessian is multiplied by many tangents at once: what is fused then is larger than elsewhere here."""
     rows, classes = 100, 10
-    z, options = grid(rng_for("many"), rows, classes), _options(rows, classes)
+    z, options = draw_logits(rng_for("many"), (rows, classes), WIDE), _options(rows, classes)
     for name in ("plain", "everything", "probabilities"):
         yield _softmax_case(name, options[name], z)
     targets = {"targets": distributions(rng_for("binary"), rows, classes).astype(np.float32)}
@@ -387,5 +370,5 @@ def second_order_cases() -> Iterator[Case]:
 def _second_order_measures(rows: int, classes: int) -> Iterator[Case]:
     rng = rng_for("many measures")
     p, q = distributions(rng, rows, classes), distributions(rng, rows, classes)
-    z_p, z_q = grid(rng, rows, classes) / 2, grid(rng, rows, classes) / 2
+    z_p, z_q = draw_logits(rng, (rows, classes), WIDE) / 2, draw_logits(rng, (rows, classes), WIDE) / 2
     yield from _measures(p, q, z_p, z_q)

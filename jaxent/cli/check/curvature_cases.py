@@ -14,8 +14,9 @@ import numpy as np
 
 import jaxent
 from jaxent.cli.check import curvature_references as references
-from jaxent.cli.check.case import CLASSES, FEATURES, ROWS, Case, grid, heads, rng_for
-from jaxent.cli.check.references import Array
+from jaxent.cli.check.case import CLASSES, FEATURES, ROWS, Case, heads, rng_for
+from jaxent.cli.check.references import WIDE, Array
+from jaxent.cli.check.softmax_options import draw_logits
 
 
 def _steps(*shape: int) -> tuple[Array, Array]:
@@ -32,7 +33,11 @@ def _like(x: Array, z: jax.Array) -> jax.Array:
 
 
 def curvature_cases() -> Iterator[Case]:
-    z, dense, layer = grid(rng_for("curved"), ROWS, CLASSES) / 2, _steps(ROWS, CLASSES), _steps(FEATURES, CLASSES)
+    z, dense, layer = (
+        draw_logits(rng_for("curved"), (ROWS, CLASSES), WIDE) / 2,
+        _steps(ROWS, CLASSES),
+        _steps(FEATURES, CLASSES),
+    )
     table: list[tuple[str, Callable[..., Any], tuple[Array, ...], Callable[..., Any]]] = [
         ("logit_hessian", functools.partial(_logit_hessian, dense), (z,), functools.partial(_without_steps, dense)),
         ("logit_hessian_product", functools.partial(_product, dense[0]), (z, dense[1]), _of_product(dense[0])),
