@@ -141,13 +141,15 @@ def _fused_sum_of_others(z: jax.Array, label: jax.Array, shift: jax.Array, class
 
 
 def label_loss_and_gradient(
-    z: jax.Array, labels: jax.Array, ignored: jax.Array, classes: ClassAxis
+    z: jax.Array, labels: jax.Array, ignored: jax.Array, classes: ClassAxis, materialized: bool = False
 ) -> tuple[jax.Array, Normalizer, jax.Array]:
     """`label_loss` and its gradient `softmax(z) - onehot(y)`, with `-(1 - p_y) = expm1(-nll)` at the label; 0 in
-    ignored rows, whatever they hold.
+    ignored rows, whatever they hold. `materialized`: labels and `ignored` are behind a barrier already.
     """
-    # Without the barrier XLA would recompute per logit what is known once per row.
-    labels, ignored = lax.optimization_barrier((labels, ignored))
+    # Without the barrier XLA would recompute per logit what is known once per row. Behind a second one it would not see
+    # that the derivative of the loss needs the same exponentials.
+    if not materialized:
+        labels, ignored = lax.optimization_barrier((labels, ignored))
     nll, row = label_loss(z, labels, ignored, classes, True)
     # Cast before they are spread over the classes, so that their cotangents cross the mesh as one number per row.
     own, label_probability = (pcast_like(x, [z]) for x in (safe.expm1(-nll), jnp.exp(-nll)))
@@ -183,7 +185,7 @@ def _other_probabilities_jvp(classes, primals, tangents):
 @label_loss.defjvp
 def _label_loss_jvp(classes, for_gradient, primals, tangents):
     (z, labels, ignored), (dz, _, _) = primals, tangents
-    nll, row, gradient = label_loss_and_gradient(z, labels, ignored, classes)
+    nll, row, gradient = label_loss_and_gradient(z, labels, ignored, classes, for_gradient)
     d_nll = classes.sum(gradient * dz)
     exponentials = jnp.exp(jnp.where(ignored, -jnp.inf, z - row.shift))
     return (nll, row), (d_nll, Normalizer(jnp.zeros_like(row.shift), classes.sum(exponentials * dz)))
