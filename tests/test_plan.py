@@ -168,6 +168,26 @@ LLAMA = (32768, 4096, 128256)
         ("v5p", LOSS, (32768, 8192, 32768), 1057, None),
         ("v5p", LOSS, (262144, 8192, 4096), 4229, 103.8),
         ("v5p", LOSS, (4096, 8192, 262144), 8258, None),
+        # Of a TPU7x, too: 2.5 features per row, and 3.
+        ("tpu7x", LOSS, (32768, 5120, 128256), 4329, None),
+        ("tpu7x", LOSS, (32768, 6144, 128256), 4393, None),
+        # With these classes the kernel lies in the layout that its products want; else it is copied for few chunks.
+        ("tpu7x", STATISTICS, (32768, 768, 50257), 397, None),
+        ("tpu7x", STATISTICS, (32768, 768, 50304), 471, None),
+        ("tpu7x", DIVERGENCE, (32768, 768, 50257), 1177, None),
+        ("tpu7x", DIVERGENCE, (32768, 768, 50304), 1252, None),
+        ("tpu7x", LOSS, (32768, 2304, 128257), 2275, None),
+        ("tpu7x", LOSS, (16384, 2304, 128256), 3267, None),
+        ("tpu7x", LOSS, (18432, 2304, 128256), 2712, None),
+        ("tpu7x", LOSS, (2048, 2304, 128256), 1503, None),
+        ("tpu7x", LOSS, (32768, 2048, 16384), 329, None),
+        # Whether the gradient of the hidden states goes through vector memory, or fits where the kernel's will be.
+        ("v5p", LOSS, (32768, 768, 50257), 785, None),
+        ("v5p", LOSS, (28672, 768, 65536), 961, None),
+        ("v5p", LOSS, (65536, 768, 98304), 1537, None),
+        ("v6e", LOSS, (61440, 768, 98304), 1442, None),
+        ("v6e", LOSS, (65536, 768, 98304), 1537, None),
+        ("v6e", LOSS, (32768, 8192, 40960), 1313, None),
     ],
 )
 def test_memory_of_a_device_that_is_not_here(
@@ -184,6 +204,16 @@ def test_memory_of_a_float32_kernel(device: str, temp_mib: float):
     assert found.temp_bytes / 2**20 == pytest.approx(temp_mib, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("device", "features", "classes", "temp_mib"),
+    [("v6e", 768, 32768, 433), ("v5e", 2048, 32768, 393), ("tpu7x", 768, 16384, 241), ("tpu7x", 2048, 16384, 265)],
+)
+def test_memory_of_a_small_float32_kernel(device: str, features: int, classes: int, temp_mib: float):
+    """Its copy, or the logits, is where the gradient of the hidden states will be."""
+    found = jaxent.plan(32768, features, classes, dtype="bfloat16", kernel_dtype="float32", device=device)
+    assert found.temp_bytes / 2**20 == pytest.approx(temp_mib, rel=0.05)
+
+
 @pytest.mark.parametrize(("shape", "temp_mib"), [((32768, 8192, 32768), 1153), ((262144, 8192, 4096), 4293)])
 def test_memory_of_a_chip_among_those_that_split_the_classes(shape: tuple[int, int, int], temp_mib: float):
     """Of 1,024 v5p as 128 x 8 and as 16 x 64."""
@@ -191,7 +221,9 @@ def test_memory_of_a_chip_among_those_that_split_the_classes(shape: tuple[int, i
     assert found.temp_bytes / 2**20 == pytest.approx(temp_mib, rel=0.05)
 
 
-@pytest.mark.parametrize(("device", "rows", "temp_mib"), [("v6e", 2560, 3258), ("v5p", 4096, 4393)])
+@pytest.mark.parametrize(
+    ("device", "rows", "temp_mib"), [("v6e", 2560, 3258), ("v5p", 4096, 4393), ("tpu7x", 3840, 5184)]
+)
 def test_memory_of_larger_chunks_on_a_tpu(device: str, rows: int, temp_mib: float):
     found = jaxent.plan(12 * rows, 4096, 128256, dtype="bfloat16", device=device, chunk_rows=rows)
     assert found.temp_bytes / 2**20 == pytest.approx(temp_mib, rel=0.05)
