@@ -4,7 +4,7 @@ What all measures have in common, including those of the other modules:
 
 - Probabilities are taken as they are: nothing is rescaled to sum to one. If they do not, the formulas still give a
   number, but it measures no information. Integers raise an error: from counts, pass `counts / counts.sum()`, or
-  labels to `empirical_distribution`. A negative or nan probability gives nan.
+  labels to `empirical_distribution`. A negative, infinite or nan probability gives nan.
 - `axis` is one class axis or a tuple of them, counted in the broadcast shape; `keepdims=True` keeps them with length 1.
 - `where` deletes classes. A row without any class left is 0, with derivative 0.
 - Results are float64 if any operand is, else float32.

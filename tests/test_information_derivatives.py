@@ -6,6 +6,7 @@ They are in one file because they share one program for each measure, which take
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -166,6 +167,42 @@ def test_second_derivatives_at_a_pole():
     np.testing.assert_allclose(qq, [[0.25, 0, -0.25], [0, 0, 0], [-0.25, 0, 0.25]], atol=1e-7)
 
 
+@pytest.mark.parametrize("mode", [(jax.jacfwd, jax.jacfwd), (jax.jacfwd, jax.jacrev), (jax.jacrev, jax.jacrev)])
+def test_the_second_derivative_at_a_pole_spoils_no_other(mode: tuple[Callable[..., Any], Callable[..., Any]]):
+    outer, inner = mode
+    p, q = f32([0.5, 0.25, 0.25]), f32([0.5, 0, 0.25])
+    # A factor above 1 is one that twice the largest number does not survive.
+    got = jax.jit(outer(inner(lambda q: 3 * info.cross_entropy(p, q))))(q)
+    np.testing.assert_array_equal(got, np.diag([6, INF, 12]))
+    got = jax.jit(outer(inner(info.self_information)))(q)
+    want = np.zeros((3, 3, 3))
+    want[range(3), range(3), range(3)] = [4, INF, 16]
+    np.testing.assert_array_equal(got, want)
+    z_p, z_q = f32([0, -INF, 1]), f32([0, 0, -INF])
+    got = jax.jit(outer(inner(lambda z: 3 * info.kl_divergence_with_logits(z, z_q))))(z_p)
+    np.testing.assert_array_equal(got, [[-INF, 0, INF], [0, 0, 0], [INF, 0, -INF]])
+
+
+OVERFLOWING: dict[str, tuple[Callable[..., Any], Any]] = {
+    "share": (info.normalized_mutual_information, [[[1, 0], [0, 1e-30]], [[0.25, 0.25], [0.125, 0.375]]]),
+    "renyi_0": (lambda q: info.renyi_divergence(f32([0, 0, 1]), q, 0), [[0, 1, 1e-20], [0.25, 0.25, 0.5]]),
+    "tsallis_0.5": (functools.partial(info.tsallis_entropy, order=0.5), [[1, 0, 1e-30], [0.25, 0.25, 0.5]]),
+}
+
+
+@pytest.mark.parametrize("name", OVERFLOWING)
+def test_a_row_whose_second_derivative_overflows_spoils_no_other(name: str):
+    measure, rows = OVERFLOWING[name]
+    rows = f32(rows)
+    for outer in (jax.jacfwd, jax.jacrev):
+        got = jax.jit(outer(jax.grad(lambda p: measure(p).sum())))(rows)
+        blocks = np.asarray(got).reshape(2, rows[0].size, 2, rows[0].size)
+        assert not blocks[0, :, 1].any()
+        assert not blocks[1, :, 0].any()
+        assert np.isfinite(blocks[1, :, 1]).all()
+        assert blocks[1, :, 1].any()
+
+
 def test_self_information_edges():
     x = f32([0, 0.5, 1])
     np.testing.assert_allclose(info.self_information(x), [INF, L2, 0], rtol=1e-7)
@@ -179,7 +216,7 @@ def test_self_information_edges():
 def test_invalid_probabilities_give_nan(name: str):
     case = CASES[name]
     good = f32([0.25, 0.25, 0.5])
-    for bad, at in itertools.product((-0.25, -1e-30, NAN), range(case.operands)):
+    for bad, at in itertools.product((-0.25, -1e-30, INF, NAN), range(case.operands)):
         vectors = [f32([bad, 0.5, 0.5]) if i == at else good for i in range(case.operands)]
         got = differentiated(case.measure, case.operands)(*vectors)
         assert np.isnan(got.value), (bad, at)

@@ -28,7 +28,7 @@ def _missing_root(p: jax.Array, q: jax.Array) -> jax.Array:
 @_missing_root.defjvp
 def _missing_root_jvp(primals, tangents):
     (p, q), (dp, dq) = primals, tangents
-    return _missing_root(p, q), safe.root_ratio(q, p) * (dp / p - dq / q) / 2
+    return _missing_root(p, q), safe.root_ratio(q, p) * (dp * safe.reciprocal(p) - dq * safe.reciprocal(q)) / 2
 
 
 def hellinger_term(p: jax.Array, q: jax.Array) -> jax.Array:

@@ -28,13 +28,15 @@ def _pole(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> jax.Array:
 
 @_pole.defjvp
 def _pole_jvp(classes, primals, tangents):
-    # Twice the largest number, as in `safe.pole`: inf itself would make nan of 0 tangents and 0 coefficients.
     (z_p, z_q), (dz_p, _) = primals, tangents
-    lost = _lost_mass(z_p, z_q, classes)
-    big = jnp.where(lost > 0, float(jnp.finfo(z_p.dtype).max), 0).astype(z_p.dtype)
-    slope = softmax.softmax(z_p, classes) * (jnp.isneginf(z_q).astype(z_p.dtype) - lost)
-    sign = jnp.sign(slope) + (slope - lax.stop_gradient(slope)) * big
-    return _pole(z_p, z_q, classes), classes.sum((dz_p * (sign * big)) * big)
+    # The next derivative is as much larger in front of the softmax: behind it, reverse mode would subtract infinities.
+    further = (z_p - lax.stop_gradient(z_p)) * safe.large_number(z_p)
+    moved = jnp.where(jnp.isneginf(z_p), z_p, z_p + further)
+    lost = _lost_mass(moved, z_q, classes)
+    largest, large = safe.infinite_factors(lost > 0, z_p)
+    slope = softmax.softmax(moved, classes) * (jnp.isneginf(z_q).astype(z_p.dtype) - lost)
+    coefficient = jnp.sign(slope) * largest + (slope - lax.stop_gradient(slope))
+    return _pole(z_p, z_q, classes), classes.sum((dz_p * coefficient) * large)
 
 
 def cross_entropy_rows(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> jax.Array:

@@ -48,7 +48,7 @@ def _conditional_surprise_jvp(axis, primals, tangents):
     (p,), (dp,) = primals, tangents
     total = jnp.where(p == 0, 1, row_sum(p, axis))
     own = safe.ratio(safe.sum_of_others(p, axis), _or_one(p))
-    tangent = ((row_sum(dp, axis) - dp) - own * dp) / total
+    tangent = ((row_sum(dp, axis) - dp) - own * dp) * safe.reciprocal(total)
     return _conditional_surprise(p, axis), jnp.where(p == 0, 0, tangent)
 
 
@@ -142,7 +142,7 @@ def pointwise_mutual_information(p: jax.Array, *, axes: Axes) -> jax.Array:
     a, b = _product(p, False)
     possible = (a > 0) & (b > 0)
     value = _log_quotient(*map(_or_one, (p, a, b))) - safe.pole(jnp.ones_like(p), jnp.where(possible, p, 1))
-    return jnp.where(possible | jnp.isnan(p), value, 0)
+    return jnp.where(possible | jnp.isnan(value), value, 0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

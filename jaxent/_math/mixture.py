@@ -39,7 +39,7 @@ def _log_over_mixture_jvp(primals, tangents):
     defined = (p > 0) & (m > 0)
     own = safe.ratio(safe.sum_of_others(w * p, 0), jnp.where(defined, p, 1))
     others = _mean(w, dp) - w * dp
-    tangent = ((own * dp - others) - _mean(p, dw)) / jnp.where(defined, m, 1)
+    tangent = ((own * dp - others) - _mean(p, dw)) * safe.reciprocal(jnp.where(defined, m, 1))
     return _log_over_mixture(p, w), jnp.where(defined, tangent, 0)
 
 

@@ -8,6 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from jaxent._math import safe
+
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def power(p: jax.Array, exponent: float) -> jax.Array:
@@ -21,7 +23,7 @@ def power(p: jax.Array, exponent: float) -> jax.Array:
 def _power_jvp(exponent, primals, tangents):
     # No product with an exponent of 0: the power of a tiny `p` may be inf.
     (p,), (dp,) = primals, tangents
-    slope = jnp.zeros_like(p) if exponent == 0 else exponent * power(p, exponent - 1)
+    slope = jnp.zeros_like(p) if exponent == 0 else safe.bounded(exponent * power(p, exponent - 1))
     return power(p, exponent), slope * dp
 
 
@@ -57,7 +59,7 @@ def _tsallis_slope(p: jax.Array, order: float) -> jax.Array:
 @_tsallis_slope.defjvp
 def _tsallis_slope_jvp(order, primals, tangents):
     (p,), (dp,) = primals, tangents
-    curvature = jnp.zeros_like(p) if order == 0 else -order * power(p, order - 2)
+    curvature = jnp.zeros_like(p) if order == 0 else -safe.bounded(order * power(p, order - 2))
     return _tsallis_slope(p, order), curvature * dp
 
 

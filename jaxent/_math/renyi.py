@@ -181,7 +181,7 @@ def divergence(p: jax.Array, q: jax.Array, *, axes: Axes, order: float) -> jax.A
 def _finite_divergence(p: jax.Array, q: jax.Array, axes: Axes, order: float) -> jax.Array:
     if order == 0:
         missed, met = (row_sum(jnp.where(kept, q, 0), axes) for kept in (p == 0, p > 0))
-        return jnp.log1p(safe.ratio(missed, met)) + 0 * row_sum(p, axes)
+        return _log_of_share(missed, met) + 0 * row_sum(p, axes)
     # A constant where the derivative has an infinite limit.
     if order <= 1:
         p = jnp.where(p == 0, 0, p)
@@ -196,6 +196,19 @@ def _finite_divergence(p: jax.Array, q: jax.Array, axes: Axes, order: float) -> 
     if order > _RESCALED:
         p, q = (safe.ratio(x, row_sum(x, axes)) for x in (p, q))
     return _divergence(p, q, axes, order)
+
+
+@jax.custom_jvp
+def _log_of_share(missed: jax.Array, met: jax.Array) -> jax.Array:
+    """`-log(met / (missed + met))`."""
+    return jnp.log1p(safe.ratio(missed, met))
+
+
+@_log_of_share.defjvp
+def _log_of_share_jvp(primals, tangents):
+    (missed, met), (d_missed, d_met) = primals, tangents
+    tangent = (d_missed - safe.ratio(missed, met) * d_met) * safe.reciprocal(missed + met)
+    return _log_of_share(missed, met), tangent
 
 
 def _supported_log_ratio(p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -4,7 +4,7 @@ Every term is exact where the textbook formula subtracts two nearly equal number
 out of the operand before the singular operation: a nan in the branch that `where` drops would reach the gradient as
 0 * nan.
 
-Operands are in the accumulation dtype and at least 0, or nan (`in_domain`).
+Operands are in the accumulation dtype, finite and at least 0, or nan (`in_domain`).
 """
 
 import functools
@@ -18,8 +18,8 @@ from jaxent._mesh.class_axis import row_sum
 
 
 def in_domain(*operands: jax.Array) -> tuple[jax.Array, ...]:
-    """The operands, nan in all of them, and so in all derivatives, where one is negative or nan."""
-    valid = functools.reduce(jnp.logical_and, (x >= 0 for x in operands))
+    """The operands, nan in all of them, and so in all derivatives, where one is negative, infinite or nan."""
+    valid = functools.reduce(jnp.logical_and, ((x >= 0) & (x < jnp.inf) for x in operands))
     return tuple(x + jnp.where(valid, 0, jnp.nan).astype(x.dtype) for x in operands)
 
 
@@ -110,6 +110,12 @@ def _tanh_excess_jvp(primals, tangents):
     return _tanh_excess(x), 2 * x * _tanh(x) * _squared_sech(x) * dx
 
 
+def bounded(coefficient: jax.Array) -> jax.Array:
+    """At most the largest finite number: an infinite coefficient would make nan of a tangent of 0."""
+    largest = float(jnp.finfo(coefficient.dtype).max)
+    return jnp.clip(coefficient, -largest, largest)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Ratios of positive numbers
 
@@ -127,7 +133,7 @@ def excess(p: jax.Array, q: jax.Array) -> jax.Array:
 
 
 def _ratio_tangent(p: jax.Array, q: jax.Array, dp: jax.Array, dq: jax.Array) -> jax.Array:
-    return (dp - ratio(p, q) * dq) / q
+    return (dp - ratio(p, q) * dq) * reciprocal(q)
 
 
 @ratio.defjvp
@@ -149,20 +155,31 @@ def root_ratio(p: jax.Array, q: jax.Array) -> jax.Array:
 @root_ratio.defjvp
 def _root_ratio_jvp(primals, tangents):
     (p, q), (dp, dq) = primals, tangents
-    return root_ratio(p, q), root_ratio(p, q) * (dp / p - dq / q) / 2
+    return root_ratio(p, q), root_ratio(p, q) * (dp * reciprocal(p) - dq * reciprocal(q)) / 2
 
 
 @jax.custom_jvp
 def reciprocal(x: jax.Array) -> jax.Array:
-    """`1 / x`; its derivative is at most the largest finite number, so that times a tangent of 0 it is 0."""
-    return 1 / x
+    """`1 / x`, which is finite, as its derivative is: times a tangent of 0 they are 0."""
+    return bounded(1 / x)
 
 
 @reciprocal.defjvp
 def _reciprocal_jvp(primals, tangents):
     (x,), (dx,) = primals, tangents
-    slope = jnp.minimum(reciprocal(x) * reciprocal(x), float(jnp.finfo(x.dtype).max))
-    return reciprocal(x), -slope * dx
+    return reciprocal(x), -bounded(reciprocal(x) * reciprocal(x)) * dx
+
+
+@jax.custom_jvp
+def log(x: jax.Array) -> jax.Array:
+    """Of positive numbers; JAX's own rule divides, and its second derivative squares `x`."""
+    return jnp.log(x)
+
+
+@log.defjvp
+def _log_jvp(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    return log(x), dx * reciprocal(x)
 
 
 def log_ratio_with_gap(p: jax.Array, q: jax.Array, gap: jax.Array) -> jax.Array:
@@ -214,6 +231,21 @@ def _sum_of_others_jvp(axis, primals, tangents):
 # Poles
 
 
+def infinite_factors(at: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The largest number and a large one, or 0 and 0, for coefficients that are infinite there.
+
+    A coefficient of inf would turn the zero tangents of the other classes into nan (0 * inf). The tangent takes the one
+    factor and the cotangent the other, and each product is finite by itself.
+    """
+    largest = float(jnp.finfo(like.dtype).max)
+    return tuple(jnp.where(at, x, 0).astype(like.dtype) for x in (largest, large_number(like)))
+
+
+def large_number(like: jax.Array) -> float:
+    """One whose square is infinite, and which stays finite times 2**23 in float32 (heuristic)."""
+    return 2.0 ** (jnp.finfo(like.dtype).maxexp * 13 // 16)
+
+
 @jax.custom_jvp
 def pole(p: jax.Array, q: jax.Array) -> jax.Array:
     """`+inf` where `p > 0` and `q = 0`, else 0: what `-p log q` and `p log(p / q)` have there.
@@ -225,14 +257,12 @@ def pole(p: jax.Array, q: jax.Array) -> jax.Array:
 
 @pole.defjvp
 def _pole_jvp(primals, tangents):
-    # A coefficient of inf would turn the zero tangents of the other classes into nan (0 * inf), and with them every
-    # entry of a forward-mode Jacobian. Twice the largest finite number makes inf of any tangent but 0. The terms in `q`
-    # and `p - p` are 0 here, and give the next derivative in the same way.
+    # The terms in `q` and `p - p` are 0 here, and give the next derivative.
     (p, q), (dp, dq) = primals, tangents
-    big = jnp.where((p > 0) & (q == 0), float(jnp.finfo(p.dtype).max), 0).astype(p.dtype)
-    by_p = big - (q * big) * big
-    by_q = by_p + ((p - lax.stop_gradient(p)) * big) * big
-    return pole(p, q), (dp * by_p) * big - (dq * by_q) * big
+    largest, large = infinite_factors((p > 0) & (q == 0), p)
+    by_p = largest - q * large
+    by_q = by_p + (p - lax.stop_gradient(p)) * large
+    return pole(p, q), (dp * by_p) * large - (dq * by_q) * large
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -247,7 +277,7 @@ def _entropy(p: jax.Array) -> jax.Array:
 @_entropy.defjvp
 def _entropy_jvp(primals, tangents):
     (p,), (dp,) = primals, tangents
-    return _entropy(p), -(1 + jnp.log(p)) * dp
+    return _entropy(p), -(1 + log(p)) * dp
 
 
 def entropy_term(p: jax.Array) -> jax.Array:
@@ -263,7 +293,7 @@ def _cross_entropy(p: jax.Array, q: jax.Array) -> jax.Array:
 @_cross_entropy.defjvp
 def _cross_entropy_jvp(primals, tangents):
     (p, q), (dp, dq) = primals, tangents
-    return _cross_entropy(p, q), -jnp.log(q) * dp - ratio(p, q) * dq
+    return _cross_entropy(p, q), -log(q) * dp - ratio(p, q) * dq
 
 
 def cross_entropy_term(p: jax.Array, q: jax.Array) -> jax.Array:
