@@ -53,10 +53,13 @@ def run(targets: Sequence[str], quick: bool, path: Path) -> dict[str, Any]:
             print(compiled_report.scale_line(record["scale"][-1]), flush=True)
         _write(record, path)
     done = {compiled_report.key(row) for row in record["programs"]}
+    order = {compiled_report.key(p.record): i for i, p in enumerate(programs(tuple(record["devices"]), False))}
     for program in programs(there, quick):
         if compiled_report.key(program.record) not in done:
-            record["programs"].append(measure(program) | {"commit": record["commit"]})
-            print(compiled_report.line(record["programs"][-1]), flush=True)
+            row = measure(program) | {"commit": record["commit"]}
+            record["programs"].append(row)
+            record["programs"].sort(key=lambda row: order.get(compiled_report.key(row), len(order)))
+            print(compiled_report.line(row), flush=True)
             _write(record, path)
     return record
 

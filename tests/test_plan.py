@@ -205,12 +205,30 @@ def test_memory_of_a_float32_kernel(device: str, temp_mib: float):
 
 
 @pytest.mark.parametrize(
-    ("device", "features", "classes", "temp_mib"),
-    [("v6e", 768, 32768, 433), ("v5e", 2048, 32768, 393), ("tpu7x", 768, 16384, 241), ("tpu7x", 2048, 16384, 265)],
+    ("device", "function", "features", "classes", "temp_mib"),
+    [
+        # Its copy, or the logits, is where the gradient of the hidden states will be.
+        ("v6e", LOSS, 768, 32768, 433),
+        ("v5e", LOSS, 2048, 32768, 393),
+        ("tpu7x", LOSS, 768, 16384, 241),
+        ("tpu7x", LOSS, 2048, 16384, 265),
+        # Its copy is in vector memory or too large for that; or the gradient of the logits is written.
+        ("v5e", LOSS, 768, 50257, 442),
+        ("v5e", LOSS, 768, 57344, 805),
+        ("v5e", LOSS, 4096, 11264, 257),
+        ("v5e", STATISTICS, 768, 50304, 394),
+        ("v5e", STATISTICS, 768, 65536, 609),
+        ("v6e", STATISTICS, 768, 47104, 369),
+        ("v6e", STATISTICS, 768, 50257, 468),
+        ("v5p", STATISTICS, 768, 16384, 156),
+        ("tpu7x", STATISTICS, 768, 16384, 132),
+        ("tpu7x", STATISTICS, 768, 24576, 232),
+        ("v5e", DIVERGENCE, 768, 32768, 737),
+    ],
 )
-def test_memory_of_a_small_float32_kernel(device: str, features: int, classes: int, temp_mib: float):
-    """Its copy, or the logits, is where the gradient of the hidden states will be."""
-    found = jaxent.plan(32768, features, classes, dtype="bfloat16", kernel_dtype="float32", device=device)
+def test_memory_of_a_small_float32_kernel(device: str, function: str, features: int, classes: int, temp_mib: float):
+    options: Any = {"dtype": "bfloat16", "kernel_dtype": "float32", "device": device, "function": function}
+    found = jaxent.plan(32768, features, classes, **options)
     assert found.temp_bytes / 2**20 == pytest.approx(temp_mib, rel=0.05)
 
 

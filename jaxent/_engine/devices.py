@@ -37,6 +37,10 @@ class Device:
     """Whether it always does so if the classes are no multiple of 128, where it has no estimate of the time."""
     vector_bytes: int = 0
     """Of a TPU's vector memory, as JAX states it for Pallas."""
+    keeps_cast: float = 0.0
+    """Up to which share of that its compiler keeps the cast of one kernel there, if no gradient of the logits is
+    written: found by compiling for it.
+    """
     has_other_layout: bool = False
     """Whether products of a TPU want a kernel in another layout than programs are given it."""
     writes_exponentials: bool = False
@@ -79,6 +83,7 @@ def _tpu(
     vector_mib: int,
     recomputes_dz: float,
     *,
+    keeps_cast: float = 0.0,
     recomputes_odd: bool = False,
     has_other_layout: bool = False,
 ) -> Device:
@@ -86,7 +91,7 @@ def _tpu(
     rates = {"bfloat16": bf16 * 1e12, "float32": bf16 * 1e12 / 6}
     source = f"Google Cloud, {source}"
     figures = bf16 * 1e12, gbytes * 1e9, gib * 2**30, link * 1e9
-    found = recomputes_dz, recomputes_odd, vector_mib * 2**20, has_other_layout
+    found = recomputes_dz, recomputes_odd, vector_mib * 2**20, keeps_cast, has_other_layout
     return Device(name, kinds, rates, *figures, source, True, *found)
 
 
@@ -100,10 +105,18 @@ DEVICES = {
         _nvidia("h100", ("nvidia h100 80gb",), 989.4, 66.9, 3352, 80, 450, "H100 data sheet (SXM)"),
         _nvidia("h200", ("nvidia h200",), 989.4, 66.9, 4800, 141, 450, "H200 data sheet (SXM)"),
         _nvidia("b200", ("nvidia b200",), 2250, 75, 7700, 180, 900, "HGX B200 data sheet; GB/s unverified", True),
-        _tpu("v5e", ("tpu v5 lite", "tpu v5e"), 197, 819, 16, 200, "page TPU v5e", 128, 0.9, recomputes_odd=True),
+        _tpu(
+            *("v5e", ("tpu v5 lite", "tpu v5e"), 197, 819, 16, 200, "page TPU v5e", 128, 0.9),
+            keeps_cast=0.7,
+            recomputes_odd=True,
+        ),
         _tpu("v5p", ("tpu v5", "tpu v5p"), 459, 2765, 95, 600, "page TPU v5p", 64, 1.9),
-        _tpu("v6e", ("tpu v6 lite", "tpu v6e"), 918, 1638, 32, 400, "page TPU v6e", 128, 1.4),
-        _tpu("tpu7x", ("tpu7x",), 1153.5, 3690, 96, 300, "page TPU7x (Ironwood)", 64, 2.75, has_other_layout=True),
+        _tpu("v6e", ("tpu v6 lite", "tpu v6e"), 918, 1638, 32, 400, "page TPU v6e", 128, 1.4, keeps_cast=0.54),
+        _tpu(
+            *("tpu7x", ("tpu7x",), 1153.5, 3690, 96, 300, "page TPU7x (Ironwood)", 64, 2.75),
+            keeps_cast=0.38,
+            has_other_layout=True,
+        ),
     )
 }
 

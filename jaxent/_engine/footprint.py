@@ -72,9 +72,11 @@ def held_bytes(sizes: Sizes, chunk_rows: int, work: Work, device: Device | None,
         if split_classes:
             # That of a chunk, and its sum over devices.
             held["gradient of a chunk's hidden states"] = 2 * wide * chunk_rows * sizes.features
-    # A cast writes it so from the start.
-    if other_layout and "cast kernel" not in held and _is_copied(sizes.rows, chunk_rows, work):
-        held["kernel in another layout"] = narrow * kernel
+    if "cast kernel" not in held:
+        if other_layout and _is_copied(sizes.rows, chunk_rows, work):  # else a cast writes it so from the start
+            held["kernel in another layout"] = narrow * kernel
+    elif tpu is not None and work.heads == 1 and "gradient of the logits" not in held:
+        _keep(held, ("cast kernel",), int(tpu.keeps_cast * tpu.vector_bytes))
     if not other_layout:
         barred = set() if hidden_fits else {"gradient of the hidden states"}
         _keep(held, held.keys() - barred, rooms["kernel"])
