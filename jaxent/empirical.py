@@ -42,7 +42,8 @@ def empirical_distribution(
 
     **Returns:** `(num_classes,)`, or the joint table with an axis for each array, in the default floating dtype, or
     with floating weights float64 for float64, else float32. A label out of range gives nan everywhere, unless its
-    weight is 0; so does a negative weight. Without a label or weight there is no distribution: nan everywhere.
+    weight is 0; so does a negative or infinite weight. Without a label or weight there is no distribution: nan
+    everywhere.
 
     **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or `num_classes < 1`.
 
@@ -105,5 +106,5 @@ def _table(variables: tuple[jax.Array, ...], weights: jax.Array | None, *, count
         invalid &= amounts != 0
         sums = two_float_histogram(cell, amounts, cells)
         total = two_float_sum(sums.hi).plus(two_float_sum(sums.lo))
-        p = jnp.where(total.hi == 0, jnp.nan, sums.over(total))
+        p = jnp.where((total.hi == 0) | ~jnp.isfinite(total.hi), jnp.nan, sums.over(total))
     return jnp.where(jnp.any(invalid), jnp.nan, p).reshape(counts)

@@ -1,5 +1,6 @@
 """`diagnose` and `checked` of binary losses, log-probabilities, PyTorch's losses, measures and sparse targets."""
 
+import functools
 import warnings
 from typing import Any
 
@@ -75,6 +76,21 @@ OTHER_MISTAKES: dict[str, tuple[Any, tuple[Any, ...], Options, list[tuple[Any, .
         {},
         [("infinite_measure", 1, 2, (0,))],
     ),
+    "no_room_of_another_order": (
+        functools.partial(jaxent.renyi_divergence, order=2),
+        (PAIR[0], np.array([[0.5, 0.5, 0.0], [0.25, 0.25, 0.5]], np.float32)),
+        {"where": np.array([[True], [True]])},
+        [("infinite_measure", 1, 2, (0,))],
+    ),
+    "infinite": (jaxent.entropy, (np.array([INF, 1.0]),), {}, [("negative_probabilities", 1, 1, ())]),
+    "forecasts": (
+        jaxent.brier_score,
+        (1.5 * SOFT, np.array([-100, 3, 1, 2])),
+        {"where": np.array([True, True, False, True]), "weights": np.array([1.0, 1.0, 1.0, -1.0])},
+        [("not_normalized", 2, 2, (1,)), ("labels_out_of_range", 1, 2, (1,)), ("bad_weights", 1, 2, (3,))],
+    ),
+    "forecast_counts": (jaxent.brier_score, (3 * FLAGS, SOFT[:2]), {}, [("labels_as_probabilities", 2, 2, (0,))]),
+    "outcomes": (jaxent.brier_score, (SOFT, -SOFT), {}, [("negative_targets", 4, 4, (0,))]),
     "axis_0": (jaxent.perplexity, (changed(PAIR.T, {(0, 1): 0.5}),), {"axis": 0}, [("not_normalized", 1, 2, (1,))]),
     "masked_classes": (
         jaxent.entropy,
@@ -140,6 +156,9 @@ OTHERS_FINE: dict[str, tuple[Any, tuple[Any, ...], Options]] = {
         (np.array([[0.5, 0.5, NAN], [0.25, 0.75, 9.0]], np.float32),),
         {"where": np.array([True, True, False])},
     ),
+    "no_rows": (jaxent.entropy, (PAIR[:0],), {}),
+    "no_forecasts": (jaxent.brier_score, (PAIR[:0], np.zeros(0, int)), {}),
+    "forecast_not_kept": (jaxent.brier_score, (changed(SOFT, {0: NAN}), changed(LABELS, {0: -100})), {}),
     "never_infinite": (jaxent.jensen_shannon_divergence, (PAIR, np.eye(3, dtype=np.float32)[:2]), {}),
     "logits": (jaxent.cross_entropy_with_logits, (np.log(PAIR), CLEAN[:2]), {}),
 }
@@ -149,6 +168,7 @@ OTHERS_FINE: dict[str, tuple[Any, tuple[Any, ...], Options]] = {
 CHECKED = (
     *("missing", "logits_for_bce", "logits_for_nll", "twin_axis", "second_operand", "no_room", "axis_0"),
     *("masked_classes", "probabilities_as_logits", "no_labels", "sparse_class", "sparse_and_dropped"),
+    *("forecasts", "forecast_not_kept", "no_rows", "no_forecasts"),
     *("bad_but_not_kept", "log_probabilities_with_a_removed_class", "twin", "masked"),
 )
 
@@ -178,3 +198,10 @@ def checked_error(loss: Any, args: tuple[Any, ...], options: Options) -> str | N
         program = checkify.checkify(jax.jit(lambda args, traced: checked(loss)(*args, **traced, **static)))
         message = program(args, traced)[0].get()
     return None if message is None else message.split(" (`check` failed)")[0]
+
+
+def test_operands_of_a_measure_broadcast():
+    with pytest.raises(
+        ValueError, match=r"diagnose: `q` must broadcast against `p`, float32\[2,3\], got float32\[2,2\]"
+    ):
+        diagnose(PAIR, TABLE, loss=jaxent.kl_divergence)

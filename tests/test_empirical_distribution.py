@@ -44,7 +44,8 @@ def test_labels_out_of_range_have_no_distribution(label: int):
     np.testing.assert_array_equal(info.empirical_distribution(labels, 3, weights=f32([1, 1, 0])), [0.5, 0.5, 0])
     slope = jax.jacfwd(lambda w: info.empirical_distribution(labels, 3, weights=w))(f32([1, 1, 0]))
     np.testing.assert_array_equal(slope[:, 2], [0, 0, 0])
-    assert np.all(np.isnan(info.empirical_distribution(labels[:2], 3, weights=f32([2, -1]))))
+    for weight in (-1, np.inf, np.nan):
+        assert np.all(np.isnan(info.empirical_distribution(labels[:2], 3, weights=f32([2, weight]))))
     assert np.all(np.isnan(info.empirical_distribution(labels[:0], 3)))
     assert np.all(np.isnan(info.empirical_distribution(labels[:2], 3, weights=f32([0, 0]))))
 

@@ -1,5 +1,6 @@
 """The arguments of one call as rows for the rules, with NumPy on the host or `jax.numpy` in a program."""
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,10 +53,14 @@ def read_inputs(xp: Any, signature: LossSignature, arguments: dict[str, Any]) ->
 def _classes(xp: Any, signature: LossSignature, data: dict[str, Any], arguments: dict[str, Any]) -> Matches:
     names, values = list(data), list(data.values())
     linear = signature.kind == "hidden"
-    inputs = lax.stop_gradient(arrays.floating(names[0], values[0]))
+    convert = _operand if signature.kind == "score" else arrays.floating
+    inputs = lax.stop_gradient(convert(names[0], values[0]))
     targets = values[2 if linear else 1]
     if inputs.ndim == 0:
         raise arrays.shape_error(names[0], "have a class axis", inputs)
+    if jnp.issubdtype(inputs.dtype, jnp.integer):
+        [forecasts] = _distributions(xp, signature, {names[0]: inputs}, arguments, None)
+        return forecasts.batch, probability_rule_matches(forecasts, normalized=True)
     options = (arguments.get(name) for name in ("where", "weights", "class_weights"))
     numbers = (arguments.get(name, 0.0) for name in ("label_smoothing", "z_loss"))
     given = SoftmaxArguments(targets, *options, *numbers)
@@ -82,7 +87,12 @@ def _classes(xp: Any, signature: LossSignature, data: dict[str, Any], arguments:
     if signature.pytorch and linear and ignore_index is None:
         ignore_index = -100
     rows = Rows(xp, inputs, -1 if linear else axis, shape[axis], given, ignore_index)
-    return rows_shape(shape, axis), rule_matches(rows, signature.kind)
+    matches = rule_matches(rows, signature.kind)
+    if signature.kind == "score":
+        forecasts = Distribution(xp, names[0], inputs, (axis,), None)
+        forecasts.counted = rows.counted
+        matches = itertools.chain(probability_rule_matches(forecasts, normalized=True), matches)
+    return rows_shape(shape, axis), matches
 
 
 def _binary(xp: Any, signature: LossSignature, data: dict[str, Any], arguments: dict[str, Any]) -> Matches:
@@ -113,34 +123,49 @@ def _divergence_terms(xp: Any, data: dict[str, Any], arguments: dict[str, Any]) 
 
 
 def _measure(xp: Any, signature: LossSignature, data: dict[str, Any], arguments: dict[str, Any]) -> Iterator[Matches]:
-    names = [name for name in data if name in (*TABLES, "p", "q", "distributions", "probabilities", "targets")]
+    names = [name for name in data if name in (*TABLES, "p", "q", "distributions", "probabilities")]
     of_logits = [name for name in data if name in ("logits", "p_logits", "q_logits")]
-    operands: list[Distribution] = []
-    for name in names or of_logits:
-        x = lax.stop_gradient(_operand(name, data[name]))
-        if name == "targets" and jnp.issubdtype(x.dtype, jnp.integer):
-            continue  # the labels of a score
+    values = {name: lax.stop_gradient(_operand(name, data[name])) for name in names or of_logits}
+    if all(jnp.issubdtype(x.dtype, jnp.floating) for x in values.values()):
+        values = dict(zip(values, _broadcast(values), strict=True))
+    operands = _distributions(xp, signature, values, arguments, arguments.get("where"))
+    for operand in operands:
+        matches = logit_rule_matches(operand) if of_logits else probability_rule_matches(operand, bool(operand.axes))
+        yield operand.batch, matches
+    infinite = signature.name in ("cross_entropy", "kl_divergence")
+    if infinite or (signature.name == "renyi_divergence" and arguments["order"] >= 1):
+        p, q = operands
+        if p.values.shape == q.values.shape:
+            yield p.batch, iter([infinite_rule_match(p, q)])
+
+
+def _broadcast(values: dict[str, jax.Array]) -> list[jax.Array]:
+    first, *others = values
+    for name in others:
+        try:
+            jnp.broadcast_shapes(values[first].shape, values[name].shape)
+        except ValueError as error:
+            expected = f"broadcast against `{first}`, {arrays.describe(values[first])}"
+            raise arrays.shape_error(name, expected, values[name]) from error
+    return jnp.broadcast_arrays(*values.values())
+
+
+def _distributions(
+    xp: Any, signature: LossSignature, values: dict[str, jax.Array], arguments: dict[str, Any], where: Any
+) -> list[Distribution]:
+    operands = []
+    for name, x in values.items():
         if name in TABLES:
             axes = tuple(range(-TABLES[name], 0))
         elif "axis" not in signature.signature.parameters:
             axes = ()  # of single events
         else:
-            given = arguments["axis"]
-            axes = tuple(
-                arrays.canonical_axis(axis, x.ndim) for axis in (given if isinstance(given, tuple) else (given,))
-            )
-        where = None if signature.name == "brier_score" else arguments.get("where")
+            axes = arrays.canonical_axes(arguments["axis"], x.ndim)
         if where is not None:
             where = arrays.boolean("where", where)
             arrays.check_broadcast("where", where, x.shape, f"`{name}`")
         operands.append(Distribution(xp, name, x, axes, where))
-    for operand in operands:
-        matches = logit_rule_matches(operand) if of_logits else probability_rule_matches(operand, bool(operand.axes))
-        yield operand.batch, matches
-    if signature.name in ("cross_entropy", "kl_divergence"):
-        p, q = operands
-        if p.values.shape == q.values.shape:
-            yield p.batch, iter([infinite_rule_match(p, q)])
+    return operands
 
 
 def _operand(name: str, value: Any) -> jax.Array:

@@ -105,7 +105,10 @@ class Rows(Counted):
 
 
 def rule_matches(r: Rows, inputs: str) -> Iterator[RuleMatch]:
-    """Everything that `diagnose` names, in its order, for `inputs` of "logits", "log_probs" or "hidden" states."""
+    """Everything that `diagnose` names, in its order, for `inputs` of "logits", "log_probs" or "hidden" states.
+
+    For the probabilities of a "score" only what concerns the targets and the weights.
+    """
     if inputs == "logits":
         yield probabilities_as_logits(r, r.inputs, r.epsilon)
     if inputs == "log_probs":
@@ -116,7 +119,7 @@ def rule_matches(r: Rows, inputs: str) -> Iterator[RuleMatch]:
         yield _sparse_classes(r)
     if inputs == "hidden":
         yield not_finite(r, r.inputs, ~r.xp.isfinite(r.inputs), "hidden states")
-    else:
+    elif inputs != "score":
         yield from _logits(r, "logits" if inputs == "logits" else "log-probabilities")
     if r.probabilities is not None:
         yield from _probabilities(r)

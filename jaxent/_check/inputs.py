@@ -86,7 +86,7 @@ def diagnose(
     For `nll_loss` also `"not_log_probabilities"`. For binary losses `"targets_out_of_range"` (outside [0, 1]),
     `"not_probabilities"`, `"not_finite"`, `"bad_weights"`. For measures, of each operand, `"labels_as_probabilities"`
     (whole numbers: labels or counts), `"negative_probabilities"`, `"not_normalized"`, `"infinite_measure"`, or those of
-    logits.
+    logits. For `brier_score` the first three of the forecasts, and those of targets and weights.
 
     **Arguments:** those of the loss, as values: it runs on the host. Rows that the loss does not count are not looked
     at. `loss`: the function that they are meant for, one of this library or of `torch_compat`, or one like them (see

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from jaxent._arguments import arrays
 
-Kind = Literal["logits", "log_probs", "hidden", "binary", "binary_probabilities", "kl_div", "measure"]
+Kind = Literal["logits", "log_probs", "hidden", "binary", "binary_probabilities", "kl_div", "score", "measure"]
 
 # By the first parameter. Whatever else comes first counts as logits, since a loss of the user's own may call them so.
 KINDS: dict[str, Kind] = {
@@ -17,7 +17,7 @@ KINDS: dict[str, Kind] = {
     "pxy": "measure",
     "pxyz": "measure",
     "distributions": "measure",
-    "probabilities": "measure",
+    "probabilities": "score",
     "p_logits": "measure",
 }
 # PyTorch calls everything `input` and `target`: by the name of the function or class.
@@ -102,6 +102,8 @@ def read_signature(loss: Any) -> LossSignature:
         kind = "measure"
     else:
         kind = KINDS.get(data[0], "logits")
+    if kind == "score" and len(data) < 2:
+        kind = "measure"
     if kind != "measure" and len(data) < 2:
         raise arrays.dtype_error("loss", expected, loss)
     return LossSignature(kind, name, signature, kept, pytorch)

@@ -1,5 +1,6 @@
 """What can be wrong with the operands of an information measure."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,10 +28,7 @@ class Distribution(Counted):
         last = tuple(range(-len(self.axes), 0))
         x = xp.moveaxis(x, self.axes, last)
         batch = x.shape[: x.ndim - len(self.axes)]
-        rows = 1
-        for size in batch:
-            rows *= size
-        return x.reshape(rows, -1)
+        return x.reshape(math.prod(batch), math.prod(x.shape[len(batch) :]))
 
 
 def probability_rule_matches(r: Distribution, normalized: bool) -> Iterator[RuleMatch]:
@@ -38,7 +36,7 @@ def probability_rule_matches(r: Distribution, normalized: bool) -> Iterator[Rule
     xp = r.xp
     p = xp.where(r.mask, r.values, 0)
     total = xp.sum(p, axis=-1)
-    whole = xp.all(p == xp.round(p), axis=-1) & (xp.max(p, axis=-1, initial=0) > 1)
+    whole = xp.all((p == xp.round(p)) & xp.isfinite(p), axis=-1) & (xp.max(p, axis=-1, initial=0) > 1)
     if r.whole:
         whole = xp.ones_like(whole)
     yield r.match(
@@ -49,10 +47,10 @@ def probability_rule_matches(r: Distribution, normalized: bool) -> Iterator[Rule
         "For labels, pass empirical_distribution(labels, num_classes); for counts, counts / counts.sum().",
         {"mass": total},
     )
-    bad = r.mask & ~(r.values >= 0)
+    bad = r.mask & ~((r.values >= 0) & (r.values < xp.inf))
     yield r.match(
         "negative_probabilities",
-        f"probabilities `{r.name}` that are negative or nan",
+        f"probabilities `{r.name}` that are negative, infinite or nan",
         r.counted & ~whole & xp.any(bad, axis=-1),
         "{value:.4g} at {at}",
         "The measure is nan there: pass probabilities, not logits (softmax(logits), or the form `_with_logits`).",
