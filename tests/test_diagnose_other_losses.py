@@ -85,7 +85,7 @@ OTHER_MISTAKES: dict[str, tuple[Any, tuple[Any, ...], Options, list[tuple[Any, .
     "infinite": (jaxent.entropy, (np.array([INF, 1.0]),), {}, [("negative_probabilities", 1, 1, ())]),
     "forecasts": (
         jaxent.brier_score,
-        (1.5 * SOFT, np.array([-100, 3, 1, 2])),
+        (1.5 * SOFT, np.array([-100, 4, 1, 2])),
         {"where": np.array([True, True, False, True]), "weights": np.array([1.0, 1.0, 1.0, -1.0])},
         [("not_normalized", 2, 2, (1,)), ("labels_out_of_range", 1, 2, (1,)), ("bad_weights", 1, 2, (3,))],
     ),
