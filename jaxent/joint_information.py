@@ -155,7 +155,8 @@ def normalized_mutual_information(
     `H(X, Y)`. `keepdims`: as in `joint_entropy`.
 
     **Returns:** `(*batch,)`. If one variable has a single class, 0; if both have, 1. An entry with `p = 0` has
-    derivative 0. Where the two entropies are equal, "min" and "max" have a kink, with the mean of both derivatives.
+    derivative 0, and off the simplex the derivative leaves out what that of `mutual_information` does. Where the two
+    entropies are equal, "min" and "max" have a kink, with the mean of both derivatives.
 
     **Raises:** `TypeError` for a wrong dtype, `ValueError` for a wrong shape or normalizer.
 

@@ -259,6 +259,8 @@ def test_bad_arguments():
     z = np.zeros((2, 3), np.float32)
     with pytest.raises(TypeError, match=r"jaxent.check_gradient: `args` must hold something floating"):
         check_gradient(jnp.sum, np.arange(3))
+    with pytest.raises(TypeError, match=r"check_gradient: `loss_fn` must be a function, got 3 \(int\)"):
+        check_gradient(3, np.ones(2))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=r"`loss_fn` must return a scalar .* got float32\[2\]"):
         check_gradient(softmax_cross_entropy, z, np.array([0, 1]), reduction="none")
     with pytest.raises(TypeError, match="`loss_fn` must return a floating scalar"):

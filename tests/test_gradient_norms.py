@@ -116,6 +116,18 @@ def test_rows_at_the_edges(rng: np.random.Generator):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a[:1], 2 * b, rtol=1e-6), norms(hidden), unweighted)
 
 
+@pytest.mark.parametrize("per", ["row", "sequence"])
+def test_no_features(per: Any):
+    bias = np.arange(3, dtype=np.float32)
+    got = linear_gradient_norms(np.zeros((2, 1, 0)), np.zeros((0, 3)), np.array([[0], [2]]), bias=bias, per=per)
+    p = np.exp(bias.astype(np.float64)) / np.exp(bias.astype(np.float64)).sum()
+    want = np.linalg.norm(p - np.eye(3)[[0, 2]], axis=-1).reshape(got.bias.shape)
+    for x in (got.residual, got.bias):
+        np.testing.assert_allclose(x, want, rtol=1e-6)
+    for x in (got.hidden, got.kernel, got.survived):
+        np.testing.assert_array_equal(x, 0 * want)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("x64")
 def test_derivatives_of_norms(rng: np.random.Generator):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxent._arguments import arrays
 from jaxent._check.autodiff import (
     DirectionalDerivative,
     Estimates,
@@ -166,6 +167,8 @@ def check_gradient(
     >>> usual.ok, usual.worst.got, f"{usual.worst.want:.1e}"
     (False, 0.0, '-2.1e-09')
     """
+    if not callable(loss_fn):
+        raise arrays.dtype_error("loss_fn", "be a function", loss_fn)
     if second_order and not (closed_form is None and oracle is None):
         raise ArgumentValueError("`closed_form` and `oracle` go with second_order=False")
     if second_order:

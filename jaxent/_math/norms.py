@@ -29,6 +29,8 @@ def power_of_two(largest: jax.Array) -> jax.Array:
 
 def norm(x: jax.Array, axis: ClassAxis) -> jax.Array:
     """The Euclidean norm of each row, with derivative 0 where it is 0."""
+    if x.shape[axis.axis] == 0:
+        return jnp.sum(x, axis=axis.axis, keepdims=True)
     unit, size = in_units(x, axis)
     return size * norm_in_units(unit, axis)
 
