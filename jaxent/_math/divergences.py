@@ -30,8 +30,9 @@ def _pole(z_p: jax.Array, z_q: jax.Array, classes: ClassAxis) -> jax.Array:
 def _pole_jvp(classes, primals, tangents):
     (z_p, z_q), (dz_p, _) = primals, tangents
     # The next derivative is as much larger in front of the softmax: behind it, reverse mode would subtract infinities.
-    further = (z_p - lax.stop_gradient(z_p)) * safe.large_number(z_p)
-    moved = jnp.where(jnp.isneginf(z_p), z_p, z_p + further)
+    removed = jnp.isneginf(z_p)
+    kept = jnp.where(removed, 0, z_p)
+    moved = jnp.where(removed, z_p, kept + (kept - lax.stop_gradient(kept)) * safe.large_number(z_p))
     lost = _lost_mass(moved, z_q, classes)
     largest, large = safe.infinite_factors(lost > 0, z_p)
     slope = softmax.softmax(moved, classes) * (jnp.isneginf(z_q).astype(z_p.dtype) - lost)
