@@ -177,7 +177,6 @@ def _other_probabilities_jvp(classes, primals, tangents):
     (z, labels, ignored, _, label_probability), (dz, *_) = primals, tangents
     others = _other_probabilities(*primals, classes)
     # Made of `others`: a CPU would write the exponentials of all classes as one more array as large as the logits.
-    label_probability = jnp.where(ignored, 0, label_probability)
     p = jnp.where(_at_label(z, labels, ignored, classes), label_probability, others)
     return others, others * less_mean(jnp.where(ignored, 0, dz), p, classes)
 
