@@ -132,6 +132,9 @@ def test_edges(rng: np.random.Generator):
     assert np.array_equal(np.isnan(losses(outside, log_p)), np.arange(ROWS) == 1)
     removed = np.where(np.arange(CLASSES) == chosen[2, 0], -np.inf, 0).astype(np.float32)
     assert losses(chosen, log_p, removed)[2] == np.inf
+    curved = jax.hessian(lambda log_p: 3 * losses(chosen, log_p, removed)[2])(log_p)
+    assert np.isposinf(curved[2, 0, 2, 0])
+    assert np.isfinite(np.delete(np.ravel(curved), np.ravel_multi_index((2, 0, 2, 0), curved.shape))).all()
     assert np.isfinite(losses(chosen, log_p, removed, divergence="reverse")[2])
 
 

@@ -265,6 +265,20 @@ def _pole_jvp(primals, tangents):
     return pole(p, q), (dp * by_p) * large - (dq * by_q) * large
 
 
+@jax.custom_jvp
+def infinity(log_p: jax.Array, at: jax.Array) -> jax.Array:
+    """`+inf` there, else 0: the pole of a probability that is given by its logarithm, with derivatives of +inf."""
+    return jnp.where(at, jnp.inf, 0).astype(log_p.dtype)
+
+
+@infinity.defjvp
+def _infinity_jvp(primals, tangents):
+    (log_p, at), (d_log_p, _) = primals, tangents
+    largest, large = infinite_factors(at, log_p)
+    slope = largest + (log_p - lax.stop_gradient(log_p)) * large
+    return infinity(log_p, at), (d_log_p * slope) * large
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Terms of the measures
 

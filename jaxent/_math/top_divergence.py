@@ -90,4 +90,4 @@ def _supported(log_p: jax.Array, log_q: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 def _pole(lost: jax.Array, log_p: jax.Array) -> jax.Array:
-    return safe.pole(jnp.where(lost, jnp.exp(log_p), 0), jnp.where(lost, 0, 1).astype(log_p.dtype))
+    return safe.infinity(log_p, lost & (jnp.exp(log_p) > 0))
