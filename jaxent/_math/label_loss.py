@@ -8,9 +8,9 @@ import numpy as np
 from jax import lax
 
 from jaxent._math import safe
+from jaxent._math.blocked_sums import in_row_blocks, takes_blocks
 from jaxent._math.one_pass import largest_and_others
 from jaxent._math.softmax import Normalizer, finite_or_nan, less_mean
-from jaxent._math.wide_rows import has_wide_rows, in_row_blocks
 from jaxent._mesh.class_axis import ClassAxis, row_sum
 from jaxent._mesh.types import may_be_split_by_xla, pcast_like
 
@@ -84,9 +84,9 @@ def _shift_and_others(
             # Chosen before the sum: what is done once per row afterwards, XLA would repeat for each logit.
             shift = jnp.where(ignored, 0, shift)
             return shift, _sum_of_others(z, label, ignored, shift, classes)
-        if has_wide_rows(z, classes.axis):
+        if takes_blocks(z, classes.axis):
             row_sums = functools.partial(_sum_of_others, classes=classes)
-            return shift, in_row_blocks(row_sums, classes.axis, z, label, ignored, shift)
+            return shift, in_row_blocks(row_sums, z, label, ignored, shift)
         return shift, _fused_sum_of_others(z, label, shift, classes)
 
     def in_one_pass(z: jax.Array, label: jax.Array, ignored: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -128,7 +128,7 @@ def _sum_of_others(
 def _fused_sum_of_others(z: jax.Array, label: jax.Array, shift: jax.Array, classes: ClassAxis) -> jax.Array:
     """The same without a comparison, which the CPU back end does not fuse into a row sum as it does arithmetic.
 
-    `exp(z_k - m) <= 1 <= |k - y|` for every class but the label, whose own distance is 0.
+    `exp(z_k - m) <= 1 <= |k - y|` for every class but the label, whose own distance is 0: up to 2^24 classes.
     """
     label = (label - classes.offset(z)).astype(z.dtype)
     label, shift = (jnp.expand_dims(x, classes.axis) for x in (label, shift))
