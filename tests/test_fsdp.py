@@ -21,6 +21,7 @@ from test_sharding import assert_same
 
 import jaxent
 from benchmarks.collectives import Collective
+from jaxent._mesh.apply import shard_map_rows
 
 FEATURES, CHUNK = 16, 5
 
@@ -181,6 +182,15 @@ def test_the_gradient_of_a_bfloat16_kernel_is_added_in_float32():
     program = str(jax.make_jaxpr(gradient)(w.astype(jnp.bfloat16)))
     scattered = re.findall(r":(\w+)\[[\d,]*\]\S* = reduce_scatter", program)
     assert scattered == ["f32"], program
+
+
+@pytest.mark.grid
+def test_the_cotangent_of_whatever_is_gathered_in_bfloat16_is_added_in_float32():
+    mesh = LAYOUTS["fsdp"].make(AxisType.Explicit)
+    rows, leaf = (jax.device_put(jnp.ones(16, jnp.bfloat16), NamedSharding(mesh, P("fsdp"))) for _ in range(2))
+    total = jax.grad(lambda x: shard_map_rows(lambda rows, x: (jnp.sum(rows) * jnp.sum(x * x), rows), rows, x)[0])
+    program = str(jax.make_jaxpr(total)(leaf))
+    assert re.findall(r":(\w+)\[[\d,]*\]\S* = reduce_scatter", program) == ["f32"], program
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
