@@ -83,10 +83,11 @@ def _shift_and_others(
         if for_gradient:
             # Chosen before the sum: what is done once per row afterwards, XLA would repeat for each logit.
             shift = jnp.where(ignored, 0, shift)
-            return shift, _sum_of_others(z, label, ignored, shift, classes)
+            return shift, _sum_of_others(z, label, shift, ignored, classes)
         if takes_blocks(z, classes.axis):
-            row_sums = functools.partial(_sum_of_others, classes=classes)
-            return shift, in_row_blocks(row_sums, z, label, ignored, shift)
+            # Ignored rows are chosen afterwards: one array less is cut into blocks.
+            row_sums = functools.partial(_sum_of_others, classes=classes, ignored=jnp.zeros((), bool))
+            return shift, in_row_blocks(row_sums, z, label, shift)
         return shift, _fused_sum_of_others(z, label, shift, classes)
 
     def in_one_pass(z: jax.Array, label: jax.Array, ignored: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -119,9 +120,9 @@ def _other_exponentials(
 
 
 def _sum_of_others(
-    z: jax.Array, label: jax.Array, ignored: jax.Array, shift: jax.Array, classes: ClassAxis
+    z: jax.Array, label: jax.Array, shift: jax.Array, ignored: jax.Array, classes: ClassAxis
 ) -> jax.Array:
-    label, ignored, shift = (jnp.expand_dims(x, classes.axis) for x in (label, ignored, shift))
+    label, shift, ignored = (jnp.expand_dims(x, classes.axis) for x in (label, shift, ignored))
     return row_sum(_other_exponentials(z, label, ignored, shift, classes), classes.axis, keepdims=False)
 
 
