@@ -237,8 +237,9 @@ def infinite_factors(at: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Arr
     A coefficient of inf would turn the zero tangents of the other classes into nan (0 * inf). The tangent takes the one
     factor and the cotangent the other, and each product is finite by itself.
     """
-    largest = float(jnp.finfo(like.dtype).max)
-    return tuple(jnp.where(at, x, 0).astype(like.dtype) for x in (largest, large_number(like)))
+    largest = jnp.where(at, float(jnp.finfo(like.dtype).max), 0)
+    large = jnp.where(at, large_number(like), 0)
+    return largest.astype(like.dtype), large.astype(like.dtype)
 
 
 def large_number(like: jax.Array) -> float:
