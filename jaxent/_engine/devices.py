@@ -82,20 +82,21 @@ def _tpu(
     source: str,
     vector_mib: int,
     recomputes_dz: float,
+    keeps_cast: float,
     *,
-    keeps_cast: float = 0.0,
     recomputes_odd: bool = False,
     has_other_layout: bool = False,
 ) -> Device:
     # A product of float32 is six of bfloat16; float16 is not a dtype of the matrix unit and counts as float32.
     rates = {"bfloat16": bf16 * 1e12, "float32": bf16 * 1e12 / 6}
-    source = f"Google Cloud, {source}"
+    source = f"Google Cloud, page {source}"
     figures = bf16 * 1e12, gbytes * 1e9, gib * 2**30, link * 1e9
     found = recomputes_dz, recomputes_odd, vector_mib * 2**20, keeps_cast, has_other_layout
     return Device(name, kinds, rates, *figures, source, True, *found)
 
 
 # TFLOP/s without sparsity, GB/s, GiB, GB/s of links in one direction: makers state links in both directions together.
+# Of a TPU also the MiB of its vector memory, `recomputes_dz` and `keeps_cast`.
 # JAX counts each half of a TPU7x chip, with half of the page's figures. For a v6e the pages "TPU v6e" and "TPU7x
 # (Ironwood)" state 1638 GB/s, earlier versions of the first 1640 and 1600.
 DEVICES = {
@@ -105,18 +106,10 @@ DEVICES = {
         _nvidia("h100", ("nvidia h100 80gb",), 989.4, 66.9, 3352, 80, 450, "H100 data sheet (SXM)"),
         _nvidia("h200", ("nvidia h200",), 989.4, 66.9, 4800, 141, 450, "H200 data sheet (SXM)"),
         _nvidia("b200", ("nvidia b200",), 2250, 75, 7700, 180, 900, "HGX B200 data sheet; GB/s unverified", True),
-        _tpu(
-            *("v5e", ("tpu v5 lite", "tpu v5e"), 197, 819, 16, 200, "page TPU v5e", 128, 0.9),
-            keeps_cast=0.7,
-            recomputes_odd=True,
-        ),
-        _tpu("v5p", ("tpu v5", "tpu v5p"), 459, 2765, 95, 600, "page TPU v5p", 64, 1.9),
-        _tpu("v6e", ("tpu v6 lite", "tpu v6e"), 918, 1638, 32, 400, "page TPU v6e", 128, 1.4, keeps_cast=0.54),
-        _tpu(
-            *("tpu7x", ("tpu7x",), 1153.5, 3690, 96, 300, "page TPU7x (Ironwood)", 64, 2.75),
-            keeps_cast=0.38,
-            has_other_layout=True,
-        ),
+        _tpu("v5e", ("tpu v5 lite", "tpu v5e"), 197, 819, 16, 200, "TPU v5e", 128, 0.9, 0.7, recomputes_odd=True),
+        _tpu("v5p", ("tpu v5", "tpu v5p"), 459, 2765, 95, 600, "TPU v5p", 64, 1.9, 0.0),
+        _tpu("v6e", ("tpu v6 lite", "tpu v6e"), 918, 1638, 32, 400, "TPU v6e", 128, 1.4, 0.54),
+        _tpu("tpu7x", ("tpu7x",), 1153.5, 3690, 96, 300, "TPU7x (Ironwood)", 64, 2.75, 0.38, has_other_layout=True),
     )
 }
 

@@ -27,10 +27,9 @@ def takes_blocks(z: jax.Array, axis: int) -> bool:
 
 
 def in_row_blocks(row_fn: Callable[..., jax.Array], z: jax.Array, *row_args: jax.Array) -> jax.Array:
-    """`row_fn(z, *row_args)`, one number per row of `z`, of a block of rows at a time on a CPU."""
+    """`row_fn(z, *row_args)`, one number per row of `z`, of a block of rows at a time on a CPU, if `takes_blocks`."""
     batch, classes = z.shape[:-1], z.shape[-1]
-    rows = math.prod(batch)
-    block = min(rows, max(1, BLOCK_ENTRIES // classes))
+    rows, block = math.prod(batch), max(1, BLOCK_ENTRIES // classes)
 
     def blocked(z: jax.Array, *row_args: jax.Array) -> jax.Array:
         flat = [x.reshape(rows, *x.shape[len(batch) :]) for x in (z, *row_args)]

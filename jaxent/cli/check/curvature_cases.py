@@ -33,11 +33,8 @@ def _like(x: Array, z: jax.Array) -> jax.Array:
 
 
 def curvature_cases() -> Iterator[Case]:
-    z, dense, layer = (
-        draw_logits(rng_for("curved"), (ROWS, CLASSES), WIDE) / 2,
-        _steps(ROWS, CLASSES),
-        _steps(FEATURES, CLASSES),
-    )
+    z = draw_logits(rng_for("curved"), (ROWS, CLASSES), WIDE) / 2
+    dense, layer = _steps(ROWS, CLASSES), _steps(FEATURES, CLASSES)
     table: list[tuple[str, Callable[..., Any], tuple[Array, ...], Callable[..., Any]]] = [
         ("logit_hessian", functools.partial(_logit_hessian, dense), (z,), functools.partial(_without_steps, dense)),
         ("logit_hessian_product", functools.partial(_product, dense[0]), (z, dense[1]), _of_product(dense[0])),
